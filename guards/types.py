@@ -1,0 +1,55 @@
+"""The nouns that guards, the API process and the engine process share. Importable by any process: torch is typing only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BOUNDARY = -1
+"""Stands in ``Rows.suffix`` for "nothing before this can be part of a match": before the first token, or a chat-template
+token of the prompt."""
+
+UNKNOWN = -2
+"""Stands in ``Rows.suffix`` for a token that nobody knows. A row that would need it may produce no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the guards are to do for one request. Decided once, at admission; travels with the request.
+
+    Toggling a forget set never changes a plan that is under way: a request keeps the revision it was admitted under.
+    """
+
+    revision: int  # the registry revision in force at admission
+    policy: str  # the policy's name, for reports; the engine does not interpret it
+    suppression: tuple[str, ...] = ()  # fingerprints of CompiledPhrases artifacts
+    output_start: int | None = None  # index of the first output token; None = the prompt's length
+
+    @property
+    def engages_logits(self) -> bool:
+        """Whether the engine has anything to do for this request."""
+        return bool(self.suppression)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One step's layout, R rows of logits. A row is not a request: prompt positions have rows too, and rows reorder."""
+
+    plan: Tensor  # [R] int64, index into the step's list of plans; -1 = unguarded
+    suffix: Tensor  # [R, W] int64, the last W token ids before the token to predict, oldest first; BOUNDARY pads on the left
+
+
+class LogitsGuard(Protocol):
+    """A guard that edits logits. Holds no per-request state: everything it needs is in ``rows``.
+
+    Laws, checked for every implementation by tests/guards/test_conformance.py: unguarded rows stay bit-identical, ``-inf``
+    stays ``-inf``, no row turns all ``-inf``, permuting rows permutes the result, a batch equals its rows one by one.
+    """
+
+    def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
+        """Return [R, V] logits. May write into ``logits``. ``rows.plan`` points into ``plans``."""
+        ...

@@ -1,0 +1,6 @@
+"""Runs in vLLM's worker process: the guarded model, the trackers that tell it which row belongs to which plan, artifacts.
+
+One road: ``tracker_*`` puts a request's plan into the `SlotTable` before the forward pass; ``forward`` lets every row carry its
+slot and position through the model's output; ``compute_logits`` reads them back and applies the guards. Whatever vLLM does with
+logits afterwards (sampling, beam search, log-probabilities of outputs and prompts, grammars) sees guarded values only.
+"""

@@ -1,0 +1,60 @@
+"""The V1 model runner's tracker (CPU, and GPUs without Triton): a logits processor that touches no logits.
+
+vLLM tells processors about every request that enters, leaves or moves in the batch, before each forward pass. That is all that
+is needed to know which batch row belongs to which slot.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from serve.engine.guarded_model import guards_of
+from serve.wire import decode_plan
+
+
+class TrackerV1(LogitsProcessor):
+    """Keeps `EngineGuards.rows_of_batch` true."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.guards = guards_of(vllm_config)
+        self._slot_of_row = torch.full((vllm_config.scheduler_config.max_num_seqs + 1,), -1, dtype=torch.int64)
+        self.guards.rows_of_batch = self._slot_of_row[:0].to(self.guards.device)
+
+    def is_argmax_invariant(self) -> bool:
+        # "True" would let vLLM skip this processor when every request samples greedily.
+        return False
+
+    def apply(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self._vacate(row)
+        for row, params, prompt, output in batch_update.added:
+            self._vacate(row)
+            plan = decode_plan(params.extra_args)
+            if plan is not None and plan.engages_logits:
+                slots = self.guards.slots
+                in_use = (name for live in slots.live_plans for name in live.suppression)
+                self.guards.artifacts.ensure(plan.suppression, in_use)
+                self._slot_of_row[row] = slots.admit(plan, prompt, output)
+        for source, target, direction in batch_update.moved:
+            moving, displaced = int(self._slot_of_row[source]), int(self._slot_of_row[target])
+            if direction is MoveDirectionality.SWAP:
+                self._slot_of_row[source] = displaced
+            else:
+                self._vacate(target)
+                self._slot_of_row[source] = -1
+            self._slot_of_row[target] = moving
+        self.guards.rows_of_batch = self._slot_of_row[: batch_update.batch_size].to(self.guards.device, copy=True)
+
+    def _vacate(self, row: int) -> None:
+        slot = int(self._slot_of_row[row])
+        if slot >= 0:
+            self.guards.slots.release(slot)
+            self._slot_of_row[row] = -1

@@ -1,0 +1,30 @@
+"""What the API process may ask of a worker, by vLLM's collective RPC. Mixed into vLLM's worker class at start-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve.engine.guarded_model import GuardedModel
+
+
+class WorkerExtension:
+    """Methods called by name from `serve.api.engine_client`."""
+
+    def lethe_describe(self) -> dict[str, Any]:
+        """Prove that this worker is guarded: what the API process checks before it serves anyone."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        if not isinstance(model, GuardedModel):
+            return {"guarded": False, "model": type(model).__name__}
+        return {
+            "guarded": True,
+            "tracked": model.lethe.rows_of_batch is not None or hasattr(self.model_runner, "model_state"),  # type: ignore[attr-defined]
+            "model": type(model).__name__,
+            "vocabulary": model.lethe.vocabulary.fingerprint,
+            "loaded": model.lethe.artifacts.loaded,
+        }
+
+    def lethe_load(self, fingerprints: list[str]) -> dict[str, str]:
+        """Load artifacts before any request needs them. Returns the failures: fingerprint -> reason."""
+        guards = self.model_runner.get_model().lethe  # type: ignore[attr-defined]
+        in_use = [name for plan in guards.slots.live_plans for name in plan.suppression]
+        return guards.artifacts.ensure(fingerprints, in_use)

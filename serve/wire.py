@@ -1,0 +1,44 @@
+"""What crosses from the API process to the engine: a `Plan` inside ``SamplingParams.extra_args``, and artifact files.
+
+Clients cannot write here: admission refuses every field that reaches ``extra_args`` before vLLM sees the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from guards.types import Plan
+
+PLAN_KEY = "lethe"
+"""The entry of ``extra_args`` that holds the plan, and of vLLM's ``additional_config`` that holds the engine's settings."""
+ARTIFACTS_KEY = "artifacts"
+"""In the engine's settings: the directory of artifact files."""
+
+
+def encode_plan(plan: Plan) -> dict[str, Any]:
+    """The plan as the value of ``extra_args[PLAN_KEY]``: plain types only, so that msgpack carries it."""
+    return {
+        "revision": plan.revision,
+        "policy": plan.policy,
+        "suppression": list(plan.suppression),
+        "output_start": plan.output_start,
+    }
+
+
+def decode_plan(extra_args: Mapping[str, Any] | None) -> Plan | None:
+    """The plan that `encode_plan` wrote, or None for a request that was not stamped.
+
+    Raises:
+        KeyError, TypeError: the entry is there but not a plan; only a bug of ours can cause that.
+    """
+    if not extra_args or PLAN_KEY not in extra_args:
+        return None
+    fields = extra_args[PLAN_KEY]
+    return Plan(fields["revision"], fields["policy"], tuple(fields["suppression"]), fields["output_start"])
+
+
+def phrases_path(artifacts: Path, fingerprint: str) -> Path:
+    """Where compiled phrases live: content-addressed, so a file is never changed, only added and removed."""
+    return artifacts / "phrases" / f"{fingerprint}.safetensors"
