@@ -26,7 +26,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from guards.errors import InvalidArtifact, InvalidForgetSet, VocabularyMismatch
+from guards.errors import InvalidArtifact, VocabularyMismatch
+from guards.forget_set import MAX_PHRASE_CHARACTERS, check_phrases
 from guards.suppression.folding import (
     LEFT_BOUNDARY_KEY,
     RAW,
@@ -40,8 +41,6 @@ from guards.suppression.folding import (
 )
 from guards.suppression.vocabulary import SortedTokens, Vocabulary
 
-MAX_PHRASE_CHARACTERS = 512
-"""Longer texts are not phrases. The bound keeps the window that each step looks at small."""
 _FORMAT = "lethe-phrases-1"
 
 
@@ -135,7 +134,9 @@ class CompiledPhrases:
                 header = json.loads((file.metadata() or {}).get("lethe", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise InvalidArtifact(f"{path} cannot be read as compiled phrases ({error}); disable and enable the set again")
+            raise InvalidArtifact(
+                f"{path} cannot be read as compiled phrases ({error}); disable and enable the set again"
+            ) from error
         if header.get("format") != _FORMAT:
             raise InvalidArtifact(f"{path} has format {header.get('format')!r}, this version reads {_FORMAT!r}; rebuild it")
         if header["content"] != _content_digest(tensors):
@@ -160,7 +161,7 @@ def compile_phrases(
     *,
     fold_case: bool = True,
     left_boundary: bool = False,
-    progress: Callable[[float], None] = lambda fraction: None,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> CompiledPhrases:
     """Compile phrases against a vocabulary. About a second for 10,000 phrases, mostly linear in their characters.
 
@@ -215,24 +216,6 @@ def compile_phrases(
         phrase_keys=np.unique(texts.whole_hashes()),
         phrase_lengths=np.unique(texts.lengths).astype(np.int32),
     )
-
-
-def check_phrases(phrases: Sequence[str]) -> None:
-    """Raise InvalidForgetSet naming every phrase that cannot be one."""
-    problems = []
-    for phrase in phrases:
-        shown = repr(phrase if len(phrase) <= 60 else phrase[:57] + "...")
-        if not phrase.strip():
-            problems.append(f"phrase {shown} is empty; a phrase needs at least one character that is not white space")
-        elif len(phrase) > MAX_PHRASE_CHARACTERS:
-            problems.append(
-                f"phrase {shown} has {len(phrase):,} characters, at most {MAX_PHRASE_CHARACTERS} are allowed; "
-                "split it into the shorter phrases that give the knowledge away, or put it under texts"
-            )
-        elif any("\ud800" <= character <= "\udfff" for character in phrase):
-            problems.append(f"phrase {shown} contains half a surrogate pair; save it as valid UTF-8")
-    if problems:
-        raise InvalidForgetSet(problems)
 
 
 def _forms(phrase: str, fold_case: bool) -> list[str]:

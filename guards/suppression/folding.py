@@ -106,7 +106,7 @@ def decode_symbols(text: Tensor) -> tuple[Tensor, Tensor]:
         ``symbols`` [N, L] int64, unfolded, meaningful where ``kept``; ``kept`` [N, L] bool, True where a symbol starts.
         The bytes of an incomplete or invalid character each keep a symbol of their own.
     """
-    n, length = text.shape
+    length = text.shape[1]
     padded = torch.nn.functional.pad(text, (0, 3), value=ABSENT)
     second, third, fourth = (padded[:, i : i + length] for i in (1, 2, 3))
 

@@ -62,7 +62,6 @@ class _PhraseTable:
     @staticmethod
     def merge(artifacts: Sequence[CompiledPhrases], vocabulary: Vocabulary, device: torch.device) -> _PhraseTable:
         fold_case = artifacts[0].fold_case
-        lists: list[tuple[np.ndarray, np.ndarray]] = []  # (range starts, owner) parts: heads first, then keyed
         keys = np.concatenate([artifact.keys for artifact in artifacts]).view(np.int64)
         low = np.concatenate([artifact.ranges.low for artifact in artifacts]).astype(np.int64)
         high = np.concatenate([artifact.ranges.high for artifact in artifacts]).astype(np.int64)
@@ -71,9 +70,10 @@ class _PhraseTable:
         end = [artifact.ranges.starts[1:] + shift[i] for i, artifact in enumerate(artifacts)]
         owner = [np.full(len(part), i, dtype=np.int64) for i, part in enumerate(begin)]
         order = np.argsort(keys, kind="stable")
-        for parts in (begin, end, owner):
-            lists.append((np.concatenate([part[:2] for part in parts]), np.concatenate([part[2:] for part in parts])[order]))
-        begins, ends, owners = (np.concatenate(pair) for pair in lists)
+        begins, ends, owners = (
+            np.concatenate([*(part[:2] for part in parts), np.concatenate([part[2:] for part in parts])[order]])
+            for parts in (begin, end, owner)
+        )
         counts = ends - begins
         gather = np.repeat(begins - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from guards.errors import VocabularyMismatch
-from guards.suppression.folding import ABSENT, decode_symbols, fold_table, powers, symbol_hashes
+from guards.suppression.folding import ABSENT, decode_symbols, fold_table, powers, symbol_hashes, word_table
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class Vocabulary:
     def unfolded(self) -> SortedTokens:
         """The vocabulary as it is, for phrases whose letter case matters."""
         return self._sort(fold_case=False)
+
+    def warm(self) -> None:
+        """Build the tables that everybody needs now, about two seconds, rather than when somebody waits."""
+        word_table()
+        assert self.folded
 
     def sorted_tokens(self, fold_case: bool) -> SortedTokens:
         return self.folded if fold_case else self.unfolded

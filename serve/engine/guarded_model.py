@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from guards.suppression.mask import SuppressionGuard
+from guards.types import Plan
 from serve.engine.artifacts import ArtifactCache
 from serve.engine.slots import TAG_DIGITS, SlotTable
 from serve.vocabulary import vocabulary_of
@@ -46,15 +48,22 @@ class EngineGuards:
         settings = (vllm_config.additional_config or {}).get(PLAN_KEY)
         if settings is None:
             raise ValueError("a guarded model must be started by `lethe serve`: additional_config has no 'lethe' entry")
+        self.vllm_config = vllm_config
         self.device = torch.device(vllm_config.device_config.device)
         self.vocabulary = vocabulary_of(cached_tokenizer_from_config(model), model.get_vocab_size())
+        self.vocabulary.warm()
         self.suppression = SuppressionGuard(self.vocabulary, self.device)
         self.artifacts = ArtifactCache(Path(settings[ARTIFACTS_KEY]), self.suppression)
-        self.slots = SlotTable(
-            vllm_config.scheduler_config.max_num_seqs, model.max_model_len, self.vocabulary.special, self.device
-        )
+        self.slots = SlotTable(vllm_config.scheduler_config.max_num_seqs, model.max_model_len, self.vocabulary.special, self.device)
+        self.tracked = False
+        """Set by the tracker. Without one no plan would ever reach a row, so the API process refuses to start."""
         self.rows_of_batch: Tensor | None = None
         """V1 only, set by its tracker before every step: [num_reqs] int64, slot of each batch row, -1 = unguarded."""
+
+    def load(self, plan: Plan) -> None:
+        """Make sure that a plan's artifacts are loaded before its request's first row."""
+        in_use = (name for live in self.slots.live_plans for name in live.suppression)
+        self.artifacts.ensure(plan.suppression, in_use)
 
     def apply(self, logits: Tensor, tags: Tensor) -> Tensor:
         """Run every logit guard over the rows that carried ``tags``."""
@@ -101,7 +110,8 @@ def guards_of(vllm_config: VllmConfig) -> EngineGuards:
 class GuardedModel:
     """Mixed in before a base model class. Shapes: T tokens, H hidden size, R logits rows, V vocabulary."""
 
-    config: Any
+    lethe: EngineGuards
+    modules: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -139,12 +149,17 @@ class GuardedModel:
     def get_top_tokens(self, *args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("local argmax would bypass lethe's guards; switch it off in vLLM's options")
 
-    @staticmethod
-    def get_model_state_cls() -> type:
-        """Model Runner V2 asks the model for its per-request state: ours is the tracker."""
-        from serve.engine.tracker_v2 import TrackerV2
+    def get_model_state_cls(self) -> type:
+        """Model Runner V2 asks the model for its per-request state: the base's own, with our tracker in front."""
+        from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
-        return TrackerV2
+        from serve.engine.tracker_v2 import tracked
+
+        inherited = getattr(super(), "get_model_state_cls", None)
+        if inherited is not None:
+            return tracked(inherited())
+        unspecific = SimpleNamespace(modules=self.modules)  # what vLLM would choose for a model that does not say
+        return tracked(resolve_model_state_cls(self.lethe.vllm_config, unspecific))
 
 
 def guarded_class(base: type[nn.Module]) -> type[nn.Module]:

@@ -102,7 +102,8 @@ class SlotTable:
         index = position[:, None] + torch.arange(1 - window, 1, device=self.device)
         suffix = self._history[slot.clamp(min=0)[:, None], index.clamp(min=0)].to(torch.int64)
         suffix = torch.where(index < 0, BOUNDARY, suffix)
-        numbers, plans = {}, []
+        numbers: dict[int, int] = {}
+        plans: list[Plan] = []
         for i, plan in enumerate(self.plans):
             if plan is not None:
                 numbers[i] = len(plans)

@@ -20,6 +20,7 @@ class TrackerV1(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.guards = guards_of(vllm_config)
+        self.guards.tracked = True
         self._slot_of_row = torch.full((vllm_config.scheduler_config.max_num_seqs + 1,), -1, dtype=torch.int64)
         self.guards.rows_of_batch = self._slot_of_row[:0].to(self.guards.device)
 
@@ -39,10 +40,8 @@ class TrackerV1(LogitsProcessor):
             self._vacate(row)
             plan = decode_plan(params.extra_args)
             if plan is not None and plan.engages_logits:
-                slots = self.guards.slots
-                in_use = (name for live in slots.live_plans for name in live.suppression)
-                self.guards.artifacts.ensure(plan.suppression, in_use)
-                self._slot_of_row[row] = slots.admit(plan, prompt, output)
+                self.guards.load(plan)
+                self._slot_of_row[row] = self.guards.slots.admit(plan, prompt, output)
         for source, target, direction in batch_update.moved:
             moving, displaced = int(self._slot_of_row[source]), int(self._slot_of_row[target])
             if direction is MoveDirectionality.SWAP:

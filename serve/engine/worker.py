@@ -17,7 +17,7 @@ class WorkerExtension:
             return {"guarded": False, "model": type(model).__name__}
         return {
             "guarded": True,
-            "tracked": model.lethe.rows_of_batch is not None or hasattr(self.model_runner, "model_state"),  # type: ignore[attr-defined]
+            "tracked": model.lethe.tracked,
             "model": type(model).__name__,
             "vocabulary": model.lethe.vocabulary.fingerprint,
             "loaded": model.lethe.artifacts.loaded,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guards.errors import InvalidArtifact, InvalidForgetSet, VocabularyMismatch
-from guards.suppression import automaton
+from guards.forget_set import MAX_PHRASE_CHARACTERS
 from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
 from guards.suppression.folding import RAW, decode_symbols, fold_table
 from guards.suppression.mask import SPARE_TOKENS, SuppressionGuard, floor_of
@@ -103,7 +103,7 @@ def test_find_reports_every_occurrence(phrases: list[str], text: str, fold_case:
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.integers(0, 2**32 - 1))
 def test_greedy_sampling_of_random_logits_never_spells_a_phrase(case: tuple, seed: int) -> None:
-    phrases, vocabulary, history, fold_case, left_boundary = case
+    phrases, vocabulary, _, fold_case, left_boundary = case
     artifact = compile_phrases(phrases, vocabulary, fold_case=fold_case, left_boundary=left_boundary)
     guard = SuppressionGuard(vocabulary, torch.device("cpu"))
     guard.load([artifact])
@@ -201,9 +201,7 @@ def test_artifacts_survive_a_round_trip_and_nothing_else_does(tmp_path) -> None:
     artifact.save(path)
     loaded = CompiledPhrases.load(path)
     assert loaded.find("HARRY POTTER") == [(0, 12)]
-    assert loaded.fingerprint == phrases_fingerprint(
-        ["Harry Potter"], vocabulary.fingerprint, fold_case=True, left_boundary=True
-    )
+    assert loaded.fingerprint == phrases_fingerprint(["Harry Potter"], vocabulary.fingerprint, fold_case=True, left_boundary=True)
     content = path.read_bytes()
     for damaged in (content[:-3], content[:20], b"", content[:-1] + bytes([content[-1] ^ 1])):
         path.write_bytes(damaged)
@@ -251,7 +249,7 @@ def test_fingerprints_depend_on_content_and_options_not_on_order() -> None:
 
 
 def test_the_longest_phrase_is_seen_whole() -> None:
-    phrase = "x" + "ab" * ((automaton.MAX_PHRASE_CHARACTERS - 2) // 2) + "!"
+    phrase = "x" + "ab" * ((MAX_PHRASE_CHARACTERS - 2) // 2) + "!"
     vocabulary = vocabulary_of([])
     artifact = compile_phrases([phrase], vocabulary)
     guard = SuppressionGuard(vocabulary, torch.device("cpu"))

@@ -1,0 +1,236 @@
+"""Forget sets: what is to be forgotten, checked before anything is stored.
+
+Which part serves which guard: ``phrases`` are suppressed; ``aliases`` name the subject and ``questions`` ask about it, for the
+gate; ``questions`` and ``texts`` train assistants. A set may fill only some of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from guards.errors import InvalidForgetSet
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME_PATTERN}$")]
+"""Names of sets and policies: they appear in URLs and in ``model: "<served>:<policy>"``."""
+
+MAX_PHRASE_CHARACTERS = 512
+"""Longer texts are not phrases. The bound keeps the window that each decoding step looks at small."""
+MAX_ENTRIES = 1_000_000
+MAX_TEXT_CHARACTERS = 1_000_000
+Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARACTERS, strip_whitespace=True)]
+
+
+def check_phrases(phrases: Sequence[str]) -> None:
+    """Raise InvalidForgetSet naming every phrase that cannot be one."""
+    problems = []
+    for phrase in phrases:
+        shown = repr(phrase if len(phrase) <= 60 else phrase[:57] + "...")
+        if not phrase.strip():
+            problems.append(f"phrase {shown} is empty; a phrase needs at least one character that is not white space")
+        elif len(phrase) > MAX_PHRASE_CHARACTERS:
+            problems.append(
+                f"phrase {shown} has {len(phrase):,} characters, at most {MAX_PHRASE_CHARACTERS} are allowed; "
+                "split it into the shorter phrases that give the knowledge away, or put it under texts"
+            )
+        elif any("\ud800" <= character <= "\udfff" for character in phrase):
+            problems.append(f"phrase {shown} contains half a surrogate pair; save it as valid UTF-8")
+    if problems:
+        raise InvalidForgetSet(problems)
+
+
+class Frozen(BaseModel):
+    """Immutable, and strict about unknown fields: a misspelt field must not silently mean nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Question(Frozen):
+    """A question whose answer is to be forgotten, with other ways to ask it."""
+
+    question: Text
+    answer: Text
+    paraphrases: tuple[Text, ...] = ()
+
+
+class ForgetSet(Frozen):
+    """One removal request.
+
+    ``case_sensitive`` and ``word_boundary`` say how ``phrases`` match: by default in every letter case and anywhere, also inside
+    longer words; with ``word_boundary`` only where a phrase starts a word.
+    """
+
+    name: Name
+    description: str = Field("", max_length=10_000)
+    phrases: tuple[str, ...] = Field((), max_length=MAX_ENTRIES)
+    aliases: tuple[Text, ...] = Field((), max_length=MAX_ENTRIES)
+    questions: tuple[Question, ...] = Field((), max_length=MAX_ENTRIES)
+    texts: tuple[Text, ...] = Field((), max_length=MAX_ENTRIES)
+    case_sensitive: bool = False
+    word_boundary: bool = False
+    requester: str = Field("", max_length=1_000)
+    legal_basis: str = Field("", max_length=1_000)
+    expires_at: AwareDatetime | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ForgetSet:
+        try:
+            check_phrases(self.phrases)
+        except InvalidForgetSet as error:
+            raise ValueError("; ".join(error.problems)) from None
+        if not (self.phrases or self.aliases or self.questions or self.texts):
+            raise ValueError("the set is empty; give at least one of phrases, aliases, questions, texts")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the content, whatever the order of its entries; paperwork does not count."""
+        content = {
+            "phrases": sorted(set(self.phrases)),
+            "aliases": sorted(set(self.aliases)),
+            "questions": sorted(question.model_dump_json() for question in self.questions),
+            "texts": sorted(set(self.texts)),
+            "case_sensitive": self.case_sensitive,
+            "word_boundary": self.word_boundary,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def parse_forget_set(fields: dict[str, Any]) -> ForgetSet:
+    """Build a set from untyped fields.
+
+    Raises:
+        InvalidForgetSet: lists every problem with its place, value and rule.
+    """
+    try:
+        return ForgetSet.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidForgetSet(describe_validation(error)) from None
+
+
+def describe_validation(error: ValidationError) -> list[str]:
+    """Pydantic's findings as sentences with place, value (shortened) and rule."""
+    sentences = []
+    for finding in error.errors(include_url=False, include_context=False):
+        place = ".".join(str(part) for part in finding["loc"])
+        message = finding["msg"].removeprefix("Value error, ")
+        shown = repr(finding["input"])
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        sentences.append(f"{place}: {message} (got {shown})" if place else message)
+    return sentences
+
+
+_LINE_KINDS = {
+    "phrase": "phrases",
+    "alias": "aliases",
+    "text": "texts",
+}
+_SET_FIELDS = ("description", "case_sensitive", "word_boundary", "requester", "legal_basis", "expires_at")
+
+
+def read_jsonl(content: bytes, name: str) -> ForgetSet:
+    """Read a forget set from JSON lines.
+
+    Each line is one object: ``{"phrase": …}``, ``{"alias": …}``, ``{"text": …}``, ``{"question": …, "answer": …,
+    "paraphrases": […]}`` or, once, ``{"set": {description, case_sensitive, word_boundary, requester, legal_basis, expires_at}}``.
+    Empty lines are skipped.
+
+    Raises:
+        InvalidForgetSet: every bad line with its number, the value and the rule.
+    """
+    problems: list[str] = []
+    fields: dict[str, Any] = {"name": name, "phrases": [], "aliases": [], "questions": [], "texts": []}
+    seen_set = 0
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            problems.append(
+                f"line {number}: byte {error.start + 1} ({line[error.start]:#04x}) is not UTF-8; save the file as UTF-8"
+            )
+            continue
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"line {number}: {_shorten(line)} is not JSON: {error}")
+            continue
+        if not isinstance(entry, dict):
+            problems.append(f'line {number}: {_shorten(line)} is not an object such as {{"phrase": "..."}}')
+            continue
+        problem = _add_entry(fields, entry)
+        if problem:
+            problems.append(f"line {number}: {problem}")
+        if "set" in entry:
+            if seen_set:
+                problems.append(f"line {number}: a second 'set' line (the first is line {seen_set}); merge the two")
+            seen_set = number
+    if not problems:
+        try:
+            return ForgetSet.model_validate(fields)
+        except ValidationError as error:
+            problems = describe_validation(error)
+    raise InvalidForgetSet(problems)
+
+
+def _add_entry(fields: dict[str, Any], entry: dict[str, Any]) -> str | None:
+    """Add one line's object to ``fields``; returns what is wrong with it, if anything."""
+    kinds = [kind for kind in (*_LINE_KINDS, "question", "set") if kind in entry]
+    if len(kinds) != 1:
+        return f"{_shorten(entry)} must have exactly one of the keys phrase, alias, text, question, set"
+    kind = kinds[0]
+    allowed = {"question", "answer", "paraphrases"} if kind == "question" else {kind}
+    if unknown := sorted(entry.keys() - allowed):
+        return f"{_shorten(entry)} has unknown keys {', '.join(unknown)}; a {kind} line may have {', '.join(sorted(allowed))}"
+    if kind == "set":
+        if not isinstance(entry["set"], dict) or (unknown := sorted(entry["set"].keys() - set(_SET_FIELDS))):
+            return f"'set' must be an object with keys from {', '.join(_SET_FIELDS)} (got {_shorten(entry['set'])})"
+        try:
+            # Checked alone, so that a bad date is reported with this line's number.
+            ForgetSet.model_validate({"name": "x", "phrases": ["x"], **entry["set"]})
+        except ValidationError as error:
+            return "; ".join(describe_validation(error))
+        fields.update(entry["set"])
+        return None
+    try:
+        if kind == "question":
+            fields["questions"].append(Question.model_validate(entry))
+        elif kind == "phrase":
+            if not isinstance(entry["phrase"], str):
+                return f"phrase must be a string (got {_shorten(entry['phrase'])})"
+            check_phrases([entry["phrase"]])
+            fields["phrases"].append(entry["phrase"])
+        else:
+            ForgetSet.model_validate({"name": "x", _LINE_KINDS[kind]: [entry[kind]]})
+            fields[_LINE_KINDS[kind]].append(entry[kind])
+    except InvalidForgetSet as error:
+        return "; ".join(error.problems)
+    except ValidationError as error:
+        return "; ".join(describe_validation(error))
+    return None
+
+
+def write_jsonl(forget_set: ForgetSet) -> str:
+    """The inverse of `read_jsonl` (without the name)."""
+    fields = forget_set.model_dump(mode="json")
+    header = {key: fields[key] for key in _SET_FIELDS if fields[key] not in ("", None, False)}
+    lines: list[dict[str, Any]] = [{"set": header}] if header else []
+    for kind, field in _LINE_KINDS.items():
+        lines += [{kind: value} for value in fields[field]]
+    lines += fields["questions"]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may name a set or a policy."""
+    return re.fullmatch(NAME_PATTERN, text) is not None
+
+
+def _shorten(value: Any) -> str:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,64 @@
+"""Policies: which forget sets apply to a request, through which guards, and what a hit does."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from guards.errors import InvalidPolicy
+from guards.forget_set import Frozen, Name, describe_validation
+
+DEFAULT = "default"
+"""The policy of every request that does not select another. Can be changed, cannot be deleted."""
+NONE = "none"
+"""The policy without guards, for comparisons. Cannot be changed; only privileged keys may select it."""
+
+
+class SuppressionConfig(Frozen):
+    """Keep the phrases of the policy's sets out of the output."""
+
+    enabled: bool = True
+
+
+class GuardConfigs(Frozen):
+    """One frozen config per guard; None leaves the guard out."""
+
+    suppression: SuppressionConfig | None = Field(default_factory=SuppressionConfig)
+
+
+class Policy(Frozen):
+    """A named composition.
+
+    ``forget_sets`` is ``"enabled"`` for all enabled sets, or names; a named set counts only while it is enabled, so that disabling
+    a set switches it off everywhere. ``on_hit`` says what a guard does when it meets something to forget: ``unlearn`` steers the
+    answer away from it. A request that cannot go on at all ends with ``finish_reason: "content_filter"`` and ``refusal``.
+    """
+
+    name: Name
+    description: str = Field("", max_length=10_000)
+    forget_sets: Literal["enabled"] | tuple[Name, ...] = "enabled"
+    guards: GuardConfigs = Field(default_factory=GuardConfigs)
+    on_hit: Literal["unlearn"] = "unlearn"
+    refusal: str = Field("I cannot continue this answer.", min_length=1, max_length=1_000)
+
+
+BUILT_IN = {
+    DEFAULT: Policy(name=DEFAULT, description="Applies to every request that does not select another policy."),
+    NONE: Policy(name=NONE, description="No guards at all: for comparisons.", guards=GuardConfigs(suppression=None)),
+}
+
+
+def parse_policy(fields: dict[str, Any]) -> Policy:
+    """Build a policy from untyped fields.
+
+    Raises:
+        InvalidPolicy: a field breaks its rule, or the policy is the built-in ``none``.
+    """
+    try:
+        policy = Policy.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidPolicy("; ".join(describe_validation(error))) from None
+    if policy.name == NONE:
+        raise InvalidPolicy(f"policy {NONE!r} is built in and stays without guards; choose another name")
+    return policy

@@ -1,0 +1,187 @@
+"""The admin API, ``/lethe/v1``: forget sets, policies, revision, audit, check. Needs the ``admin`` scope (see admission)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
+
+from guards.errors import GuardError, InvalidForgetSet, InvalidPolicy
+from guards.forget_set import ForgetSet, is_name, parse_forget_set, read_jsonl, write_jsonl
+from guards.policy import DEFAULT, parse_policy
+from serve.api.admission import ADMIN_PREFIX
+from serve.api.control import Control
+from serve.registry.store import NameTaken, NotReady, Registry, RegistryError, StoredSet, UnknownName
+
+JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
+_STATUS: dict[type[Exception], int] = {
+    UnknownName: 404,
+    NameTaken: 409,
+    NotReady: 409,
+    InvalidPolicy: 400,
+    InvalidForgetSet: 400,
+}
+
+
+class _Route(APIRoute):
+    """Turns our errors into OpenAI error envelopes, on our routes only."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_errors(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except (GuardError, RegistryError) as error:
+                status = _STATUS.get(type(error), 500)
+                body: dict[str, Any] = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
+                if isinstance(error, InvalidForgetSet):
+                    body["problems"] = error.problems
+                return JSONResponse({"error": body}, status_code=status)
+
+        return handle_errors
+
+
+def attach(app: FastAPI, control: Control, registry: Registry) -> None:
+    """Add the admin routes to vLLM's app."""
+    router = APIRouter(prefix=ADMIN_PREFIX, route_class=_Route, tags=["lethe"])
+
+    def actor(request: Request) -> str:
+        return str(request.scope["lethe.caller"].name)
+
+    @router.get("/forget_sets")
+    async def list_forget_sets() -> dict[str, Any]:
+        sets = await asyncio.to_thread(registry.forget_sets)
+        return {"data": [_describe(stored) for stored in sets], "revision": control.snapshot.revision}
+
+    @router.post("/forget_sets", status_code=201)
+    async def create_forget_set(request: Request, name: str | None = None) -> dict[str, Any]:
+        content = await _forget_set(request, name)
+        revision = await control.create(content, actor=actor(request))
+        return await _shown(content.name, revision)
+
+    @router.get("/forget_sets/{name}")
+    async def show_forget_set(name: str, request: Request) -> Response:
+        content = await asyncio.to_thread(registry.content, name)
+        if any(kind in request.headers.get("accept", "") for kind in JSON_LINES):
+            return PlainTextResponse(write_jsonl(content), media_type=JSON_LINES[0])
+        shown = await _shown(name, control.snapshot.revision)
+        return JSONResponse({**shown, "content": content.model_dump(mode="json", exclude={"name"})})
+
+    @router.put("/forget_sets/{name}")
+    async def replace_forget_set(name: str, request: Request) -> dict[str, Any]:
+        content = await _forget_set(request, name)
+        return await _shown(name, await control.replace(content, actor=actor(request)))
+
+    @router.delete("/forget_sets/{name}")
+    async def delete_forget_set(name: str, request: Request) -> dict[str, Any]:
+        return {"name": name, "deleted": True, "revision": await control.delete(name, actor=actor(request))}
+
+    @router.post("/forget_sets/{name}/enable")
+    async def enable_forget_set(name: str, request: Request) -> dict[str, Any]:
+        return await _shown(name, await control.enable(name, actor=actor(request)))
+
+    @router.post("/forget_sets/{name}/disable")
+    async def disable_forget_set(name: str, request: Request) -> dict[str, Any]:
+        return await _shown(name, await control.disable(name, actor=actor(request)))
+
+    @router.get("/policies")
+    async def list_policies() -> dict[str, Any]:
+        policies = control.snapshot.policies.values()
+        return {"data": [policy.model_dump(mode="json") for policy in policies], "revision": control.snapshot.revision}
+
+    @router.get("/policies/{name}")
+    async def show_policy(name: str) -> dict[str, Any]:
+        snapshot = control.snapshot
+        if name not in snapshot.policies:
+            raise UnknownName(f"there is no policy {name!r}; there are {', '.join(sorted(snapshot.policies))}")
+        return {**snapshot.policies[name].model_dump(mode="json"), "revision": snapshot.revision}
+
+    @router.put("/policies/{name}")
+    async def put_policy(name: str, request: Request) -> dict[str, Any]:
+        policy = parse_policy({**_without(await _object(request), "name", name), "name": name})
+        revision = await control.put_policy(policy, actor=actor(request))
+        return {**policy.model_dump(mode="json"), "revision": revision}
+
+    @router.delete("/policies/{name}")
+    async def delete_policy(name: str, request: Request) -> dict[str, Any]:
+        return {"name": name, "deleted": True, "revision": await control.delete_policy(name, actor=actor(request))}
+
+    @router.get("/revision")
+    async def show_revision() -> dict[str, Any]:
+        snapshot = control.snapshot
+        return {
+            "revision": snapshot.revision,
+            "forget_sets": sorted(snapshot.enabled),
+            "policies": {name: {"suppression": list(plan.suppression)} for name, plan in sorted(snapshot.plans.items())},
+        }
+
+    @router.get("/audit")
+    async def show_audit(after: int = 0, limit: int = 100) -> dict[str, Any]:
+        rows = await asyncio.to_thread(registry.audit, after=after, limit=max(1, min(limit, 1_000)))
+        broken = await asyncio.to_thread(registry.first_broken_audit_row)
+        return {"data": [asdict(row) for row in rows], "intact": broken is None, "first_broken": broken}
+
+    @router.post("/check")
+    async def check(request: Request) -> dict[str, Any]:
+        fields = await _object(request)
+        text, policy = fields.get("text"), fields.get("policy", DEFAULT)
+        if not isinstance(text, str) or not isinstance(policy, str) or fields.keys() - {"text", "policy"}:
+            raise InvalidPolicy('the body must be {"text": "...", "policy": "..."}, policy being optional')
+        hits = await control.check(text, policy)
+        return {"revision": control.snapshot.revision, "policy": policy, "hits": [asdict(hit) for hit in hits]}
+
+    async def _shown(name: str, revision: int) -> dict[str, Any]:
+        return {**_describe(await asyncio.to_thread(registry.forget_set, name)), "revision": revision}
+
+    app.include_router(router)
+
+
+def _describe(stored: StoredSet) -> dict[str, Any]:
+    return {
+        "name": stored.name,
+        "enabled": stored.enabled,
+        "enabled_at": stored.enabled_at,
+        "created_at": stored.created_at,
+        "updated_at": stored.updated_at,
+        **stored.header,
+        "artifacts": [asdict(artifact) for artifact in stored.artifacts],
+    }
+
+
+async def _forget_set(request: Request, name: str | None) -> ForgetSet:
+    """The set in a body: a JSON object, or JSON lines with the name in the URL."""
+    if request.headers.get("content-type", "").split(";")[0].strip() in JSON_LINES:
+        if name is None or not is_name(name):
+            raise InvalidForgetSet([f"name {name!r} must be 1 to 63 of a-z, 0-9, _ and -, in the URL: ?name=..."])
+        return await asyncio.to_thread(read_jsonl, await request.body(), name)
+    fields = await _object(request)
+    if name is not None:
+        fields = {**_without(fields, "name", name), "name": name}
+    return await asyncio.to_thread(parse_forget_set, fields)
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    body = await request.body()
+    try:
+        fields = json.loads(body.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidForgetSet([f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8"]) from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InvalidForgetSet([f"the body is not JSON: {error}"]) from None
+    if not isinstance(fields, dict):
+        raise InvalidForgetSet([f"the body must be a JSON object, not {type(fields).__name__}"])
+    return fields
+
+
+def _without(fields: dict[str, Any], key: str, value: str) -> dict[str, Any]:
+    """``fields`` without ``key``, which may be there only with the value that the URL gives it."""
+    if fields.get(key, value) != value:
+        raise InvalidForgetSet([f"{key} {fields[key]!r} in the body differs from {value!r} in the URL; drop one of them"])
+    return {name: content for name, content in fields.items() if name != key}

@@ -1,0 +1,300 @@
+"""Admission: every request is checked before vLLM sees it, and gets its snapshot.
+
+Deny by default: a route that is not named here answers 403, a body field that could reach past a guard answers 400, a caller
+without a key answers 401 once keys exist. What passes carries an `AdmittedRequest` in a context variable, down to the choke point.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from guards.errors import InvalidPolicy
+from guards.policy import DEFAULT, Policy
+from guards.types import Plan
+from serve.api import refusal
+from serve.registry.snapshot import Caller, Scope, Snapshot
+from serve.settings import Settings
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+ADMIN_PREFIX = "/lethe/v1"
+GENERATING = {
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+}
+OPEN = {"GET /health", "GET /ping", "POST /ping"}
+"""Need no key: what a load balancer asks."""
+ALLOWED = {
+    *(f"POST {path}" for path in GENERATING),
+    "POST /v1/messages/count_tokens",
+    "GET /v1/models",
+    "GET /v1/responses/{id}",
+    "POST /v1/responses/{id}/cancel",
+    "GET /version",
+    "GET /load",
+    "GET /metrics",
+}
+REFUSED_FIELDS = (
+    "vllm_xargs",
+    "extra_args",
+    "cache_salt",
+    "priority",
+    "prompt_embeds",
+    "chat_template",
+    "chat_template_kwargs",
+    "lora_request",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "mm_payload",
+    "return_mm_kwargs",
+    "request_id",
+    "session_id",
+    "data_parallel_rank",
+    "prompt_logprob_token_ids",
+    "trace_decode_token_ids",
+    "previous_input_messages",
+)
+"""Fields that choose K/V, adapters, templates, scheduling or ids: the server's business. None and defaults of no effect pass."""
+STRIPPED_HEADERS = {b"x-request-id", b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"x-priority"}
+_NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", {}, [])
+
+
+@dataclass
+class AdmittedRequest:
+    """What admission decided. Constant from here on, but for ``blocked``, which the choke point sets."""
+
+    caller: Caller
+    policy: Policy
+    plan: Plan
+    use_beam_search: bool = False
+    blocked: bool = False  # an output was ended by a guard, so the response must say so
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+admitted: ContextVar[AdmittedRequest | None] = ContextVar("admitted", default=None)
+"""The request that the running task serves; None outside of one."""
+
+
+class Refused(Exception):
+    """A request that goes no further. Becomes an OpenAI error envelope."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, kind: str = "invalid_request_error") -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.kind = status, message, param, kind
+
+    def body(self) -> bytes:
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
+        return json.dumps({"error": error}).encode()
+
+
+class Admission:
+    """ASGI middleware around the whole app.
+
+    Args:
+        snapshot: returns what is in force now.
+        served_names: names of the base model; the first is what ``model`` becomes.
+    """
+
+    def __init__(self, app: ASGIApp, *, snapshot: Callable[[], Snapshot], served_names: list[str], settings: Settings) -> None:
+        self._app = app
+        self._snapshot = snapshot
+        self._served_names = served_names
+        self._settings = settings
+        self._allowed = ALLOWED | set(settings.allow_routes)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008, "reason": "not allowed"})
+            return
+        request_id = uuid.uuid4().hex
+        try:
+            await self._admit(scope, receive, send, request_id)
+        except Refused as refused:
+            headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
+            if refused.status == 401:
+                headers.append((b"www-authenticate", b"Bearer"))
+            await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+            await send({"type": "http.response.body", "body": refused.body()})
+
+    async def _admit(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, request_id: str) -> None:
+        path, method, snapshot = scope["path"], scope["method"], self._snapshot()
+        headers = [(name, value) for name, value in scope["headers"] if name not in STRIPPED_HEADERS]
+        scope = {**scope, "headers": headers}
+        if method == "OPTIONS" or f"{method} {path}" in OPEN:
+            await self._app(scope, receive, _with_request_id(send, request_id))
+            return
+        caller = snapshot.caller(_secret(dict(headers)))
+        if caller is None:
+            raise Refused(
+                401,
+                "a key is needed: send 'Authorization: Bearer <key>'; make one with `lethe key create`",
+                kind="authentication_error",
+            )
+        admin = path.startswith(ADMIN_PREFIX + "/")
+        if admin:
+            _require(caller, "admin")
+        elif f"{method} {_generic(path)}" not in self._allowed:
+            raise Refused(
+                403,
+                f"{method} {path} is not served here; an operator can allow it with LETHE_ALLOW_ROUTES",
+                kind="permission_error",
+            )
+        scope["lethe.caller"] = caller
+        if method not in ("POST", "PUT"):
+            await self._app(scope, receive, _with_request_id(send, request_id))
+            return
+        limit = self._settings.max_admin_body_bytes if admin else self._settings.max_body_bytes
+        body = await _read(receive, limit)
+        request = None
+        if not admin:
+            fields = _parse(body)
+            request = self._check_fields(fields, caller, snapshot)
+            request.id = request_id
+            body = json.dumps(fields).encode()
+            headers = [(name, value) for name, value in headers if name not in (b"content-length", b"transfer-encoding")]
+            scope["headers"] = [*headers, (b"content-length", str(len(body)).encode()), (b"x-request-id", request_id.encode())]
+            send = refusal.reporting(send, request.policy.refusal, lambda: request.blocked)
+        token = admitted.set(request)
+        try:
+            await self._app(scope, _replay(body, receive), _with_request_id(send, request_id))
+        finally:
+            admitted.reset(token)
+
+    def _check_fields(self, fields: dict[str, Any], caller: Caller, snapshot: Snapshot) -> AdmittedRequest:
+        """Apply the rules for bodies; ``fields["model"]`` becomes the base model's name."""
+        policy_name = self._select_policy(fields, caller)
+        try:
+            plan = snapshot.plan(policy_name)
+        except InvalidPolicy as error:
+            raise Refused(404, str(error), param="model", kind="not_found_error") from None
+        for name in REFUSED_FIELDS:
+            if fields.get(name) not in _NO_EFFECT:
+                raise Refused(400, f"field {name!r} is set by the server and not accepted from clients; remove it", param=name)
+        if plan.engages_logits:
+            for name in ("prompt_logprobs", "echo"):
+                if fields.get(name) is not None and fields[name] is not False:
+                    raise Refused(400, f"field {name!r} is not available under policy {policy_name!r}; remove it", param=name)
+        self._check_caps(fields)
+        return AdmittedRequest(caller, snapshot.policies[policy_name], plan, use_beam_search=bool(fields.get("use_beam_search")))
+
+    def _select_policy(self, fields: dict[str, Any], caller: Caller) -> str:
+        model = fields.get("model")
+        if not isinstance(model, str) or model in self._served_names:
+            return DEFAULT
+        base, _, policy = model.rpartition(":")
+        if base not in self._served_names:
+            return DEFAULT  # vLLM answers 404 with the names that it serves
+        if policy != DEFAULT:
+            _require(caller, "compare")
+        fields["model"] = base
+        return policy
+
+    def _check_caps(self, fields: dict[str, Any]) -> None:
+        limits = self._settings
+        for name, limit in (("n", limits.max_choices), ("best_of", limits.max_choices)):
+            value = fields.get(name)
+            if isinstance(value, int) and value > limit:
+                raise Refused(400, f"{name}={value} exceeds this server's limit of {limit}", param=name)
+        for name, limit in (
+            ("stop", limits.max_stop_strings),
+            ("stop_token_ids", limits.max_stop_strings),
+            ("logit_bias", limits.max_logit_bias),
+            ("bad_words", limits.max_logit_bias),
+            ("messages", limits.max_messages),
+        ):
+            value = fields.get(name)
+            if isinstance(value, list | dict) and len(value) > limit:
+                raise Refused(400, f"{name} has {len(value)} entries, this server's limit is {limit}", param=name)
+
+
+def _require(caller: Caller, scope: Scope) -> None:
+    if scope not in caller.scopes:
+        raise Refused(
+            403, f"this needs a key of scope {scope!r}; {caller.name} has {sorted(caller.scopes)}", kind="permission_error"
+        )
+
+
+def _secret(headers: dict[bytes, bytes]) -> str | None:
+    """The key in the Authorization header, or in Anthropic's ``x-api-key``."""
+    scheme, _, secret = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        return secret.strip().decode("latin-1")
+    return headers[b"x-api-key"].decode("latin-1") if b"x-api-key" in headers else None
+
+
+def _generic(path: str) -> str:
+    return re.sub(r"^/v1/responses/[^/]+", "/v1/responses/{id}", path)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    """The JSON object of a request. Duplicate keys are refused: two parsers may not read a body differently."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            raise Refused(400, "the body has a key twice in one object; send each key once")
+        return fields
+
+    try:
+        fields = json.loads(body.decode("utf-8"), object_pairs_hook=unique) if body.strip() else {}
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Refused(400, f"the body is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise Refused(400, f"the body must be a JSON object, not {type(fields).__name__}")
+    return fields
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refused(400, "the client went away before the body was complete")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise Refused(413, f"the body is larger than {limit:,} bytes, this server's limit")
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()  # disconnects
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _with_request_id(send: Send, request_id: str) -> Send:
+    async def add(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [(name, value) for name, value in message.get("headers", []) if name.lower() != b"x-request-id"]
+            message = {**message, "headers": [*headers, (b"x-request-id", request_id.encode())]}
+        await send(message)
+
+    return add

@@ -1,0 +1,212 @@
+"""The server: vLLM's engine with the guarded model, vLLM's OpenAI app on our engine client, our routes beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+from argparse import Namespace
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from vllm.config import ModelConfig
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_config
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from guards.policy import NONE
+from serve.api import admin
+from serve.api.admission import Admission
+from serve.api.control import Control
+from serve.api.engine_client import GuardedEngineClient, check_workers, load_artifacts
+from serve.registry.store import Registry
+from serve.settings import Settings
+from serve.vocabulary import vocabulary_of
+from serve.wire import ARTIFACTS_KEY, PLAN_KEY
+
+GUARDED_PREFIX = "Lethe"
+_UNSAFE_ENVIRONMENT = (
+    "VLLM_SERVER_DEV_MODE",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION",
+    "VLLM_SKIP_MODEL_NAME_VALIDATION",
+)
+
+
+class UnsafeSetting(ValueError):
+    """An option that would open a way around the guards. The server does not start."""
+
+
+def parse_arguments(arguments: Sequence[str]) -> Namespace:
+    """Parse ``vllm serve`` options, with lethe's defaults and its engine settings put in.
+
+    Raises:
+        UnsafeSetting: an option or environment variable that would open a way around the guards.
+        SystemExit: an option that vLLM does not know (argparse has printed why).
+    """
+    for name in _UNSAFE_ENVIRONMENT:
+        if os.environ.get(name, "0").lower() not in ("", "0", "false"):
+            raise UnsafeSetting(f"{name} opens a way around the guards; unset it")
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="lethe serve"))
+    parser.set_defaults(host="127.0.0.1", port=8000)
+    if current_platform.is_cpu():
+        # On AVX2, float32 is five times faster than bfloat16 at batch 8, and compiling takes longer than most sessions last.
+        parser.set_defaults(dtype="float32", enforce_eager=True)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    args = parser.parse_args(list(arguments))
+    validate_parsed_serve_args(args)
+    return args
+
+
+def guard_arguments(args: Namespace, settings: Settings) -> None:
+    """Change ``args`` so that vLLM builds the guarded engine.
+
+    Raises:
+        UnsafeSetting: see `parse_arguments`.
+    """
+    if args.speculative_config is not None:
+        raise UnsafeSetting("speculative decoding drafts tokens past the guards; start without --speculative-config")
+    if args.api_key:
+        raise UnsafeSetting("--api-key knows no scopes; make keys with `lethe key create` instead")
+    for name in (
+        "enable_dbo",
+        "enable_prompt_embeds",
+        "trust_request_chat_template",
+        "kv_transfer_config",
+        "skip_tokenizer_init",
+    ):
+        if getattr(args, name, None):
+            raise UnsafeSetting(f"--{name.replace('_', '-')} cannot be guarded; start without it")
+    overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
+    if "architectures" not in overrides:
+        config = get_config(args.model, args.trust_remote_code, args.revision)
+        overrides["architectures"] = config.architectures
+    args.hf_overrides = {**overrides, "architectures": [GUARDED_PREFIX + name for name in overrides["architectures"]]}
+    args.logits_processors = [*(args.logits_processors or []), *_tracker()]
+    args.worker_extension_cls = "serve.engine.worker.WorkerExtension"
+    args.additional_config = {
+        **(args.additional_config or {}),
+        PLAN_KEY: {ARTIFACTS_KEY: str(settings.artifacts_dir)},
+    }
+    if not args.served_model_name:  # a directory's name, not its path, which tells about the machine
+        args.served_model_name = [os.path.basename(os.path.abspath(args.model)) if os.path.isdir(args.model) else args.model]
+
+
+def _tracker() -> list[str]:
+    """The V1 runner's tracker; Model Runner V2 asks the model for its own and rejects logits processors."""
+    from vllm.triton_utils import HAS_TRITON
+
+    uses_v2 = HAS_TRITON and os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "0"
+    return [] if uses_v2 else ["serve.engine.tracker_v1:TrackerV1"]
+
+
+def check_binding(host: str | None, registry: Registry) -> None:
+    """Refuse to listen beyond this machine without keys.
+
+    Raises:
+        UnsafeSetting: says how to make one.
+    """
+    if not registry.stored_keys() and not is_loopback(host):
+        raise UnsafeSetting(
+            f"binding to {host or '0.0.0.0'} without keys would let anyone in; "  # noqa: S104
+            "make one first with `lethe key create --scope admin`, or bind to 127.0.0.1"
+        )
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine can reach a server bound to ``host``."""
+    if not host:
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)} if host == "localhost" else set()
+        return bool(addresses) and all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+@asynccontextmanager
+async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -> AsyncIterator[tuple[Any, EngineClient]]:
+    """The complete app, ready to serve, and the engine client under it. ``args`` have passed `guard_arguments`."""
+    async with build_async_engine_client(args) as inner:
+        model: ModelConfig = inner.model_config
+        vocabulary = vocabulary_of(inner.renderer.get_tokenizer(), model.get_vocab_size())
+        await asyncio.to_thread(vocabulary.warm)
+        await check_workers(inner, vocabulary.fingerprint)
+        control = Control(
+            registry,
+            vocabulary,
+            settings.artifacts_dir,
+            load=lambda fingerprints: load_artifacts(inner, fingerprints),
+            refresh_ms=settings.refresh_ms,
+        )
+        await control.start()
+        try:
+            client = GuardedEngineClient(inner, lambda: control.snapshot, control.phrases)
+            tasks = await inner.get_supported_tasks()
+            app = build_app(args, tasks, model)
+            await init_app_state(client, app.state, args, tasks)
+            _list_policies_as_models(app, control)
+            admin.attach(app, control, registry)
+            # Outermost, around every middleware that vLLM or a plugin of its brought along.
+            app.middleware_stack = Admission(
+                app.middleware_stack or app.build_middleware_stack(),
+                snapshot=lambda: control.snapshot,
+                served_names=args.served_model_name,
+                settings=settings,
+            )
+            yield app, inner
+        finally:
+            await control.stop()
+
+
+def _list_policies_as_models(app: FastAPI, control: Control) -> None:
+    """``GET /v1/models``: vLLM's list, and for callers that may choose, one entry per policy."""
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != "/v1/models"]
+
+    @app.get("/v1/models")
+    async def show_available_models(request: Request) -> JSONResponse:
+        models = (await app.state.openai_serving_models.show_available_models()).model_dump()
+        if "compare" in request.scope["lethe.caller"].scopes:
+            base = models["data"][0]
+            names = sorted(control.snapshot.policies, key=lambda name: (name == NONE, name))
+            models["data"] += [{**base, "id": f"{base['id']}:{name}", "parent": base["id"]} for name in names]
+        return JSONResponse(models)
+
+
+async def serve(arguments: Sequence[str], settings: Settings) -> None:
+    """Run the server until it is told to stop."""
+    args = parse_arguments(arguments)
+    registry = Registry(settings.state_dir / "lethe.db")
+    check_binding(args.host, registry)
+    guard_arguments(args, settings)
+    address, listener = setup_server(args, reuse_port=False)
+    try:
+        async with guarded_app(args, settings, registry) as (app, _):
+            print(f"lethe: serving {args.served_model_name[0]} on {address} (state in {settings.state_dir})", flush=True)
+            closing = await serve_http(
+                app,
+                sock=listener,
+                host=args.host,
+                port=args.port,
+                log_level=args.uvicorn_log_level,
+                access_log=not args.disable_uvicorn_access_log,
+                ssl_keyfile=args.ssl_keyfile,
+                ssl_certfile=args.ssl_certfile,
+                ssl_ca_certs=args.ssl_ca_certs,
+            )
+        await closing
+    finally:
+        listener.close()
+        registry.close()

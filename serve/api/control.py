@@ -1,0 +1,296 @@
+"""Control: changes what is in force, in the one order that never leaves a gap.
+
+Compile the artifact, load it in every worker, commit the change, swap the snapshot. A request admitted before the swap keeps its
+plan; one admitted after it finds everything loaded. Changes made by other processes are picked up by polling the revision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from guards.errors import GuardError, InvalidArtifact
+from guards.forget_set import ForgetSet
+from guards.policy import Policy
+from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
+from guards.suppression.vocabulary import Vocabulary
+from serve.registry.snapshot import Snapshot
+from serve.registry.store import Artifact, NotReady, Registry, StoredSet, UnknownName, now
+from serve.wire import phrases_path
+
+logger = logging.getLogger(__name__)
+
+Loader = Callable[[Sequence[str]], Awaitable[dict[str, str]]]
+_KEPT_COMPILED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A place in a text that a forget set would act on."""
+
+    forget_set: str
+    guard: str
+    start: int  # characters
+    end: int
+    text: str
+    in_force: bool
+
+
+class Control:
+    """One per API process.
+
+    Args:
+        load: loads artifacts in every worker and returns the failures.
+    """
+
+    def __init__(self, registry: Registry, vocabulary: Vocabulary, artifacts: Path, load: Loader, refresh_ms: int) -> None:
+        self._registry = registry
+        self._vocabulary = vocabulary
+        self._artifacts = artifacts
+        self._load = load
+        self._refresh_ms = refresh_ms
+        self._changing = asyncio.Lock()
+        self._builds: dict[str, asyncio.Task[None]] = {}
+        self._compiled: OrderedDict[str, CompiledPhrases] = OrderedDict()
+        self._poll: asyncio.Task[None] | None = None
+        self.snapshot: Snapshot = registry.snapshot()
+
+    async def start(self) -> None:
+        """Rebuild what is missing (another model, an interrupted build), load what is enabled, start polling.
+
+        Enabled sets are ready before this returns, so that no request can come before them.
+        """
+        for stored in await asyncio.to_thread(self._registry.forget_sets):
+            if not stored.header["phrases"]:
+                continue
+            if stored.enabled:
+                content = await asyncio.to_thread(self._registry.content, stored.name)
+                await self._build(content, keep_enabled=True)
+            else:
+                self._start_build(stored.name)
+        await self._refresh()
+        self._poll = asyncio.create_task(self._keep_fresh())
+
+    async def stop(self) -> None:
+        tasks = [*self._builds.values(), *([self._poll] if self._poll else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # Changes. Each returns the revision from which it holds.
+
+    async def create(self, content: ForgetSet, *, actor: str) -> int:
+        """Store a set and start building its artifacts. Raises NameTaken."""
+        async with self._changing:
+            revision = await asyncio.to_thread(self._registry.create_set, content, actor=actor)
+            await self._refresh()
+        if content.phrases:
+            self._start_build(content.name)
+        return revision
+
+    async def replace(self, content: ForgetSet, *, actor: str) -> int:
+        """Replace a set. An enabled one stays enforced: the old content until the new is compiled and loaded.
+
+        Raises:
+            UnknownName, NotReady.
+        """
+        async with self._changing:
+            stored = await asyncio.to_thread(self._registry.forget_set, content.name)
+            if stored.enabled and not content.phrases:
+                raise NotReady(f"forget set {content.name!r} is enabled and the new content has no phrases; disable it first")
+            artifacts = [await self._compile(content)] if stored.enabled else []
+            await self._load_or_refuse([artifact.fingerprint for artifact in artifacts])
+            revision = await asyncio.to_thread(self._registry.replace_set, content, artifacts, actor=actor)
+            await self._refresh()
+        if content.phrases and not artifacts:
+            self._start_build(content.name)
+        return revision
+
+    async def delete(self, name: str, *, actor: str) -> int:
+        """Delete a set; if it was enabled, it is out of force with this revision. Raises UnknownName."""
+        async with self._changing:
+            revision = await asyncio.to_thread(self._registry.delete_set, name, actor=actor)
+            await self._refresh()
+        return revision
+
+    async def enable(self, name: str, *, actor: str) -> int:
+        """Put a set in force for every request admitted from now on. Waits for a build that is under way.
+
+        Raises:
+            UnknownName, NotReady.
+        """
+        if build := self._builds.get(name):
+            await asyncio.wait([build])
+        async with self._changing:
+            stored = await asyncio.to_thread(self._registry.forget_set, name)
+            artifact = stored.artifact("phrases")
+            if artifact is not None and artifact.status == "ready":
+                await self._load_or_refuse([artifact.fingerprint])
+            revision = await asyncio.to_thread(self._registry.enable, name, actor=actor)
+            await self._refresh()
+        return revision
+
+    async def disable(self, name: str, *, actor: str, reason: str = "") -> int:
+        """Take a set out of force for every request admitted from now on. Raises UnknownName."""
+        async with self._changing:
+            revision = await asyncio.to_thread(self._registry.disable, name, actor=actor, reason=reason)
+            await self._refresh()
+        return revision
+
+    async def put_policy(self, policy: Policy, *, actor: str) -> int:
+        """Create or replace a policy. Raises UnknownName if it names an unknown set."""
+        async with self._changing:
+            revision = await asyncio.to_thread(self._registry.put_policy, policy, actor=actor)
+            await self._refresh()
+        return revision
+
+    async def delete_policy(self, name: str, *, actor: str) -> int:
+        """Raises UnknownName."""
+        async with self._changing:
+            revision = await asyncio.to_thread(self._registry.delete_policy, name, actor=actor)
+            await self._refresh()
+        return revision
+
+    async def check(self, text: str, policy: str) -> list[Hit]:
+        """What the sets would do to this text if the model were about to write it. Raises InvalidPolicy."""
+        in_force = set(self.snapshot.plan(policy).suppression)
+        hits = []
+        for stored in await asyncio.to_thread(self._registry.forget_sets):
+            artifact = stored.artifact("phrases")
+            if artifact is None or artifact.status != "ready":
+                continue
+            compiled = await asyncio.to_thread(self.phrases, artifact.fingerprint)
+            for start, end in await asyncio.to_thread(compiled.find, text):
+                applies = stored.enabled and artifact.fingerprint in in_force
+                hits.append(Hit(stored.name, "suppression", start, end, text[start:end], applies))
+        return hits
+
+    def phrases(self, fingerprint: str) -> CompiledPhrases:
+        """Compiled phrases by fingerprint, kept in memory by recency. Raises InvalidArtifact."""
+        compiled = self._compiled.get(fingerprint)
+        if compiled is None:
+            compiled = self._compiled[fingerprint] = CompiledPhrases.load(phrases_path(self._artifacts, fingerprint))
+            while len(self._compiled) > _KEPT_COMPILED:
+                self._compiled.popitem(last=False)
+        else:
+            self._compiled.move_to_end(fingerprint)
+        return compiled
+
+    # Inside
+
+    def _fingerprint(self, content: ForgetSet) -> str:
+        return phrases_fingerprint(
+            content.phrases,
+            self._vocabulary.fingerprint,
+            fold_case=not content.case_sensitive,
+            left_boundary=content.word_boundary,
+        )
+
+    async def _compile(self, content: ForgetSet) -> Artifact:
+        """Compile a set's phrases unless the file is there and sound. Raises GuardError, OSError."""
+        fingerprint = self._fingerprint(content)
+        started = time.perf_counter()
+
+        def compile_and_write() -> CompiledPhrases:
+            path = phrases_path(self._artifacts, fingerprint)
+            with contextlib.suppress(InvalidArtifact):
+                return CompiledPhrases.load(path)
+            compiled = compile_phrases(
+                content.phrases,
+                self._vocabulary,
+                fold_case=not content.case_sensitive,
+                left_boundary=content.word_boundary,
+            )
+            _write_atomically(path, compiled)
+            return compiled
+
+        compiled = await asyncio.to_thread(compile_and_write)
+        self._compiled[fingerprint] = compiled
+        figures = f"{compiled.phrase_count:,} phrases in {time.perf_counter() - started:.2f} s"
+        return Artifact("phrases", fingerprint, "ready", figures, now())
+
+    async def _build(self, content: ForgetSet, *, keep_enabled: bool = False) -> None:
+        """Build a stored set's artifact and record how it went."""
+        fingerprint = self._fingerprint(content)
+        building = Artifact("phrases", fingerprint, "building", "", now())
+        if not keep_enabled:
+            await asyncio.to_thread(self._registry.record_artifact, content.name, content.fingerprint, building)
+        try:
+            artifact = await self._compile(content)
+        except (GuardError, OSError) as error:
+            logger.error("lethe: the phrases of forget set %r could not be built: %s", content.name, error)
+            if keep_enabled:
+                raise
+            artifact = Artifact("phrases", fingerprint, "failed", str(error), now())
+        await asyncio.to_thread(self._registry.record_artifact, content.name, content.fingerprint, artifact)
+
+    def _start_build(self, name: str) -> None:
+        async def build() -> None:
+            with contextlib.suppress(UnknownName):  # deleted meanwhile
+                await self._build(await asyncio.to_thread(self._registry.content, name))
+
+        if earlier := self._builds.pop(name, None):
+            earlier.cancel()
+        task = self._builds[name] = asyncio.create_task(build())
+        task.add_done_callback(lambda done: self._builds.pop(name, None) if self._builds.get(name) is done else None)
+
+    async def _load_or_refuse(self, fingerprints: Sequence[str]) -> None:
+        if not fingerprints:
+            return
+        for fingerprint, reason in (await self._load(fingerprints)).items():
+            raise NotReady(f"a worker could not load artifact {fingerprint[:12]}: {reason}")
+
+    async def _refresh(self) -> None:
+        snapshot = await asyncio.to_thread(self._registry.snapshot)
+        missing = sorted(set(snapshot.fingerprints) - set(self.snapshot.fingerprints))
+        if missing:
+            # Also what another process enabled. Rows whose artifact fails to load are closed by the guard.
+            await self._load(missing)
+        self.snapshot = snapshot
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(self._refresh_ms / 1_000)
+            try:
+                await self._disable_expired()
+                if await asyncio.to_thread(self._registry.revision) != self.snapshot.revision:
+                    async with self._changing:
+                        await self._refresh()
+            except Exception:  # a poll that dies would freeze the snapshot; say so and try again
+                logger.exception("lethe: could not refresh from the registry")
+
+    async def _disable_expired(self) -> None:
+        if not self.snapshot.enabled:
+            return
+        for stored in await asyncio.to_thread(self._registry.forget_sets):
+            if stored.enabled and _has_expired(stored):
+                await self.disable(stored.name, actor="server", reason=f"expired at {stored.header['expires_at']}")
+
+
+def _has_expired(stored: StoredSet) -> bool:
+    expires_at = stored.header["expires_at"]
+    return expires_at is not None and datetime.fromisoformat(expires_at) <= datetime.now(UTC)
+
+
+def _write_atomically(path: Path, compiled: CompiledPhrases) -> None:
+    """Write beside and rename, so that a crash leaves a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    os.close(handle)
+    try:
+        compiled.save(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,221 @@
+"""The choke point: the one way from any of vLLM's endpoints to the engine.
+
+``generate`` stamps the request's plan on, refuses what could reach past a guard, and watches the outputs of requests whose own
+constraints (a grammar, allowed tokens) could leave the engine nothing but banned tokens. An endpoint that vLLM adds tomorrow
+goes through here too.
+
+Covered: everything that calls ``generate``. ``encode`` (pooling models) is closed. Not covered: text that is not generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from typing import Any
+
+from prometheus_client import Counter
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from guards.forget_set import MAX_PHRASE_CHARACTERS
+from guards.suppression.automaton import CompiledPhrases
+from guards.types import Plan
+from serve.api.admission import AdmittedRequest, admitted
+from serve.api.refusal import FINISH_REASON
+from serve.registry.snapshot import Snapshot
+from serve.wire import PLAN_KEY, encode_plan
+
+_requests = Counter("lethe_requests_total", "Requests that reached the engine.", ["policy", "guarded"])
+_blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy", "guard", "action"])
+
+
+class UnguardedWorker(RuntimeError):
+    """A worker that does not run the guarded model. The server does not start."""
+
+
+class GuardedEngineClient:
+    """Wraps vLLM's engine client; everything that is not about generating passes through.
+
+    Args:
+        inner: vLLM's own client.
+        snapshot: what is in force now, for calls outside of an admitted request.
+        phrases: loads compiled phrases by fingerprint.
+    """
+
+    def __init__(self, inner: EngineClient, snapshot: Callable[[], Snapshot], phrases: Callable[[str], CompiledPhrases]) -> None:
+        self._inner = inner
+        self._snapshot = snapshot
+        self._phrases = phrases
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        raise VLLMValidationError("pooling is not served by lethe: embeddings cannot be guarded")
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncIterator[RequestOutput]:
+        """Like ``EngineClient.generate``; raises VLLMValidationError (a 400) before anything is sampled."""
+        request = admitted.get()
+        plan = request.plan if request is not None else self._snapshot().plan("default")
+        if sampling_params.extra_args:
+            names = ", ".join(sorted(sampling_params.extra_args))
+            raise VLLMValidationError(f"extra arguments ({names}) are not accepted from clients", parameter="vllm_xargs")
+        _requests.labels(plan.policy, str(plan.engages_logits).lower()).inc()
+        if not plan.engages_logits:
+            return self._inner.generate(prompt, sampling_params, request_id, **options)
+
+        _refuse_what_cannot_be_guarded(prompt, sampling_params)
+        if request is not None and request.use_beam_search:
+            # Beams come back as prompts, so where the output began cannot be told: no token of theirs ends a match.
+            plan = Plan(plan.revision, plan.policy, plan.suppression, output_start=0)
+        params = sampling_params if sampling_params.skip_clone else sampling_params.clone()
+        params.extra_args = {PLAN_KEY: encode_plan(plan)}
+        outputs = self._inner.generate(prompt, params, request_id, **options)
+        if request is not None and request.use_beam_search:
+            return _without_banned_candidates(outputs)
+        if not _constrained(params):
+            return outputs
+        artifacts = [self._phrases(fingerprint) for fingerprint in plan.suppression]
+        return self._watch(outputs, artifacts, plan, params, request)
+
+    async def _watch(
+        self,
+        outputs: AsyncGenerator[RequestOutput, None],
+        artifacts: list[CompiledPhrases],
+        plan: Plan,
+        params: SamplingParams,
+        request: AdmittedRequest | None,
+    ) -> AsyncIterator[RequestOutput]:
+        """End an output before the piece of text that completes a phrase, for every choice by itself."""
+        watches = [_Watch(artifacts, params) for _ in range(params.n)]
+        end_of_text = self._inner.renderer.get_tokenizer().eos_token_id
+        try:
+            async for step in outputs:
+                kept = []
+                for output in step.outputs:
+                    watch = watches[output.index]
+                    if watch.ended:
+                        continue
+                    if watch.completes_a_phrase(output):
+                        watch.ended = True
+                        _end(output, end_of_text, keep_text=watch.safe_text(output))
+                        _blocked.labels(plan.policy, "suppression", "content_filter").inc()
+                        if request is not None:
+                            request.blocked = True
+                    watch.finished |= output.finish_reason is not None
+                    kept.append(output)
+                finished = all(watch.finished for watch in watches)
+                if kept or finished or step.finished:
+                    step.outputs = kept
+                    step.finished = step.finished or finished
+                    yield step
+                if finished:
+                    return
+        finally:
+            await outputs.aclose()  # aborts what is still running
+
+
+EngineClient.register(GuardedEngineClient)
+
+
+async def check_workers(client: EngineClient, vocabulary: str) -> None:
+    """Make sure that every worker runs the guarded model, with a tracker, over the same vocabulary.
+
+    Raises:
+        UnguardedWorker: one does not.
+    """
+    for worker in await client.collective_rpc("lethe_describe"):
+        if not worker["guarded"] or not worker["tracked"]:
+            raise UnguardedWorker(f"worker runs {worker['model']} without lethe's guards; start it with `lethe serve`")
+        if worker["vocabulary"] != vocabulary:
+            raise UnguardedWorker(
+                f"worker has vocabulary {worker['vocabulary'][:12]}, this process {vocabulary[:12]}; use one tokenizer for both"
+            )
+
+
+async def load_artifacts(client: EngineClient, fingerprints: Iterable[str]) -> dict[str, str]:
+    """Load artifacts in every worker. Returns the failures: fingerprint -> reason."""
+    failures: dict[str, str] = {}
+    for worker in await client.collective_rpc("lethe_load", args=(list(fingerprints),)):
+        failures.update(worker)
+    return failures
+
+
+def _refuse_what_cannot_be_guarded(prompt: Any, params: SamplingParams) -> None:
+    kind = prompt.get("type") if isinstance(prompt, dict) else type(prompt).__name__
+    if kind not in ("token", "multimodal"):
+        raise VLLMValidationError(f"a prompt of type {kind!r} cannot be guarded; send text or token ids", parameter="prompt")
+    for name in ("prompt_logprobs", "prompt_logprob_token_ids", "trace_decode_token_ids"):
+        if getattr(params, name) is not None:
+            raise VLLMValidationError(f"{name} is not available under a policy; remove it", parameter=name)
+
+
+def _constrained(params: SamplingParams) -> bool:
+    """Could anything but the guard take tokens away, or show text that the guard does not count as text?"""
+    return bool(
+        params.structured_outputs
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.min_tokens
+        or params.thinking_token_budget is not None
+        or not params.skip_special_tokens
+        or params.include_stop_str_in_output
+    )
+
+
+class _Watch:
+    """The text of one choice, as far as a phrase could still be completed in it."""
+
+    def __init__(self, artifacts: list[CompiledPhrases], params: SamplingParams) -> None:
+        self._artifacts = artifacts
+        self._delta = params.output_kind is RequestOutputKind.DELTA
+        self._tail = ""
+        self._first_hit = 0
+        self.ended = False
+        self.finished = False
+
+    def completes_a_phrase(self, output: CompletionOutput) -> bool:
+        text = self._tail + output.text
+        known = len(self._tail)
+        hits = [start for artifact in self._artifacts for start, end in artifact.find(text) if end > known]
+        if hits:
+            self._first_hit = min(hits)
+            return True
+        # One more character than a phrase, so that a word boundary before it is still seen.
+        self._tail = text[-(2 * MAX_PHRASE_CHARACTERS) :] if self._delta else ""
+        return False
+
+    def safe_text(self, output: CompletionOutput) -> str:
+        """What may be shown of an output that completes a phrase: nothing of a delta, else what lies before the phrase."""
+        return "" if self._delta else output.text[: self._first_hit]
+
+
+def _end(output: CompletionOutput, end_of_text: int, *, keep_text: str) -> None:
+    """Turn an output into its own end. Text, token ids and log-probabilities stay consistent: all that is cut is gone."""
+    output.text = keep_text
+    output.token_ids = [end_of_text]
+    if output.logprobs is not None:
+        output.logprobs = [{end_of_text: Logprob(logprob=0.0, rank=1, decoded_token="")}]
+    output.cumulative_logprob = None
+    output.finish_reason = FINISH_REASON
+    output.stop_reason = None
+
+
+async def _without_banned_candidates(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncIterator[RequestOutput]:
+    """Beam search picks from the log-probabilities: keep tokens at the floor out of its choice."""
+    async for step in outputs:
+        for output in step.outputs:
+            if output.logprobs:
+                output.logprobs = [
+                    {token: entry for token, entry in position.items() if entry.logprob > _FLOOR_LOGPROB}
+                    for position in output.logprobs
+                ]
+        yield step
+
+
+_FLOOR_LOGPROB = -1e4
+"""Far below any real log-probability, far above that of a token at the floor."""

@@ -1,0 +1,67 @@
+"""The documented shape of an answer that a guard ended: ``finish_reason: "content_filter"`` with ``message.refusal``.
+
+vLLM carries the finish reason through; its handlers have no way to fill ``refusal``, so the response is completed on its way out.
+Responses that no guard ended pass through untouched and unread.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+FINISH_REASON = "content_filter"
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+def reporting(send: Send, refusal: str, blocked: Callable[[], bool]) -> Send:
+    """Wrap ``send`` so that a blocked answer says so in its last chunk or in its message."""
+    held: list[MutableMapping[str, Any]] = []
+    streaming = True
+
+    async def report(message: MutableMapping[str, Any]) -> None:
+        nonlocal streaming
+        if message["type"] == "http.response.start":
+            content_type = dict(message.get("headers", [])).get(b"content-type", b"")
+            streaming = content_type.startswith(b"text/event-stream")
+            if not streaming and blocked():
+                held.append(message)  # its content-length is about to change
+                return
+        elif held:
+            held.append(message)
+            if message.get("more_body"):
+                return
+            start, *parts = held
+            body = _complete_body(b"".join(part.get("body", b"") for part in parts), refusal)
+            headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+            await send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+            await send({"type": "http.response.body", "body": body})
+            return
+        elif streaming and blocked() and FINISH_REASON.encode() in message.get("body", b""):
+            lines = message["body"].split(b"\n")
+            message = {**message, "body": b"\n".join(_complete_line(line, refusal) for line in lines)}
+        await send(message)
+
+    return report
+
+
+def _complete_body(body: bytes, refusal: str) -> bytes:
+    document = json.loads(body)
+    _complete(document, refusal)
+    return json.dumps(document, ensure_ascii=False).encode()
+
+
+def _complete_line(line: bytes, refusal: str) -> bytes:
+    if not line.startswith(b"data: {"):
+        return line
+    document = json.loads(line.removeprefix(b"data: "))
+    _complete(document, refusal)
+    return b"data: " + json.dumps(document, ensure_ascii=False).encode()
+
+
+def _complete(document: dict[str, Any], refusal: str) -> None:
+    for choice in document.get("choices") or ():
+        if choice.get("finish_reason") == FINISH_REASON:
+            for part in ("message", "delta"):
+                if isinstance(choice.get(part), dict):
+                    choice[part]["refusal"] = refusal

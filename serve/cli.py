@@ -1,0 +1,310 @@
+"""The command line: ``lethe serve | forget | policy | check | audit | revision | key``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from guards.errors import GuardError, InvalidForgetSet
+from guards.forget_set import read_jsonl
+from serve.registry.snapshot import SCOPES
+from serve.registry.store import Registry, RegistryError
+from serve.settings import Settings
+
+app = typer.Typer(
+    name="lethe",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Serve a language model that forgets on command.\n\n"
+    "Start with `lethe serve`. In another terminal: `lethe forget add NAME FILE.jsonl`, then `lethe forget enable NAME`; the very "
+    "next answer no longer contains the set's phrases. `lethe forget disable NAME` brings them back.\n\n"
+    "State lives in LETHE_STATE_DIR; commands reach the server at LETHE_URL with the key in LETHE_KEY.",
+)
+forget = typer.Typer(no_args_is_help=True, help="Add, show, enable, disable and remove forget sets.")
+policy = typer.Typer(no_args_is_help=True, help="Show and change policies: which sets apply, through which guards.")
+key = typer.Typer(no_args_is_help=True, help="Make, list and revoke keys. Works without a running server.")
+app.add_typer(forget, name="forget")
+app.add_typer(policy, name="policy")
+app.add_typer(key, name="key")
+
+out = Console()
+err = Console(stderr=True)
+NameArgument = Annotated[str, typer.Argument(help="The forget set's name: 1 to 63 of a-z, 0-9, _ and -.")]
+
+
+def main() -> None:
+    """Entry point: errors become one readable message and exit status 1."""
+    try:
+        app()
+    except InvalidForgetSet as error:
+        _fail("\n".join(error.problems))
+    except (GuardError, RegistryError, _ServerSaysNo) as error:
+        _fail(str(error))
+    except httpx.ConnectError:
+        _fail(f"no server answers at {Settings().url}; start one with `lethe serve`, or set LETHE_URL")
+    except httpx.HTTPError as error:
+        _fail(f"{type(error).__name__} while talking to {Settings().url}: {error}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def serve(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="Any model path or name vLLM takes. Default: the bundled one.")] = None,
+    help_: Annotated[bool, typer.Option("--help", help="Show this and exit.")] = False,
+) -> None:
+    """Start the server. Takes every option of `vllm serve`: --host, --port, --max-model-len, ..."""
+    if help_:
+        out.print(context.get_help())
+        out.print("All further options go to vLLM; `vllm serve --help=all` lists them.")
+        raise typer.Exit
+    from serve.default_model import MissingModel, default_model
+
+    settings = Settings()
+    try:
+        path = model or str(default_model(settings.cache_dir))
+        from serve.api.app import UnsafeSetting
+        from serve.api.app import serve as run
+        from serve.api.engine_client import UnguardedWorker
+    except MissingModel as error:
+        _fail(str(error))
+    try:
+        asyncio.run(run(["--model", path, *context.args], settings))
+    except (UnsafeSetting, UnguardedWorker, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@forget.command("add")
+def forget_add(
+    name: NameArgument,
+    file: Annotated[Path, typer.Argument(help="JSON lines: {'phrase': ...}, {'alias': ...}, {'question': ..., 'answer': ...}")],
+    replace: Annotated[bool, typer.Option(help="Replace the set if it exists.")] = False,
+) -> None:
+    """Add a forget set from a file, and wait until it is compiled. It does nothing until enabled."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        _fail(f"cannot read {file}: {error.strerror}")
+    read_jsonl(content, name)  # the same check that the server makes, before anything is sent
+    with _client() as client:
+        headers = {"content-type": "application/jsonl"}
+        if replace and client.get(f"/forget_sets/{name}").status_code == 200:
+            answer = client.put(f"/forget_sets/{name}", params={"name": name}, content=content, headers=headers)
+        else:
+            answer = client.post("/forget_sets", params={"name": name}, content=content, headers=headers)
+        added = _unwrap(answer)
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as progress:
+            progress.add_task(f"Compiling {added['phrases']:,} phrases")
+            while added["phrases"] and not any(a["status"] in ("ready", "failed") for a in added["artifacts"]):
+                time.sleep(0.2)
+                added = _unwrap(client.get(f"/forget_sets/{name}"))
+    _print_set(added)
+    if any(artifact["status"] == "failed" for artifact in added["artifacts"]):
+        raise typer.Exit(1)
+    if not added["enabled"]:
+        out.print(f"Next: [bold]lethe forget enable {name}[/bold]")
+
+
+@forget.command("list")
+def forget_list() -> None:
+    """List all forget sets."""
+    with _client() as client:
+        listed = _unwrap(client.get("/forget_sets"))
+    table = Table("name", "in force since", "phrases", "artifacts", "requester", "expires", title=f"revision {listed['revision']}")
+    for each in listed["data"]:
+        artifacts = ", ".join(f"{artifact['kind']} {artifact['status']}" for artifact in each["artifacts"])
+        since = each["enabled_at"] or "[dim]disabled[/dim]"
+        table.add_row(each["name"], since, f"{each['phrases']:,}", artifacts, each["requester"], each["expires_at"] or "")
+    out.print(table)
+
+
+@forget.command("show")
+def forget_show(name: NameArgument) -> None:
+    """Show a set: its state, its artifacts, its paperwork, its content."""
+    with _client() as client:
+        _print_set(_unwrap(client.get(f"/forget_sets/{name}")))
+
+
+@forget.command("enable")
+def forget_enable(name: NameArgument) -> None:
+    """Put a set in force, from the next request on."""
+    _act("POST", f"/forget_sets/{name}/enable", f"{name} is in force")
+
+
+@forget.command("disable")
+def forget_disable(name: NameArgument) -> None:
+    """Take a set out of force, from the next request on."""
+    _act("POST", f"/forget_sets/{name}/disable", f"{name} is not in force")
+
+
+@forget.command("remove")
+def forget_remove(name: NameArgument) -> None:
+    """Delete a set. If it was enabled, it is out of force from the next request on."""
+    _act("DELETE", f"/forget_sets/{name}", f"{name} is deleted")
+
+
+@policy.command("list")
+def policy_list() -> None:
+    """List all policies."""
+    with _client() as client:
+        listed = _unwrap(client.get("/policies"))
+    table = Table("name", "forget sets", "guards", "description", title=f"revision {listed['revision']}")
+    for each in listed["data"]:
+        sets = each["forget_sets"] if isinstance(each["forget_sets"], str) else ", ".join(each["forget_sets"])
+        guards = ", ".join(name for name, config in each["guards"].items() if config and config.get("enabled", True))
+        table.add_row(each["name"], sets, guards or "[dim]none[/dim]", each["description"])
+    out.print(table)
+
+
+@policy.command("put")
+def policy_put(
+    name: Annotated[str, typer.Argument(help="The policy's name.")],
+    file: Annotated[Path, typer.Argument(help="JSON: {'forget_sets': 'enabled' or [...], 'guards': {...}, 'refusal': ...}")],
+) -> None:
+    """Create or replace a policy."""
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        _fail(f"cannot read {file} as JSON: {error}")
+    _act("PUT", f"/policies/{name}", f"{name} holds", json=fields)
+
+
+@policy.command("remove")
+def policy_remove(name: Annotated[str, typer.Argument(help="The policy's name.")]) -> None:
+    """Delete a policy; `default` returns to its built-in form."""
+    _act("DELETE", f"/policies/{name}", f"{name} is removed")
+
+
+@app.command()
+def check(
+    text: Annotated[str, typer.Argument(help="Any text; - reads standard input.")],
+    policy: Annotated[str, typer.Option(help="The policy to check against.")] = "default",
+) -> None:
+    """Show what the forget sets would hit in a text. Exit status 1 if something in force is hit."""
+    text = sys.stdin.read() if text == "-" else text
+    with _client() as client:
+        found = _unwrap(client.post("/check", json={"text": text, "policy": policy}))
+    table = Table("forget set", "guard", "place", "text", "in force")
+    for hit in found["hits"]:
+        place = f"{hit['start']}-{hit['end']}"
+        table.add_row(hit["forget_set"], hit["guard"], place, hit["text"], "yes" if hit["in_force"] else "[dim]no[/dim]")
+    out.print(table if found["hits"] else "Nothing is hit.")
+    if any(hit["in_force"] for hit in found["hits"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def revision() -> None:
+    """Show what is in force."""
+    with _client() as client:
+        shown = _unwrap(client.get("/revision"))
+    out.print(f"revision {shown['revision']}; in force: {', '.join(shown['forget_sets']) or 'nothing'}")
+
+
+@app.command()
+def audit(after: Annotated[int, typer.Option(help="Show what came after this revision.")] = 0) -> None:
+    """Show who changed what, and whether the record is intact."""
+    with _client() as client:
+        shown = _unwrap(client.get("/audit", params={"after": after, "limit": 1_000}))
+    table = Table("revision", "at", "who", "what", "subject", "detail")
+    for row in shown["data"]:
+        detail = {name: value for name, value in row["detail"].items() if value not in ("", None, 0)}
+        table.add_row(str(row["revision"]), row["at"], row["actor"], row["action"], row["subject"], json.dumps(detail))
+    out.print(table)
+    if not shown["intact"]:
+        _fail(f"the record was tampered with: revision {shown['first_broken']} does not fit the ones before it")
+    out.print("The record is intact.")
+
+
+@key.command("create")
+def key_create(
+    scope: Annotated[str, typer.Option(help="chat: talk; compare: also choose policies; admin: everything.")],
+    label: Annotated[str, typer.Option(help="Whose key it is.")] = "",
+) -> None:
+    """Make a key and print it once. As soon as one key exists, every route needs one."""
+    if scope not in SCOPES:
+        _fail(f"scope {scope!r} must be one of {', '.join(SCOPES)}")
+    key_id, secret = _registry().create_key(scope, label, actor="command line")  # type: ignore[arg-type]
+    err.print(f"{key_id} ({scope}); keep the secret, it is not shown again:")
+    print(secret)
+
+
+@key.command("list")
+def key_list() -> None:
+    """List all keys (not their secrets)."""
+    table = Table("id", "scope", "label", "created")
+    for each in _registry().stored_keys():
+        table.add_row(each.id, each.scope, each.label, each.created_at)
+    out.print(table)
+
+
+@key.command("revoke")
+def key_revoke(key_id: Annotated[str, typer.Argument(help="The key's id, from `lethe key list`.")]) -> None:
+    """Revoke a key. Running servers follow within a second."""
+    out.print(f"{key_id} is revoked (revision {_registry().revoke_key(key_id, actor='command line')})")
+
+
+class _ServerSaysNo(Exception):
+    """The server refused, with a message for people."""
+
+
+def _client() -> httpx.Client:
+    settings = Settings()
+    headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+    return httpx.Client(base_url=settings.url.rstrip("/") + "/lethe/v1", headers=headers, timeout=600)
+
+
+def _unwrap(answer: httpx.Response) -> Any:
+    if answer.is_success:
+        return answer.json()
+    try:
+        error = answer.json()["error"]
+        message = "\n".join(error.get("problems", [error["message"]]))
+    except (ValueError, KeyError, TypeError):
+        message = f"HTTP {answer.status_code}: {answer.text[:500]}"
+    if answer.status_code == 401:
+        message += " (this command sends the one in LETHE_KEY)"
+    raise _ServerSaysNo(message)
+
+
+def _act(method: str, path: str, done: str, **options: Any) -> None:
+    with _client() as client:
+        revision = _unwrap(client.request(method, path, **options))["revision"]
+    out.print(f"{done} from revision {revision} on")
+
+
+def _print_set(shown: dict[str, Any]) -> None:
+    table = Table(show_header=False, title=shown["name"])
+    table.add_row("in force", f"since {shown['enabled_at']}" if shown["enabled"] else "no")
+    for name in ("description", "requester", "legal_basis", "expires_at", "fingerprint", "revision"):
+        if shown[name]:
+            table.add_row(name, str(shown[name]))
+    for artifact in shown["artifacts"]:
+        table.add_row(artifact["kind"], f"{artifact['status']} {artifact['detail']}")
+    for name in ("phrases", "aliases", "questions", "texts"):
+        entries = shown.get("content", {}).get(name, [])
+        listed = [entry["question"] if isinstance(entry, dict) else entry for entry in entries[:20]]
+        more = [f"... and {len(entries) - 20:,} more"] if len(entries) > 20 else []
+        if shown[name]:
+            table.add_row(name, "\n".join([f"{shown[name]:,}", *listed, *more]))
+    out.print(table)
+
+
+def _registry() -> Registry:
+    return Registry(Settings().state_dir / "lethe.db")
+
+
+def _fail(message: str) -> Any:
+    err.print(f"[bold red]lethe:[/bold red] {message}", highlight=False, soft_wrap=True)
+    raise SystemExit(1)

@@ -1,0 +1,91 @@
+"""Snapshots: everything that a request needs to know of the registry, immutable, at one revision."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from guards.errors import InvalidPolicy
+from guards.policy import Policy
+from guards.types import Plan
+
+Scope = Literal["chat", "compare", "admin"]
+SCOPES: dict[Scope, frozenset[Scope]] = {
+    "chat": frozenset({"chat"}),
+    "compare": frozenset({"chat", "compare"}),
+    "admin": frozenset({"chat", "compare", "admin"}),
+}
+"""What a key of each scope may do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a request."""
+
+    name: str
+    scopes: frozenset[Scope]
+
+
+LOOPBACK = Caller("loopback", SCOPES["admin"])
+"""Anyone on this machine, while no key exists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    id: str
+    digest: str  # sha256 of the secret
+    scope: Scope
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is in force at one revision."""
+
+    revision: int
+    enabled: Mapping[str, str | None]  # enabled forget set -> fingerprint of its compiled phrases; None without phrases
+    policies: Mapping[str, Policy]
+    keys: tuple[Key, ...]
+    plans: Mapping[str, Plan] = field(init=False)  # policy -> plan
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plans", {name: self._plan(policy) for name, policy in self.policies.items()})
+
+    def _plan(self, policy: Policy) -> Plan:
+        names = self.enabled if policy.forget_sets == "enabled" else [n for n in policy.forget_sets if n in self.enabled]
+        suppression = policy.guards.suppression
+        fingerprints = {self.enabled[name] for name in names} if suppression is not None and suppression.enabled else set()
+        return Plan(self.revision, policy.name, tuple(sorted(name for name in fingerprints if name is not None)))
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Every artifact that a plan of this snapshot may name."""
+        return sorted({fingerprint for plan in self.plans.values() for fingerprint in plan.suppression})
+
+    def plan(self, policy: str) -> Plan:
+        """The plan for a request under this policy.
+
+        Raises:
+            InvalidPolicy: there is no such policy.
+        """
+        if policy not in self.plans:
+            raise InvalidPolicy(f"there is no policy {policy!r}; there are {', '.join(sorted(self.plans))}")
+        return self.plans[policy]
+
+    def caller(self, secret: str | None) -> Caller | None:
+        """Who presents this secret; None if a key is needed and this is none."""
+        if not self.keys:
+            return LOOPBACK
+        digest = digest_secret(secret or "")
+        found = None
+        for key in self.keys:  # all of them, so that the time taken tells nothing
+            if hmac.compare_digest(key.digest, digest):
+                found = Caller(key.id, SCOPES[key.scope])
+        return found
+
+
+def digest_secret(secret: str) -> str:
+    """How keys are stored: secrets are 256 random bits, so a plain hash cannot be reversed."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

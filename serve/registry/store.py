@@ -1,0 +1,435 @@
+"""The registry's store: SQLite through SQLAlchemy, one transaction per change.
+
+Every change is one transaction that writes the rows, appends one audit row and thereby sets the new revision; a crash leaves
+either all of it or nothing. Several processes may share the file: writers queue on SQLite's lock, readers never wait.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from guards.forget_set import ForgetSet
+from guards.policy import BUILT_IN, DEFAULT, Policy
+from serve.registry.audit import GENESIS, AuditRow, first_broken, seal
+from serve.registry.snapshot import Key, Scope, Snapshot, digest_secret
+
+SCHEMA = 1
+ArtifactStatus = Literal["building", "ready", "failed"]
+
+
+class RegistryError(Exception):
+    """A change that cannot be made. Nothing was written."""
+
+
+class UnknownName(RegistryError):
+    """There is no such forget set, policy or key."""
+
+
+class NameTaken(RegistryError):
+    """A forget set of that name exists."""
+
+
+class NotReady(RegistryError):
+    """The set cannot be enabled: something that would enforce it is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One compiled form of a forget set."""
+
+    kind: Literal["phrases"]
+    fingerprint: str
+    status: ArtifactStatus
+    detail: str  # why it failed, or figures about it
+    updated_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSet:
+    """A forget set as the registry holds it, without its entries, which may be many: see `Registry.content`."""
+
+    name: str
+    header: dict[str, Any]  # what `_summary` says of it
+    enabled_at: str | None  # since when it is in force; None while disabled
+    created_at: str
+    updated_at: str
+    artifacts: tuple[Artifact, ...]
+
+    @property
+    def enabled(self) -> bool:
+        return self.enabled_at is not None
+
+    def artifact(self, kind: str) -> Artifact | None:
+        return next((artifact for artifact in self.artifacts if artifact.kind == kind), None)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    id: str
+    scope: Scope
+    label: str
+    created_at: str
+
+
+_metadata = sa.MetaData()
+_schema = sa.Table("schema", _metadata, sa.Column("version", sa.Integer, nullable=False))
+_sets = sa.Table(
+    "forget_sets",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("header", sa.JSON, nullable=False),
+    sa.Column("content", sa.String, nullable=False),
+    sa.Column("enabled_at", sa.String),
+    sa.Column("created_at", sa.String, nullable=False),
+    sa.Column("updated_at", sa.String, nullable=False),
+)
+_artifacts = sa.Table(
+    "artifacts",
+    _metadata,
+    sa.Column("set_name", sa.ForeignKey("forget_sets.name", ondelete="CASCADE"), primary_key=True),
+    sa.Column("kind", sa.String, primary_key=True),
+    sa.Column("fingerprint", sa.String, nullable=False),
+    sa.Column("status", sa.String, nullable=False),
+    sa.Column("detail", sa.String, nullable=False),
+    sa.Column("updated_at", sa.String, nullable=False),
+)
+_policies = sa.Table(
+    "policies",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("content", sa.String, nullable=False),
+)
+_keys = sa.Table(
+    "keys",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("digest", sa.String, nullable=False, unique=True),
+    sa.Column("scope", sa.String, nullable=False),
+    sa.Column("label", sa.String, nullable=False),
+    sa.Column("created_at", sa.String, nullable=False),
+)
+_audit = sa.Table(
+    "audit",
+    _metadata,
+    sa.Column("revision", sa.Integer, primary_key=True),
+    sa.Column("at", sa.String, nullable=False),
+    sa.Column("actor", sa.String, nullable=False),
+    sa.Column("action", sa.String, nullable=False),
+    sa.Column("subject", sa.String, nullable=False),
+    sa.Column("detail", sa.JSON, nullable=False),
+    sa.Column("previous", sa.String, nullable=False),
+    sa.Column("hash", sa.String, nullable=False),
+)
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Registry:
+    """Reads and changes. Blocking: call it from a thread when an event loop is running.
+
+    Args:
+        path: the database file; made with its directory if absent.
+
+    Raises:
+        RegistryError: the file was written by a newer release.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
+        sa.event.listen(self._engine, "connect", _configure)
+        sa.event.listen(self._engine, "begin", _begin_immediately)
+        with self._engine.begin() as connection:
+            _metadata.create_all(connection)
+            version = connection.scalar(sa.select(_schema.c.version))
+            if version is None:
+                connection.execute(_schema.insert().values(version=SCHEMA))
+            elif version > SCHEMA:
+                raise RegistryError(f"{path} has schema {version}, this release reads up to {SCHEMA}; upgrade lethe")
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # Reading
+
+    def revision(self) -> int:
+        """The revision in force: the number of changes so far."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(sa.func.coalesce(sa.func.max(_audit.c.revision), 0))) or 0
+
+    def forget_sets(self) -> list[StoredSet]:
+        with self._read() as connection:
+            return self._stored_sets(connection)
+
+    def forget_set(self, name: str) -> StoredSet:
+        """Raises UnknownName."""
+        with self._read() as connection:
+            return self._stored_set(connection, name)
+
+    def content(self, name: str) -> ForgetSet:
+        """Everything in a forget set. Raises UnknownName."""
+        with self._read() as connection:
+            content = connection.scalar(sa.select(_sets.c.content).where(_sets.c.name == name))
+            if content is None:
+                raise _unknown_set(name)
+            return ForgetSet.model_validate_json(content)
+
+    def policies(self) -> dict[str, Policy]:
+        with self._read() as connection:
+            return self._stored_policies(connection)
+
+    def stored_keys(self) -> list[StoredKey]:
+        with self._read() as connection:
+            rows = connection.execute(sa.select(_keys).order_by(_keys.c.created_at)).mappings()
+            return [StoredKey(row["id"], row["scope"], row["label"], row["created_at"]) for row in rows]
+
+    def audit(self, *, after: int = 0, limit: int = 1_000) -> list[AuditRow]:
+        """Audit rows in order, from the one after revision ``after``."""
+        with self._read() as connection:
+            query = sa.select(_audit).where(_audit.c.revision > after).order_by(_audit.c.revision).limit(limit)
+            return [AuditRow(**row) for row in connection.execute(query).mappings()]
+
+    def first_broken_audit_row(self) -> int | None:
+        """The first revision whose audit row was tampered with, or None."""
+        with self._read() as connection:
+            rows = connection.execution_options(yield_per=1_000).execute(sa.select(_audit).order_by(_audit.c.revision))
+            return first_broken(AuditRow(**row) for row in rows.mappings())
+
+    def snapshot(self) -> Snapshot:
+        """What is in force, read in one transaction."""
+        with self._read() as connection:
+            revision = connection.scalar(sa.select(sa.func.coalesce(sa.func.max(_audit.c.revision), 0))) or 0
+            enabled = {}
+            for stored in self._stored_sets(connection):
+                if stored.enabled:
+                    phrases = stored.artifact("phrases")
+                    enabled[stored.name] = None if phrases is None else phrases.fingerprint
+            keys = connection.execute(sa.select(_keys)).mappings()
+            return Snapshot(
+                revision=revision,
+                enabled=enabled,
+                policies=self._stored_policies(connection),
+                keys=tuple(Key(row["id"], row["digest"], row["scope"]) for row in keys),
+            )
+
+    # Changing. Each returns the new revision.
+
+    def create_set(self, content: ForgetSet, *, actor: str) -> int:
+        """Raises NameTaken."""
+        with self._change() as connection:
+            if connection.scalar(sa.select(_sets.c.name).where(_sets.c.name == content.name)):
+                raise NameTaken(f"forget set {content.name!r} exists; replace it with PUT, or choose another name")
+            at = now()
+            header = _summary(content)
+            values = {"header": header, "content": content.model_dump_json(), "created_at": at, "updated_at": at}
+            connection.execute(_sets.insert().values(name=content.name, **values))
+            return self._append(connection, actor, "forget_set.create", content.name, header)
+
+    def replace_set(self, content: ForgetSet, artifacts: Sequence[Artifact], *, actor: str) -> int:
+        """Replace a set together with its artifacts, so that an enabled set stays enforced. Raises UnknownName."""
+        with self._change() as connection:
+            self._stored_set(connection, content.name)
+            values = {"header": _summary(content), "content": content.model_dump_json(), "updated_at": now()}
+            connection.execute(_sets.update().where(_sets.c.name == content.name).values(values))
+            connection.execute(_artifacts.delete().where(_artifacts.c.set_name == content.name))
+            for artifact in artifacts:
+                self._put_artifact(connection, content.name, artifact)
+            return self._append(connection, actor, "forget_set.replace", content.name, _summary(content))
+
+    def delete_set(self, name: str, *, actor: str) -> int:
+        """Raises UnknownName."""
+        with self._change() as connection:
+            stored = self._stored_set(connection, name)
+            connection.execute(_sets.delete().where(_sets.c.name == name))
+            return self._append(connection, actor, "forget_set.delete", name, stored.header)
+
+    def enable(self, name: str, *, actor: str) -> int:
+        """Put a set in force. Enabling an enabled set changes nothing and returns the current revision.
+
+        Raises:
+            UnknownName: there is no such set.
+            NotReady: nothing would enforce it: no phrases, or their artifact is building or failed.
+        """
+        with self._change() as connection:
+            stored = self._stored_set(connection, name)
+            if stored.enabled:
+                return self._revision(connection)
+            phrases = stored.artifact("phrases")
+            if not stored.header["phrases"]:
+                raise NotReady(f"forget set {name!r} has no phrases, so no guard of this release would enforce it; add phrases")
+            if phrases is None or phrases.status != "ready":
+                state = "not built yet" if phrases is None else f"{phrases.status} {phrases.detail}".strip()
+                raise NotReady(f"the phrases of forget set {name!r} are {state}; wait for status 'ready', or PUT the set again")
+            connection.execute(_sets.update().where(_sets.c.name == name).values(enabled_at=now()))
+            return self._append(connection, actor, "forget_set.enable", name, {"phrases": phrases.fingerprint})
+
+    def disable(self, name: str, *, actor: str, reason: str = "") -> int:
+        """Take a set out of force; a no-op for a disabled one. Raises UnknownName."""
+        with self._change() as connection:
+            if not self._stored_set(connection, name).enabled:
+                return self._revision(connection)
+            connection.execute(_sets.update().where(_sets.c.name == name).values(enabled_at=None))
+            return self._append(connection, actor, "forget_set.disable", name, {"reason": reason} if reason else {})
+
+    def record_artifact(self, name: str, content_fingerprint: str, artifact: Artifact) -> bool:
+        """Note the state of an artifact. Returns False, and notes nothing, if the set is gone or has changed meanwhile."""
+        with self._change() as connection:
+            try:
+                stored = self._stored_set(connection, name)
+            except UnknownName:
+                return False
+            if stored.header["fingerprint"] != content_fingerprint:
+                return False
+            self._put_artifact(connection, name, artifact)
+            return True
+
+    def put_policy(self, policy: Policy, *, actor: str) -> int:
+        """Create or replace a policy. Raises UnknownName if it names a set that does not exist."""
+        with self._change() as connection:
+            if policy.forget_sets != "enabled":
+                for name in policy.forget_sets:
+                    self._stored_set(connection, name)
+            connection.execute(_policies.delete().where(_policies.c.name == policy.name))
+            connection.execute(_policies.insert().values(name=policy.name, content=policy.model_dump_json()))
+            return self._append(connection, actor, "policy.put", policy.name, policy.model_dump(mode="json"))
+
+    def delete_policy(self, name: str, *, actor: str) -> int:
+        """Delete a policy; for the default policy, return to its built-in form. Raises UnknownName."""
+        with self._change() as connection:
+            deleted = connection.execute(_policies.delete().where(_policies.c.name == name)).rowcount
+            if not deleted:
+                hint = "it is built in" if name in BUILT_IN else "see GET /lethe/v1/policies"
+                raise UnknownName(f"there is no policy {name!r} to delete; {hint}")
+            return self._append(connection, actor, "policy.reset" if name == DEFAULT else "policy.delete", name, {})
+
+    def create_key(self, scope: Scope, label: str, *, actor: str) -> tuple[str, str]:
+        """Make a key. Returns its id and its secret; the secret is not stored and cannot be shown again."""
+        secret = f"lethe-{secrets.token_urlsafe(32)}"
+        key_id = f"key-{secrets.token_hex(4)}"
+        with self._change() as connection:
+            connection.execute(
+                _keys.insert().values(id=key_id, digest=digest_secret(secret), scope=scope, label=label, created_at=now())
+            )
+            self._append(connection, actor, "key.create", key_id, {"scope": scope, "label": label})
+        return key_id, secret
+
+    def revoke_key(self, key_id: str, *, actor: str) -> int:
+        """Raises UnknownName."""
+        with self._change() as connection:
+            if not connection.execute(_keys.delete().where(_keys.c.id == key_id)).rowcount:
+                raise UnknownName(f"there is no key {key_id!r}; `lethe key list` shows them")
+            return self._append(connection, actor, "key.revoke", key_id, {})
+
+    # Inside
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with self._engine.connect().execution_options(lethe_reading=True) as connection:
+            yield connection
+
+    @contextmanager
+    def _change(self) -> Iterator[sa.Connection]:
+        with self._engine.begin() as connection:
+            yield connection
+
+    @staticmethod
+    def _revision(connection: sa.Connection) -> int:
+        return connection.scalar(sa.select(sa.func.coalesce(sa.func.max(_audit.c.revision), 0))) or 0
+
+    def _append(self, connection: sa.Connection, actor: str, action: str, subject: str, detail: dict[str, Any]) -> int:
+        last = connection.execute(sa.select(_audit).order_by(_audit.c.revision.desc()).limit(1)).mappings().first()
+        row = AuditRow(
+            revision=(last["revision"] if last else 0) + 1,
+            at=now(),
+            actor=actor,
+            action=action,
+            subject=subject,
+            detail=detail,
+            previous=last["hash"] if last else GENESIS,
+        )
+        values = {name: getattr(row, name) for name in AuditRow.__dataclass_fields__} | {"hash": seal(row)}
+        connection.execute(_audit.insert().values(values))
+        return row.revision
+
+    @staticmethod
+    def _put_artifact(connection: sa.Connection, name: str, artifact: Artifact) -> None:
+        same = (_artifacts.c.set_name == name) & (_artifacts.c.kind == artifact.kind)
+        connection.execute(_artifacts.delete().where(same))
+        connection.execute(
+            _artifacts.insert().values(
+                set_name=name,
+                kind=artifact.kind,
+                fingerprint=artifact.fingerprint,
+                status=artifact.status,
+                detail=artifact.detail,
+                updated_at=artifact.updated_at,
+            )
+        )
+
+    @staticmethod
+    def _stored_policies(connection: sa.Connection) -> dict[str, Policy]:
+        stored = {p.name: p for p in map(Policy.model_validate_json, connection.scalars(sa.select(_policies.c.content)))}
+        return BUILT_IN | stored
+
+    @staticmethod
+    def _stored_sets(connection: sa.Connection, name: str | None = None) -> list[StoredSet]:
+        columns = [column for column in _sets.c if column.name != "content"]
+        query, artifact_query = sa.select(*columns).order_by(_sets.c.name), sa.select(_artifacts)
+        if name is not None:
+            query, artifact_query = query.where(_sets.c.name == name), artifact_query.where(_artifacts.c.set_name == name)
+        artifacts: dict[str, list[Artifact]] = {}
+        for row in connection.execute(artifact_query).mappings():
+            fields = {key: value for key, value in row.items() if key != "set_name"}
+            artifacts.setdefault(row["set_name"], []).append(Artifact(**fields))
+        return [StoredSet(**row, artifacts=tuple(artifacts.get(row["name"], ()))) for row in connection.execute(query).mappings()]
+
+    @classmethod
+    def _stored_set(cls, connection: sa.Connection, name: str) -> StoredSet:
+        found = cls._stored_sets(connection, name)
+        if not found:
+            raise _unknown_set(name)
+        return found[0]
+
+
+def _unknown_set(name: str) -> UnknownName:
+    return UnknownName(f"there is no forget set {name!r}; `lethe forget list` shows them")
+
+
+def _summary(content: ForgetSet) -> dict[str, Any]:
+    """What the audit says of a set: fingerprint, sizes and paperwork, never the content, which may be what must be forgotten."""
+    return {
+        "fingerprint": content.fingerprint,
+        "description": content.description,
+        "phrases": len(content.phrases),
+        "aliases": len(content.aliases),
+        "questions": len(content.questions),
+        "texts": len(content.texts),
+        "requester": content.requester,
+        "legal_basis": content.legal_basis,
+        "expires_at": content.expires_at.isoformat() if content.expires_at else None,
+    }
+
+
+def _configure(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # we begin transactions ourselves
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_immediately(connection: sa.Connection) -> None:
+    # A writer takes the lock before it reads, so that what it read is still true when it writes.
+    reading = connection.get_execution_options().get("lethe_reading")
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")

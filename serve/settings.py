@@ -1,0 +1,40 @@
+"""Settings, read once. The only place that reads LETHE_* environment variables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _data_directory() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lethe"
+
+
+class Settings(BaseSettings):
+    """Everything an operator may set, as ``LETHE_<NAME>``."""
+
+    model_config = SettingsConfigDict(env_prefix="LETHE_", frozen=True)
+
+    state_dir: Path = Field(default_factory=_data_directory, description="registry, artifacts; all state")
+    url: str = Field("http://127.0.0.1:8000", description="the server that the command line talks to")
+    key: str | None = Field(None, description="the key that the command line sends")
+    allow_routes: tuple[str, ...] = Field((), description='more vLLM routes to allow, as JSON: ["POST /tokenize"]')
+    max_body_bytes: int = Field(8 << 20, gt=0)
+    max_admin_body_bytes: int = Field(256 << 20, gt=0)
+    max_choices: int = Field(16, gt=0, description="n, and the beam width")
+    max_stop_strings: int = Field(16, gt=0)
+    max_logit_bias: int = Field(1024, gt=0)
+    max_messages: int = Field(2048, gt=0)
+    refresh_ms: int = Field(500, gt=0, description="how often a server looks for changes made by other processes")
+
+    @property
+    def cache_dir(self) -> Path:
+        """Converted models, beside the state: can be deleted at any time."""
+        return self.state_dir.with_name(self.state_dir.name + "-cache")
+
+    @property
+    def artifacts_dir(self) -> Path:
+        return self.state_dir / "artifacts"
