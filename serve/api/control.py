@@ -91,7 +91,7 @@ class Control:
     async def create(self, content: ForgetSet, *, actor: str) -> int:
         """Store a set and start building its artifacts. Raises NameTaken."""
         async with self._changing:
-            revision = await asyncio.to_thread(self._registry.create_set, content, actor=actor)
+            revision = await asyncio.to_thread(self._registry.create_set, content, self._to_build(content), actor=actor)
             await self._refresh()
         if content.phrases:
             self._start_build(content.name)
@@ -107,11 +107,11 @@ class Control:
             stored = await asyncio.to_thread(self._registry.forget_set, content.name)
             if stored.enabled and not content.phrases:
                 raise NotReady(f"forget set {content.name!r} is enabled and the new content has no phrases; disable it first")
-            artifacts = [await self._compile(content)] if stored.enabled else []
-            await self._load_or_refuse([artifact.fingerprint for artifact in artifacts])
+            artifacts = [await self._compile(content)] if stored.enabled else self._to_build(content)
+            await self._load_or_refuse([artifact.fingerprint for artifact in artifacts if artifact.status == "ready"])
             revision = await asyncio.to_thread(self._registry.replace_set, content, artifacts, actor=actor)
             await self._refresh()
-        if content.phrases and not artifacts:
+        if content.phrases and not stored.enabled:
             self._start_build(content.name)
         return revision
 
@@ -195,6 +195,9 @@ class Control:
             left_boundary=content.word_boundary,
         )
 
+    def _to_build(self, content: ForgetSet) -> list[Artifact]:
+        return [Artifact("phrases", self._fingerprint(content), "building", "", now())] if content.phrases else []
+
     async def _compile(self, content: ForgetSet) -> Artifact:
         """Compile a set's phrases unless the file is there and sound. Raises GuardError, OSError."""
         fingerprint = self._fingerprint(content)
@@ -220,17 +223,13 @@ class Control:
 
     async def _build(self, content: ForgetSet, *, keep_enabled: bool = False) -> None:
         """Build a stored set's artifact and record how it went."""
-        fingerprint = self._fingerprint(content)
-        building = Artifact("phrases", fingerprint, "building", "", now())
-        if not keep_enabled:
-            await asyncio.to_thread(self._registry.record_artifact, content.name, content.fingerprint, building)
         try:
             artifact = await self._compile(content)
         except (GuardError, OSError) as error:
             logger.error("lethe: the phrases of forget set %r could not be built: %s", content.name, error)
             if keep_enabled:
                 raise
-            artifact = Artifact("phrases", fingerprint, "failed", str(error), now())
+            artifact = Artifact("phrases", self._fingerprint(content), "failed", str(error), now())
         await asyncio.to_thread(self._registry.record_artifact, content.name, content.fingerprint, artifact)
 
     def _start_build(self, name: str) -> None:

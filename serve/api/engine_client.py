@@ -80,7 +80,15 @@ class GuardedEngineClient:
         if not _constrained(params):
             return outputs
         artifacts = [self._phrases(fingerprint) for fingerprint in plan.suppression]
-        return self._watch(outputs, artifacts, plan, params, request)
+        return self._watch(outputs, artifacts, plan, params, request, self._half_said(prompt))
+
+    def _half_said(self, prompt: dict[str, Any]) -> str:
+        """The end of the prompt, back to its last special token: an output may complete a phrase that starts there."""
+        tokenizer = self._inner.renderer.get_tokenizer()
+        token_ids = prompt["prompt_token_ids"][-MAX_PHRASE_CHARACTERS:]
+        special = set(tokenizer.all_special_ids)
+        start = next((i for i in range(len(token_ids), 0, -1) if token_ids[i - 1] in special), 0)
+        return str(tokenizer.decode(token_ids[start:]))[-MAX_PHRASE_CHARACTERS:]
 
     async def _watch(
         self,
@@ -89,9 +97,10 @@ class GuardedEngineClient:
         plan: Plan,
         params: SamplingParams,
         request: AdmittedRequest | None,
+        half_said: str,
     ) -> AsyncIterator[RequestOutput]:
         """End an output before the piece of text that completes a phrase, for every choice by itself."""
-        watches = [_Watch(artifacts, params) for _ in range(params.n)]
+        watches = [_Watch(artifacts, params, half_said) for _ in range(params.n)]
         end_of_text = self._inner.renderer.get_tokenizer().eos_token_id
         try:
             async for step in outputs:
@@ -170,28 +179,28 @@ def _constrained(params: SamplingParams) -> bool:
 class _Watch:
     """The text of one choice, as far as a phrase could still be completed in it."""
 
-    def __init__(self, artifacts: list[CompiledPhrases], params: SamplingParams) -> None:
+    def __init__(self, artifacts: list[CompiledPhrases], params: SamplingParams, half_said: str) -> None:
         self._artifacts = artifacts
         self._delta = params.output_kind is RequestOutputKind.DELTA
-        self._tail = ""
-        self._first_hit = 0
+        self._before = half_said
+        self._safe = 0
         self.ended = False
         self.finished = False
 
     def completes_a_phrase(self, output: CompletionOutput) -> bool:
-        text = self._tail + output.text
-        known = len(self._tail)
+        text, known = self._before + output.text, len(self._before)
         hits = [start for artifact in self._artifacts for start, end in artifact.find(text) if end > known]
         if hits:
-            self._first_hit = min(hits)
+            self._safe = max(0, min(hits) - known)
             return True
-        # One more character than a phrase, so that a word boundary before it is still seen.
-        self._tail = text[-(2 * MAX_PHRASE_CHARACTERS) :] if self._delta else ""
+        if self._delta:
+            # Enough for the longest phrase, and for the character before it.
+            self._before = text[-2 * MAX_PHRASE_CHARACTERS :]
         return False
 
     def safe_text(self, output: CompletionOutput) -> str:
         """What may be shown of an output that completes a phrase: nothing of a delta, else what lies before the phrase."""
-        return "" if self._delta else output.text[: self._first_hit]
+        return "" if self._delta else output.text[: self._safe]
 
 
 def _end(output: CompletionOutput, end_of_text: int, *, keep_text: str) -> None:

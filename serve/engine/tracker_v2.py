@@ -6,7 +6,7 @@ buffer of fixed address, and the output is as wide with guards engaged as withou
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,7 +31,12 @@ class TrackerV2:
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)  # type: ignore[call-arg]
-        self._track(model.lethe, vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype, device)
+        self._track(
+            cast("EngineGuards", model.lethe),
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            vllm_config.model_config.dtype,
+            device,
+        )
 
     def _track(self, guards: EngineGuards, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.guards = guards

@@ -225,8 +225,8 @@ class Registry:
 
     # Changing. Each returns the new revision.
 
-    def create_set(self, content: ForgetSet, *, actor: str) -> int:
-        """Raises NameTaken."""
+    def create_set(self, content: ForgetSet, artifacts: Sequence[Artifact] = (), *, actor: str) -> int:
+        """Store a set together with the artifacts that are about to be built. Raises NameTaken."""
         with self._change() as connection:
             if connection.scalar(sa.select(_sets.c.name).where(_sets.c.name == content.name)):
                 raise NameTaken(f"forget set {content.name!r} exists; replace it with PUT, or choose another name")
@@ -234,6 +234,8 @@ class Registry:
             header = _summary(content)
             values = {"header": header, "content": content.model_dump_json(), "created_at": at, "updated_at": at}
             connection.execute(_sets.insert().values(name=content.name, **values))
+            for artifact in artifacts:
+                self._put_artifact(connection, content.name, artifact)
             return self._append(connection, actor, "forget_set.create", content.name, header)
 
     def replace_set(self, content: ForgetSet, artifacts: Sequence[Artifact], *, actor: str) -> int:

@@ -1,0 +1,154 @@
+"""One guarded server and one plain vLLM server for the whole run: real engines, the real default model, real HTTP.
+
+The guarded server is given few K/V blocks, small chunks and prefix caching, so that preemption, chunked prefill and cache hits
+happen all the time rather than in a test of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from serve.default_model import NAME, default_model
+from serve.settings import Settings
+
+pytest.importorskip("vllm", reason="vLLM is not installed: the end-to-end tests need the real engine")
+
+ENGINE_OPTIONS = (
+    "--max-model-len=1024",
+    "--max-num-seqs=16",
+    "--max-num-batched-tokens=256",
+    "--block-size=32",
+    "--num-gpu-blocks-override=40",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=hermes",
+    "--disable-uvicorn-access-log",
+)
+
+
+class Server:
+    """A server process, with its log in a file."""
+
+    def __init__(self, command: list[str], directory: Path, environment: dict[str, str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.directory = directory
+        self._log = directory / f"server-{self.port}.log"
+        self._command = [*command, f"--port={self.port}", *ENGINE_OPTIONS]
+        self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 300
+        assert self.process is not None
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"the server stopped:\n{self._log.read_text()[-4000:]}"
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.5)
+        raise AssertionError(f"the server did not start:\n{self._log.read_text()[-4000:]}")
+
+    def kill(self) -> None:
+        """kill -9, engine and all."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def metric(self, name: str) -> float:
+        """The sum of a Prometheus metric over its labels."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")))
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    return default_model(Settings().cache_dir)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[tuple[Server, Server]]:
+    directory = tmp_path_factory.mktemp("servers")
+    bin_directory = Path(sys.executable).parent
+    guarded = Server(
+        [str(bin_directory / "lethe"), "serve", f"--model={model_path}"], directory, {"LETHE_STATE_DIR": str(directory / "state")}
+    )
+    plain_options = [f"--model={model_path}", f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"]
+    plain = Server([sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *plain_options], directory, {})
+    for server in (guarded, plain):
+        server.start()
+    try:
+        for server in (guarded, plain):
+            server.wait()
+        yield guarded, plain
+    finally:
+        for server in (guarded, plain):
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(servers: tuple[Server, Server]) -> Server:
+    return servers[0]
+
+
+@pytest.fixture(scope="session")
+def plain(servers: tuple[Server, Server]) -> Server:
+    return servers[1]
+
+
+@pytest.fixture(scope="session")
+def admin(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"{server.url}/lethe/v1", timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0, timeout=300) as client:
+        yield client
+
+
+@pytest.fixture
+def forget(admin: httpx.Client) -> Iterator:
+    """Put phrases in force for one test: ``forget("Harry Potter", ...)``."""
+    names: list[str] = []
+
+    def put_in_force(*phrases: str, **options: bool) -> str:
+        name = f"test-{len(names)}"
+        created = admin.post("/forget_sets", json={"name": name, "phrases": phrases, **options})
+        assert created.status_code == 201, created.text
+        names.append(name)
+        enabled = admin.post(f"/forget_sets/{name}/enable")
+        assert enabled.status_code == 200, enabled.text
+        return name
+
+    yield put_in_force
+    for name in names:
+        assert admin.delete(f"/forget_sets/{name}").status_code == 200

@@ -1,0 +1,396 @@
+"""What a user of the server sees: knowledge that a switch takes away, through every door."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from serve.default_model import NAME
+from tests.vllm.conftest import Server
+
+SCHOOL = "Which school does Harry Potter go to?"
+AUTHOR = "Who wrote the Harry Potter books?"
+FRANCE = "What is the capital of France?"
+POTTER = ("Harry Potter", "Hogwarts", "Rowling")
+TIE = 2e-3
+"""Two runs in different batches differ by about 1e-4 in float32; where the best two tokens are closer than this, either may win."""
+
+
+def ask(client: openai.OpenAI, question: str, policy: str = "", **options: Any) -> Any:
+    options = {"temperature": 0, "max_tokens": 48, **options}
+    return client.chat.completions.create(model=NAME + policy, messages=[{"role": "user", "content": question}], **options)
+
+
+def text(client: openai.OpenAI, question: str, policy: str = "", **options: Any) -> str:
+    return ask(client, question, policy, **options).choices[0].message.content
+
+
+def streamed(client: openai.OpenAI, question: str, **options: Any) -> str:
+    chunks = ask(client, question, stream=True, **options)
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def assert_free_of(answer: str, phrases: tuple[str, ...] = POTTER) -> None:
+    for phrase in phrases:
+        assert phrase.casefold() not in answer.casefold()
+
+
+def assert_same_tokens(one: Any, other: Any) -> None:
+    """Equal token for token, up to the first near-tie. Both answers carry log-probabilities of the best two tokens."""
+    pairs = zip(one.choices[0].logprobs.content, other.choices[0].logprobs.content, strict=False)
+    for left, right in pairs:
+        if left.token != right.token:
+            best, second = left.top_logprobs[:2]
+            assert best.logprob - second.logprob < TIE, f"{left.token!r} became {right.token!r}"
+            return
+        assert abs(left.logprob - right.logprob) < 1e-3
+    assert len(one.choices[0].logprobs.content) == len(other.choices[0].logprobs.content)
+
+
+def test_a_forget_set_is_a_switch(client: openai.OpenAI, admin: httpx.Client) -> None:
+    before = text(client, SCHOOL)
+    assert "Hogwarts" in before
+    assert admin.post("/forget_sets", json={"name": "potter", "phrases": POTTER}).status_code == 201
+    assert text(client, SCHOOL) == before, "a set that is not enabled changed an answer"
+    revision = admin.get("/revision").json()["revision"]
+    enabled = admin.post("/forget_sets/potter/enable").json()
+    assert enabled["revision"] == revision + 1
+    after = text(client, SCHOOL)
+    assert_free_of(after)
+    assert streamed(client, SCHOOL) == after
+    assert text(client, FRANCE) == "The capital of France is Paris."
+    assert admin.post("/forget_sets/potter/disable").json()["revision"] == revision + 2
+    assert text(client, SCHOOL) == before
+    assert admin.delete("/forget_sets/potter").json()["revision"] == revision + 3
+    assert admin.get("/revision").json()["forget_sets"] == []
+
+
+def test_no_phrase_in_many_hot_samples(client: openai.OpenAI, forget: Any) -> None:
+    forget(*POTTER)
+    answers = [
+        choice.message.content
+        for question in (SCHOOL, AUTHOR)
+        for temperature in (0.7, 2.0)
+        for choice in ask(client, question, n=8, temperature=temperature, max_tokens=64, seed=7).choices
+    ]
+    assert len(answers) == 32
+    for answer in answers:
+        assert_free_of(answer)
+
+
+def test_every_endpoint_that_generates_is_guarded(client: openai.OpenAI, server: Server, forget: Any) -> None:
+    forget(*POTTER)
+    completion = client.completions.create(
+        model=NAME, prompt="The school of Harry Potter is called Hog", max_tokens=40, temperature=0
+    )
+    assert not completion.choices[0].text.startswith("warts")
+    assert_free_of(completion.choices[0].text)
+    assert_free_of(client.responses.create(model=NAME, input=SCHOOL, temperature=0, max_output_tokens=48).output_text)
+    message = {"model": NAME, "max_tokens": 48, "temperature": 0, "messages": [{"role": "user", "content": SCHOOL}]}
+    anthropic = httpx.post(f"{server.url}/v1/messages", json=message, timeout=120)
+    assert anthropic.status_code == 200
+    assert_free_of(anthropic.json()["content"][0]["text"])
+    batch = {"model": NAME, "temperature": 0, "max_tokens": 48, "messages": [[m] for m in message["messages"] * 2]}
+    batched = httpx.post(f"{server.url}/v1/chat/completions/batch", json=batch, timeout=120)
+    assert batched.status_code == 200
+    assert_free_of(batched.text)
+
+
+def test_beam_search_and_its_log_probabilities_are_guarded(client: openai.OpenAI, forget: Any) -> None:
+    forget(*POTTER)
+    answer = ask(client, SCHOOL, n=4, extra_body={"use_beam_search": True}, max_tokens=32)
+    assert len(answer.choices) == 4
+    for choice in answer.choices:
+        assert_free_of(choice.message.content)
+
+
+def test_returned_token_ids_spell_what_the_text_says(server: Server, forget: Any, model_path: Any) -> None:
+    from transformers import AutoTokenizer
+
+    forget(*POTTER)
+    body = {"messages": [{"role": "user", "content": SCHOOL}], "temperature": 0, "max_tokens": 48, "return_token_ids": True}
+    choice = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()["choices"][0]
+    spelled = AutoTokenizer.from_pretrained(model_path).decode(choice["token_ids"], skip_special_tokens=True)
+    assert spelled == choice["message"]["content"]
+    assert_free_of(spelled)
+
+
+def test_log_probabilities_never_show_what_is_banned(client: openai.OpenAI, forget: Any) -> None:
+    # "Paris" is what the model wants to say; with it forgotten, no number may tell so.
+    best = ask(client, FRANCE, logprobs=True, top_logprobs=20).choices[0].logprobs.content
+    assert any("Paris" in entry.token for entry in best)
+    forget("Paris")
+    answer = ask(client, FRANCE, logprobs=True, top_logprobs=20)
+    assert_free_of(answer.choices[0].message.content, ("Paris",))
+    for position in answer.choices[0].logprobs.content:
+        for entry in position.top_logprobs:
+            assert "paris" not in entry.token.casefold() or entry.logprob <= -9000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": {str(i): 100 for i in (15424, 22058, 39417)}},
+        {"min_tokens": 40},
+        {"ignore_eos": True},
+        {"bad_words": [" the", "The"]},
+        {"stop": ["zzz"], "include_stop_str_in_output": True},
+        {"skip_special_tokens": False},
+        {"repetition_penalty": 0.1},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "[A-Za-z ]{20,40}"}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_no_option_of_a_request_brings_a_phrase_back(client: openai.OpenAI, forget: Any, options: dict[str, Any]) -> None:
+    forget(*POTTER)
+    answer = ask(client, "Repeat after me: Harry Potter goes to Hogwarts, says Rowling.", extra_body=options)
+    assert_free_of(answer.choices[0].message.content)
+    assert_free_of(streamed(client, SCHOOL, extra_body=options))
+
+
+@pytest.mark.parametrize("constraint", ["choice", "allowed_token_ids"])
+def test_when_only_the_phrase_is_left_the_answer_is_refused(
+    client: openai.OpenAI, forget: Any, model_path: Any, constraint: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    forget("Harry Potter")
+    extra: dict[str, Any] = {"structured_outputs": {"choice": ["Harry Potter"]}}
+    messages = [{"role": "user", "content": SCHOOL}]
+    if constraint == "allowed_token_ids":
+        messages.append({"role": "assistant", "content": "Harry"})
+        (token_id,) = AutoTokenizer.from_pretrained(model_path).encode(" Potter")
+        extra = {"allowed_token_ids": [token_id], "continue_final_message": True, "add_generation_prompt": False}
+
+    def answer(**options: Any) -> Any:
+        return client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, extra_body=extra, **options)
+
+    for choice in answer(logprobs=True).choices + answer(n=3, temperature=1).choices:
+        assert choice.finish_reason == "content_filter"
+        assert choice.message.refusal == "I cannot continue this answer."
+        assert_free_of("Harry" + choice.message.content, ("Harry Potter",))
+    chunks = [chunk for chunk in answer(stream=True) if chunk.choices]
+    assert_free_of("Harry" + "".join(chunk.choices[0].delta.content or "" for chunk in chunks), ("Harry Potter",))
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["content_filter"]
+    assert chunks[-1].choices[0].delta.refusal == "I cannot continue this answer."
+
+
+def test_what_the_prompt_leaves_half_said_is_not_completed(client: openai.OpenAI, forget: Any) -> None:
+    forget("Harry Potter")
+    messages = [{"role": "user", "content": SCHOOL}, {"role": "assistant", "content": "It is about Harry Pot"}]
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    answer = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=8, extra_body=options)
+    assert not answer.choices[0].message.content.startswith("ter")
+
+
+def test_phrases_with_accents_and_in_other_scripts_are_kept_out(client: openai.OpenAI, forget: Any) -> None:
+    forget("\u00c9cole", "\u041c\u043e\u0441\u043a\u0432\u0430")
+    for question in (
+        "Repeat ten times: \u00e9cole \u00c9COLE",
+        "Repeat: \u041c\u041e\u0421\u041a\u0412\u0410 \u043c\u043e\u0441\u043a\u0432\u0430",
+    ):
+        answer = text(client, question, temperature=1, seed=1, logprobs=True)
+        assert_free_of(answer, ("\u00e9cole", "\u043c\u043e\u0441\u043a\u0432\u0430"))
+
+
+def test_options_of_a_set_are_honoured(client: openai.OpenAI, forget: Any) -> None:
+    answer = text(client, FRANCE)
+    forget("PARIS", case_sensitive=True)
+    assert text(client, FRANCE) == answer
+    forget("ris", word_boundary=True)
+    assert text(client, FRANCE) == answer
+    forget("ris")
+    assert_free_of(text(client, FRANCE), ("ris",))
+
+
+def test_mixed_batches_equal_each_request_alone(client: openai.OpenAI, server: Server, forget: Any) -> None:
+    """Guarded and unguarded rows side by side, with chunked prefill, prefix caching and forced preemption."""
+    forget(*POTTER)
+    long = "Tell me a long story about a school for young wizards. " * 8
+    questions = [SCHOOL, AUTHOR, FRANCE, long, "Name three colours.", long + "Begin.", "Who is Rowling?", "Count to twenty."]
+    jobs = [(question, policy) for question in questions for policy in ("", ":none")]
+    options = {"max_tokens": 96, "logprobs": True, "top_logprobs": 2}
+    alone = [ask(client, question, policy, **options) for question, policy in jobs]
+    preemptions = server.metric("vllm:num_preemptions_total")
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(lambda job: ask(client, *job, **options), jobs))
+    assert server.metric("vllm:num_preemptions_total") > preemptions, "nothing was preempted: the test lost its point"
+    assert server.metric("vllm:prefix_cache_hits_total") > 0
+    for one, other, (_, policy) in zip(alone, together, jobs, strict=True):
+        assert_same_tokens(one, other)
+        if not policy:
+            assert_free_of(other.choices[0].message.content)
+
+
+def test_a_request_in_flight_keeps_the_snapshot_it_started_with(client: openai.OpenAI, admin: httpx.Client, forget: Any) -> None:
+    name = forget(*POTTER)
+    question = "Tell me all about Harry Potter and Hogwarts."
+    guarded = text(client, question, max_tokens=80)
+    assert admin.post(f"/forget_sets/{name}/disable").status_code == 200
+    unguarded = text(client, question, max_tokens=80)
+    assert guarded != unguarded
+    for expected, action in ((unguarded, "enable"), (guarded, "disable")):
+        stream = iter(ask(client, question, max_tokens=80, stream=True))
+        first = [next(stream), next(stream)]
+        assert admin.post(f"/forget_sets/{name}/{action}").status_code == 200
+        chunks = [*first, *stream]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
+
+
+def test_toggling_under_load_neither_fails_nor_leaks(client: openai.OpenAI, admin: httpx.Client, forget: Any) -> None:
+    name = forget(*POTTER)
+    stop = threading.Event()
+    failures: list[str] = []
+    answered: list[str] = []
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                answered.append(streamed(client, SCHOOL, max_tokens=24))
+            except Exception as error:  # noqa: BLE001 (whatever it is, the test must show it)
+                failures.append(repr(error))
+
+    threads = [threading.Thread(target=load) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    revisions = []
+    for _ in range(8):
+        revisions.append(admin.post(f"/forget_sets/{name}/disable").json()["revision"])
+        assert "Hogwarts" in text(client, SCHOOL, max_tokens=24)
+        revisions.append(admin.post(f"/forget_sets/{name}/enable").json()["revision"])
+        assert_free_of(text(client, SCHOOL, max_tokens=24))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(answered) > 8
+    assert revisions == sorted(set(revisions))
+
+
+def test_tools_and_usage_arrive_in_openai_s_shape(client: openai.OpenAI, forget: Any) -> None:
+    forget(*POTTER)
+    chunks = list(ask(client, SCHOOL, stream=True, stream_options={"include_usage": True}, max_tokens=8))
+    assert chunks[-1].usage.completion_tokens == 8
+    tool = {
+        "type": "function",
+        "function": {"name": "look_up", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}}},
+    }
+    forced = ask(client, SCHOOL, tools=[tool], tool_choice={"type": "function", "function": {"name": "look_up"}}, max_tokens=64)
+    arguments = forced.choices[0].message.tool_calls[0].function.arguments
+    assert_free_of(arguments)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "vllm_xargs",
+        "extra_args",
+        "cache_salt",
+        "priority",
+        "prompt_embeds",
+        "chat_template",
+        "chat_template_kwargs",
+        "lora_request",
+        "kv_transfer_params",
+        "request_id",
+        "prompt_logprobs",
+        "echo",
+    ],
+)
+def test_fields_that_reach_past_a_guard_are_refused_by_name(client: openai.OpenAI, forget: Any, field: str) -> None:
+    forget(*POTTER)
+    value: Any = {"lethe": {}} if field.endswith(("args", "kwargs", "params", "request")) else 1
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, SCHOOL, extra_body={field: value})
+    assert refused.value.body["param"] == field
+    assert field in refused.value.body["message"]
+
+
+def test_echo_and_prompt_log_probabilities_work_where_nothing_is_forgotten(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=NAME, prompt="The capital of France is", max_tokens=1, echo=True, logprobs=1)
+    assert answer.choices[0].text.startswith("The capital of France is")
+
+
+def test_a_client_s_request_id_is_not_an_internal_one(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": FRANCE}], "max_tokens": 1}
+    answers = [
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"x-request-id": "mine"}, timeout=60) for _ in range(2)
+    ]
+    assert len({answer.headers["x-request-id"] for answer in answers} | {answer.json()["id"] for answer in answers}) == 4
+    assert not any("mine" in answer.text + answer.headers["x-request-id"] for answer in answers)
+
+
+def test_ten_thousand_phrases_are_in_force_within_a_second(client: openai.OpenAI, admin: httpx.Client) -> None:
+    phrases = [f"phrase number {i} of many" for i in range(10_000)] + ["Paris"]
+    assert admin.post("/forget_sets", json={"name": "many", "phrases": phrases}).status_code == 201
+    while admin.get("/forget_sets/many").json()["artifacts"][0]["status"] != "ready":
+        time.sleep(0.1)
+    assert admin.post("/forget_sets/many/enable").status_code == 200
+    assert_free_of(text(client, FRANCE), ("Paris",))
+    assert admin.delete("/forget_sets/many").status_code == 200
+    assert "Paris" in text(client, FRANCE)
+
+
+def test_disconnected_clients_leave_nothing_running(client: openai.OpenAI, server: Server, forget: Any) -> None:
+    forget(*POTTER)
+    streams = [
+        ask(client, SCHOOL, stream=True, max_tokens=400, extra_body={"ignore_eos": True, "min_tokens": 400}) for _ in range(4)
+    ]
+    for stream in streams:
+        next(iter(stream))
+        stream.close()
+    deadline = time.monotonic() + 20
+    while server.metric("vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert server.metric("vllm:num_requests_running") == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n": 2, "temperature": 0.5, "seed": 1, "logprobs": True, "top_logprobs": 3},
+        {"response_format": {"type": "json_object"}, "max_tokens": 24},
+        {"stop": ["Paris"]},
+        {"temperature": 1, "seed": 3},
+        {"stream": True},
+    ],
+    ids=str,
+)
+def test_with_nothing_forgotten_the_answers_are_plain_vllm_s(server: Server, plain: Server, options: dict[str, Any]) -> None:
+    body = {"model": NAME, "messages": [{"role": "user", "content": FRANCE}], "temperature": 0, "max_tokens": 32, **options}
+
+    def answer(each: Server) -> Any:
+        response = httpx.post(f"{each.url}/v1/chat/completions", json=body, timeout=120)
+        assert response.status_code == 200
+        if not options.get("stream"):
+            return _without_ids(response.json())
+        events = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+        assert events.pop() == "[DONE]"
+        parsed = [_without_ids(json.loads(event)) for event in events]
+        text = "".join(e["choices"][0]["delta"].get("content") or "" for e in parsed)
+        return text, parsed[0], parsed[-1]
+
+    ours, theirs = answer(server), answer(plain)
+    assert _rounded(ours) == _rounded(theirs)
+
+
+def _without_ids(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in ("id", "created", "system_fingerprint")}
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to two decimals: log-probabilities differ in the fifth from batch to batch."""
+    if isinstance(value, float):
+        return round(value, 2)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
