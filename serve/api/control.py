@@ -108,9 +108,10 @@ class Control:
             if stored.enabled and not content.phrases:
                 raise NotReady(f"forget set {content.name!r} is enabled and the new content has no phrases; disable it first")
             artifacts = [await self._compile(content)] if stored.enabled else self._to_build(content)
-            await self._load_or_refuse([artifact.fingerprint for artifact in artifacts if artifact.status == "ready"])
+            loaded = [artifact.fingerprint for artifact in artifacts if artifact.status == "ready"]
+            await self._load_or_refuse(loaded)
             revision = await asyncio.to_thread(self._registry.replace_set, content, artifacts, actor=actor)
-            await self._refresh()
+            await self._refresh(loaded)
         if content.phrases and not stored.enabled:
             self._start_build(content.name)
         return revision
@@ -133,10 +134,10 @@ class Control:
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, name)
             artifact = stored.artifact("phrases")
-            if artifact is not None and artifact.status == "ready":
-                await self._load_or_refuse([artifact.fingerprint])
+            loaded = [artifact.fingerprint] if artifact is not None and artifact.status == "ready" else []
+            await self._load_or_refuse(loaded)
             revision = await asyncio.to_thread(self._registry.enable, name, actor=actor)
-            await self._refresh()
+            await self._refresh(loaded)
         return revision
 
     async def disable(self, name: str, *, actor: str, reason: str = "") -> int:
@@ -248,9 +249,9 @@ class Control:
         for fingerprint, reason in (await self._load(fingerprints)).items():
             raise NotReady(f"a worker could not load artifact {fingerprint[:12]}: {reason}")
 
-    async def _refresh(self) -> None:
+    async def _refresh(self, loaded: Sequence[str] = ()) -> None:
         snapshot = await asyncio.to_thread(self._registry.snapshot)
-        missing = sorted(set(snapshot.fingerprints) - set(self.snapshot.fingerprints))
+        missing = sorted(set(snapshot.fingerprints) - set(self.snapshot.fingerprints) - set(loaded))
         if missing:
             # Also what another process enabled. Rows whose artifact fails to load are closed by the guard.
             await self._load(missing)

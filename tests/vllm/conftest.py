@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -39,14 +39,16 @@ ENGINE_OPTIONS = (
 class Server:
     """A server process, with its log in a file."""
 
-    def __init__(self, command: list[str], directory: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, command: list[str], directory: Path, environment: dict[str, str], options: Sequence[str] = ENGINE_OPTIONS
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.directory = directory
         self._log = directory / f"server-{self.port}.log"
-        self._command = [*command, f"--port={self.port}", *ENGINE_OPTIONS]
+        self._command = [*command, f"--port={self.port}", *options]
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
         self.process: subprocess.Popen[bytes] | None = None
 

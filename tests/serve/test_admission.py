@@ -1,0 +1,207 @@
+"""Admission, with a stub of an app behind it that says what reached it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from guards.policy import BUILT_IN
+from serve.api.admission import ALLOWED, GENERATING, REFUSED_FIELDS, Admission, admitted
+from serve.registry.snapshot import Key, Snapshot, digest_secret
+from serve.settings import Settings
+
+SNAPSHOT = Snapshot(revision=7, enabled={"a": "fingerprint"}, policies=BUILT_IN, keys=())
+KEYED = Snapshot(7, {}, BUILT_IN, (Key("k1", digest_secret("chat-secret"), "chat"), Key("k2", digest_secret("root"), "admin")))
+
+
+class App:
+    """Answers 200 with what it was given, or streams the chunks it was told to."""
+
+    def __init__(self) -> None:
+        self.reached: list[dict[str, Any]] = []
+        self.blocked = False
+        self.content_type = b"application/json"
+        self.chunks = [b"{}"]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive())["body"] if scope["method"] in ("POST", "PUT") else b""
+        request = admitted.get()
+        self.reached.append({"body": body, "headers": dict(scope["headers"]), "request": request, "path": scope["path"]})
+        if request is not None:
+            request.blocked = self.blocked
+        headers = [(b"content-type", self.content_type)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for i, chunk in enumerate(self.chunks):
+            await send({"type": "http.response.body", "body": chunk, "more_body": i + 1 < len(self.chunks)})
+
+
+def call(
+    method: str,
+    path: str,
+    body: Any = None,
+    *,
+    snapshot: Snapshot = SNAPSHOT,
+    app: App | None = None,
+    headers: Any = None,
+    **limits: Any,
+) -> tuple[httpx.Response, App]:
+    app = app or App()
+    admission = Admission(app, snapshot=lambda: snapshot, served_names=["m"], settings=Settings(**limits))
+    content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(admission), base_url="http://test") as client:
+            return await client.request(method, path, content=content, headers=headers)
+
+    return asyncio.run(send()), app
+
+
+def chat(body: dict[str, Any], **options: Any) -> tuple[httpx.Response, App]:
+    return call("POST", "/v1/chat/completions", {"model": "m", **body}, **options)
+
+
+def test_an_admitted_request_carries_its_snapshot_s_plan() -> None:
+    answer, app = chat({"messages": []})
+    assert answer.status_code == 200
+    request = app.reached[0]["request"]
+    assert (request.plan.revision, request.plan.suppression, request.policy.name) == (7, ("fingerprint",), "default")
+    assert admitted.get() is None
+
+
+@pytest.mark.parametrize("field", REFUSED_FIELDS)
+@pytest.mark.parametrize("path", sorted(GENERATING))
+def test_every_refused_field_is_refused_on_every_route(path: str, field: str) -> None:
+    answer, app = call("POST", path, {"model": "m", field: "x"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+    assert not app.reached
+    for harmless in (None, False, 0, "", {}, []):
+        assert call("POST", path, {"model": "m", field: harmless})[0].status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"\xff", b'{"model": "m", "model": "m:none"}', b"[" * 100_000])
+def test_bodies_that_are_not_one_json_object_are_refused(body: bytes) -> None:
+    answer, app = call("POST", "/v1/completions", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+    assert not app.reached
+
+
+def test_a_policy_is_selected_in_the_model_s_name_and_the_base_model_reaches_vllm() -> None:
+    answer, app = chat({"model": "m:none"})
+    assert answer.status_code == 200
+    assert json.loads(app.reached[0]["body"])["model"] == "m"
+    assert app.reached[0]["request"].plan.suppression == ()
+    assert app.reached[0]["headers"][b"content-length"] == str(len(app.reached[0]["body"])).encode()
+    assert chat({"model": "m:missing"})[0].status_code == 404
+    chat_key = {"authorization": "Bearer chat-secret"}
+    assert chat({"model": "m:none"}, snapshot=KEYED, headers=chat_key)[0].status_code == 403
+    assert chat({"model": "m:default"}, snapshot=KEYED, headers=chat_key)[0].status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/tokenize", "/invocations", "/v1/load_lora_adapter", "/collective_rpc", "/v1/chat/completions/", "/V1/models"]
+)
+def test_routes_that_are_not_named_are_closed_even_to_administrators(path: str) -> None:
+    answer, app = call("POST", path, {}, snapshot=KEYED, headers={"authorization": "Bearer root"})
+    assert answer.status_code == 403
+    assert not app.reached
+
+
+def test_an_operator_can_open_a_route() -> None:
+    assert call("POST", "/tokenize", {}, allow_routes=("POST /tokenize",))[0].status_code == 200
+
+
+def test_keys_open_what_their_scope_says() -> None:
+    def status(path: str, secret: str | None, method: str = "GET") -> int:
+        headers = {"authorization": f"Bearer {secret}"} if secret else {}
+        return call(method, path, snapshot=KEYED, headers=headers)[0].status_code
+
+    assert status("/health", None) == 200
+    assert status("/v1/models", None) == 401
+    assert status("/v1/models", "chat-secret") == 200
+    assert status("/lethe/v1/forget_sets", "chat-secret") == 403
+    assert status("/lethe/v1/forget_sets", "root") == 200
+    assert status("/lethe/v1/forget_sets", None) == 401
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"n": 17},
+        {"stop": ["x"] * 17},
+        {"logit_bias": {str(i): 1 for i in range(2_000)}},
+        {"messages": [{}] * 3_000},
+    ],
+    ids=lambda body: next(iter(body)),
+)
+def test_caps_are_checked_before_any_work(body: dict[str, Any]) -> None:
+    answer, app = chat(body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == next(iter(body))
+    assert not app.reached
+    assert call("POST", "/v1/completions", b"x" * 2_000, max_body_bytes=1_000)[0].status_code == 413
+
+
+def test_headers_that_steer_the_engine_do_not_reach_it() -> None:
+    headers = {"X-Request-Id": "mine", "X-Data-Parallel-Rank": "1", "X-Session-ID": "s", "X-Vllm-Priority": "-5"}
+    answer, app = chat({}, headers=headers)
+    reached = app.reached[0]["headers"]
+    assert not {b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority"} & reached.keys()
+    assert reached[b"x-request-id"].decode() == answer.headers["x-request-id"] != "mine"
+
+
+def test_echo_and_prompt_log_probabilities_pass_only_where_nothing_is_guarded() -> None:
+    for field, value in (("echo", True), ("prompt_logprobs", 0)):
+        assert chat({field: value})[0].status_code == 400
+        assert chat({"model": "m:none", field: value})[0].status_code == 200
+    assert chat({"echo": False})[0].status_code == 200
+
+
+def test_a_blocked_answer_gets_its_refusal_and_others_pass_untouched() -> None:
+    app = App()
+    app.chunks = [
+        b'{"choices": [{"finish_reason": "content_filter", "message": {"content": "a"}},',
+        b' {"finish_reason": "stop", "message": {}}]}',
+    ]
+    assert "refusal" not in chat({}, app=app)[0].text
+    app.blocked = True
+    blocked, stopped = chat({}, app=app)[0].json()["choices"]
+    assert blocked["message"] == {"content": "a", "refusal": "I cannot continue this answer."}
+    assert stopped["message"] == {}
+
+
+def test_a_blocked_stream_gets_its_refusal_in_the_last_chunk() -> None:
+    app = App()
+    app.content_type, app.blocked = b"text/event-stream; charset=utf-8", True
+    app.chunks = [
+        b'data: {"choices": [{"delta": {"content": "content_filter"}, "finish_reason": null}]}\n\n',
+        b'data: {"choices": [{"delta": {}, "finish_reason": "content_filter"}]}\n\ndata: [DONE]\n\n',
+    ]
+    text = chat({}, app=app)[0].text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: {")]
+    assert [event["choices"][0]["delta"].get("refusal") for event in events] == [None, "I cannot continue this answer."]
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_websockets_are_closed() -> None:
+    sent: list[Any] = []
+
+    async def connect() -> None:
+        admission = Admission(App(), snapshot=lambda: SNAPSHOT, served_names=["m"], settings=Settings())
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await admission({"type": "websocket", "path": "/v1/realtime"}, None, send)  # type: ignore[arg-type]
+
+    asyncio.run(connect())
+    assert sent[0]["type"] == "websocket.close"
+
+
+def test_every_generating_route_is_allowed() -> None:
+    assert {f"POST {path}" for path in GENERATING} <= ALLOWED

@@ -1,0 +1,200 @@
+"""Control: the order of changes, builds that fail or are interrupted, other processes, expiry."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guards.errors import InvalidArtifact
+from guards.forget_set import ForgetSet
+from guards.suppression.vocabulary import Vocabulary
+from serve.api.control import Control
+from serve.registry.store import NotReady, Registry
+from serve.wire import phrases_path
+
+VOCABULARY = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])
+OTHER_VOCABULARY = Vocabulary([bytes([255 - i]) for i in range(256)], special_ids=[])
+
+
+class Engine:
+    """Remembers what it was told to load, and what was in force at that moment."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.failure: str | None = None
+        self.control: Control | None = None
+
+    async def load(self, fingerprints: Any) -> dict[str, str]:
+        if self.control is not None:
+            in_force = self.control.snapshot.plan("default").suppression
+            assert not set(fingerprints) & set(in_force), "in force before it was loaded"
+        self.loaded += fingerprints
+        return dict.fromkeys(fingerprints, self.failure) if self.failure else {}
+
+
+def run(
+    directory: Path,
+    scenario: Callable[[Control, Engine], Awaitable[None]],
+    vocabulary: Vocabulary = VOCABULARY,
+    refresh_ms: int = 20,
+) -> None:
+    async def main() -> None:
+        registry, engine = Registry(directory / "lethe.db"), Engine()
+        control = Control(registry, vocabulary, directory / "artifacts", engine.load, refresh_ms)
+        await control.start()
+        engine.control = control
+        try:
+            await scenario(control, engine)
+        finally:
+            await control.stop()
+            registry.close()
+
+    asyncio.run(main())
+
+
+def a_set(name: str = "a", *phrases: str, **fields: Any) -> ForgetSet:
+    return ForgetSet(name=name, phrases=phrases or ("secret",), **fields)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never happened")
+
+
+def test_an_artifact_is_loaded_before_it_is_in_force(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        await control.create(a_set(), actor="t")
+        revision = await control.enable("a", actor="t")  # waits for the build
+        plan = control.snapshot.plan("default")
+        assert plan.revision == revision
+        assert list(plan.suppression) == engine.loaded
+        assert [hit.text for hit in await control.check("a SECRET", "default") if hit.in_force] == ["SECRET"]
+        await control.disable("a", actor="t")
+        assert [hit.in_force for hit in await control.check("a SECRET", "default")] == [False]
+
+    run(tmp_path, scenario)
+
+
+def test_a_worker_that_cannot_load_keeps_the_set_disabled(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        await control.create(a_set(), actor="t")
+        engine.failure = "no room"
+        with pytest.raises(NotReady, match="no room"):
+            await control.enable("a", actor="t")
+        assert not control.snapshot.enabled
+
+    run(tmp_path, scenario)
+
+
+def test_replacing_an_enabled_set_leaves_no_gap(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        await control.create(a_set(), actor="t")
+        await control.enable("a", actor="t")
+        before = control.snapshot.plan("default").suppression
+        await control.replace(a_set("a", "other"), actor="t")
+        after = control.snapshot.plan("default").suppression
+        assert after != before
+        assert len(after) == 1
+        with pytest.raises(NotReady, match="disable it first"):
+            await control.replace(ForgetSet(name="a", texts=["x"]), actor="t")
+        assert control.snapshot.plan("default").suppression == after
+
+    run(tmp_path, scenario)
+
+
+def test_a_failed_build_is_reported_and_cannot_be_enabled(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        (tmp_path / "artifacts").write_text("in the way")  # as a full or read-only disk would be
+        await control.create(a_set(), actor="t")
+        with pytest.raises(NotReady, match="failed"):
+            await control.enable("a", actor="t")
+        artifact = control._registry.forget_set("a").artifact("phrases")
+        assert artifact is not None
+        assert (artifact.status, bool(artifact.detail)) == ("failed", True)
+
+    run(tmp_path, scenario)
+
+
+def test_a_build_interrupted_by_a_crash_is_made_up_for_at_the_next_start(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "lethe.db")
+    registry.create_set(a_set(), actor="t")
+    registry.close()
+
+    async def scenario(control: Control, engine: Engine) -> None:
+        await until(lambda: getattr(control._registry.forget_set("a").artifact("phrases"), "status", "") == "ready")
+
+    run(tmp_path, scenario)
+
+
+def test_enabled_sets_are_compiled_for_the_model_that_is_served_now(tmp_path: Path) -> None:
+    async def enable(control: Control, engine: Engine) -> None:
+        await control.create(a_set(), actor="t")
+        await control.enable("a", actor="t")
+
+    async def other_model(control: Control, engine: Engine) -> None:
+        (fingerprint,) = control.snapshot.plan("default").suppression
+        assert engine.loaded == [fingerprint]
+        assert control.phrases(fingerprint).vocabulary == OTHER_VOCABULARY.fingerprint
+
+    run(tmp_path, enable)
+    run(tmp_path, other_model, OTHER_VOCABULARY)
+
+
+def test_a_damaged_artifact_is_rebuilt_at_start(tmp_path: Path) -> None:
+    async def enable(control: Control, engine: Engine) -> None:
+        await control.create(a_set(), actor="t")
+        await control.enable("a", actor="t")
+
+    async def check(control: Control, engine: Engine) -> None:
+        (fingerprint,) = control.snapshot.plan("default").suppression
+        assert control.phrases(fingerprint).find("secret")
+
+    run(tmp_path, enable)
+    (path,) = (tmp_path / "artifacts" / "phrases").iterdir()
+    path.write_bytes(b"damaged")
+    run(tmp_path, check)
+    assert os.listdir(path.parent) == [path.name], "a temporary file was left behind"
+
+
+def test_changes_by_another_process_are_followed(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        await control.create(a_set(), actor="t")
+        await control.enable("a", actor="t")
+        other = Registry(tmp_path / "lethe.db")
+        revision = await asyncio.to_thread(other.disable, "a", actor="other")
+        await until(lambda: control.snapshot.revision == revision)
+        assert control.snapshot.plan("default").suppression == ()
+        other.close()
+
+    run(tmp_path, scenario)
+
+
+def test_an_expired_set_leaves_force_and_the_audit_says_why(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        await control.create(a_set(expires_at=datetime.now(UTC) + timedelta(seconds=0.4)), actor="t")
+        await control.enable("a", actor="t")
+        assert control.snapshot.enabled
+        await until(lambda: not control.snapshot.enabled)
+        row = control._registry.audit()[-1]
+        assert (row.action, row.actor) == ("forget_set.disable", "server")
+        assert "expired" in row.detail["reason"]
+
+    run(tmp_path, scenario)
+
+
+def test_missing_phrases_are_an_error_not_an_empty_list(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        with pytest.raises(InvalidArtifact, match="cannot be read"):
+            control.phrases("0" * 64)
+        assert not phrases_path(tmp_path, "0").exists()
+
+    run(tmp_path, scenario)
