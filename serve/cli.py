@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
@@ -72,13 +71,16 @@ def serve(
     settings = Settings()
     try:
         path = model or str(default_model(settings.cache_dir))
+        import uvloop
+
         from serve.api.app import UnsafeSetting
         from serve.api.app import serve as run
         from serve.api.engine_client import UnguardedWorker
     except MissingModel as error:
         _fail(str(error))
     try:
-        asyncio.run(run(["--model", path, *context.args], settings))
+        # As vLLM does; with asyncio's own loop, Nagle's algorithm would hold every answer back for 40 ms.
+        uvloop.run(run(["--model", path, *context.args], settings))
     except (UnsafeSetting, UnguardedWorker, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

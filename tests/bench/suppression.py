@@ -44,19 +44,22 @@ PROMPT = "Tell me a long story about the sea, the wind and the people who live t
 def phrases(count: int) -> list[str]:
     """Phrases of two to four everyday words: the ones before the last are words that the model really writes."""
     rng = random.Random(count)
-    common = ["the", "sea", "wind", "of", "and", "people", "story", "old", "man", "woman", "ship", "harbour", "night", "day", "light", "water", "house", "child", "time"]
+    common = ["the sea", "the wind", "of", "and", "people", "story", "old man", "woman", "ship", "harbour", "night", "day", "light"]
     syllables = ["ba", "ko", "ri", "nu", "te", "la", "mo", "si", "va", "ru", "pe", "do"]
     rare = ["".join(rng.choices(syllables, k=rng.randint(2, 4))) for _ in range(count)]
     return [" ".join([*rng.choices(common, k=rng.randint(1, 3)), word]) for word in rare]
 
 
-def generate(server: Server, batch: int, policy: str, tokens: int) -> tuple[float, float]:
-    """Tokens per second of one full batch, and the median time to its first token in milliseconds."""
+def generate(server: Server, batch: int, policy: str, tokens: int, nonce: str = "") -> tuple[float, float]:
+    """Tokens per second of one full batch, and the median time to its first token in milliseconds.
+
+    ``nonce`` starts every prompt, so that no load profits from the prefix cache of an earlier one.
+    """
 
     def one(number: int) -> tuple[int, float]:
         body = {
             "model": NAME + policy,
-            "messages": [{"role": "user", "content": f"{number}. {PROMPT}"}],
+            "messages": [{"role": "user", "content": f"{nonce}{number}. {PROMPT}"}],
             "max_tokens": tokens,
             "ignore_eos": True,
             "temperature": 0,
@@ -97,7 +100,7 @@ def add_sets(server: Server, progress: Progress) -> list[dict[str, Any]]:
     for count in COUNTS:
         before, started = memory_mib(server), time.perf_counter()
         admin.post("/forget_sets", json={"name": f"p{count}", "phrases": phrases(count)}).raise_for_status()
-        while admin.get("/revision") and admin.get("/forget_sets").json()["data"][-1]["artifacts"][0]["status"] != "ready":
+        while admin.get("/forget_sets").json()["data"][-1]["artifacts"][0]["status"] != "ready":
             time.sleep(0.05)
         built = time.perf_counter() - started
         enabling = []
@@ -137,7 +140,7 @@ def measure(plain: Server, guarded: Server, rounds: int, progress: Progress) -> 
             seen: dict[str, tuple[float, float]] = {}
             for variant in order:
                 name, policy = variant or ("plain", "")
-                seen[name] = generate(plain if variant is None else guarded, batch, policy, tokens)
+                seen[name] = generate(plain if variant is None else guarded, batch, policy, tokens, f"{turn}{len(seen)} ")
                 progress.advance(task)
             for name, _ in variants:
                 ratios.setdefault((name, batch), []).append(seen[name][0] / seen["plain"][0])
