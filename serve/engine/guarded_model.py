@@ -110,6 +110,8 @@ def guards_of(vllm_config: VllmConfig) -> EngineGuards:
 class GuardedModel:
     """Mixed in before a base model class. Shapes: T tokens, H hidden size, R logits rows, V vocabulary."""
 
+    requires_raw_input_tokens = True
+    """Also multimodal models must get token ids beside embeddings, or their outputs could not be read."""
     lethe: EngineGuards
     modules: Any
 

@@ -37,6 +37,8 @@ from tests.vllm.conftest import Server
 HERE = Path(__file__).parent
 COUNTS = (1, 1_000, 10_000, 100_000)
 BATCHES = (1, 8, 32)
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
+"""Both engines compute on the same core (only one of them works at a time): on shared machines cores differ by a tenth."""
 OPTIONS = ("--max-model-len=2048", "--max-num-seqs=32", "--disable-uvicorn-access-log")
 PROMPT = "Tell me a long story about the sea, the wind and the people who live there."
 
@@ -193,9 +195,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, Progress(console=console) as progress:
         root = Path(directory)
         lethe = [str(Path(sys.executable).parent / "lethe"), "serve", f"--model={model}"]
-        guarded = Server(lethe, root, {"LETHE_STATE_DIR": str(root / "state")}, OPTIONS)
+        guarded = Server(lethe, root, {"LETHE_STATE_DIR": str(root / "state"), **ENVIRONMENT}, OPTIONS)
         vllm = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={model}"]
-        plain = Server([*vllm, f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"], root, {}, OPTIONS)
+        plain = Server([*vllm, f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"], root, ENVIRONMENT, OPTIONS)
         starting: dict[str, float] = {}
         try:
             for name, server in (("plain", plain), ("guarded", guarded)):  # one after the other: the time to start counts
