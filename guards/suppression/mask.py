@@ -186,6 +186,15 @@ class SuppressionGuard:
         """How many token ids ``Rows.suffix`` must hold."""
         return max((table.window_bytes for table in self._tables), default=0) + SPARE_TOKENS
 
+    def check(self, artifact: CompiledPhrases) -> None:
+        """Raise VocabularyMismatch if the artifact was compiled for another tokenizer."""
+        if artifact.vocabulary != self.vocabulary.fingerprint:
+            raise VocabularyMismatch(
+                f"artifact {artifact.fingerprint[:12]} was compiled for vocabulary {artifact.vocabulary[:12]}, "
+                f"this model has {self.vocabulary.fingerprint[:12]}; build the forget set again on this server, "
+                "and give every served model a LETHE_STATE_DIR of its own"
+            )
+
     def load(self, artifacts: Sequence[CompiledPhrases]) -> None:
         """Make exactly these artifacts the loaded ones.
 
@@ -193,11 +202,7 @@ class SuppressionGuard:
             VocabularyMismatch: one was compiled for another tokenizer. Nothing changes then.
         """
         for artifact in artifacts:
-            if artifact.vocabulary != self.vocabulary.fingerprint:
-                raise VocabularyMismatch(
-                    f"artifact {artifact.fingerprint[:12]} was compiled for vocabulary {artifact.vocabulary[:12]}, "
-                    f"this model has {self.vocabulary.fingerprint[:12]}; build the forget set again on this server"
-                )
+            self.check(artifact)
         tables = []
         for fold_case in (True, False):
             group = [artifact for artifact in artifacts if artifact.fold_case is fold_case]

@@ -15,7 +15,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from guards.errors import GuardError, InvalidArtifact
@@ -24,7 +23,7 @@ from guards.policy import Policy
 from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
 from guards.suppression.vocabulary import Vocabulary
 from serve.registry.snapshot import Snapshot
-from serve.registry.store import Artifact, NotReady, Registry, StoredSet, UnknownName, now
+from serve.registry.store import Artifact, NotReady, Registry, UnknownName, now
 from serve.wire import phrases_path
 
 logger = logging.getLogger(__name__)
@@ -272,13 +271,8 @@ class Control:
         if not self.snapshot.enabled:
             return
         for stored in await asyncio.to_thread(self._registry.forget_sets):
-            if stored.enabled and _has_expired(stored):
+            if stored.enabled and stored.expired:
                 await self.disable(stored.name, actor="server", reason=f"expired at {stored.header['expires_at']}")
-
-
-def _has_expired(stored: StoredSet) -> bool:
-    expires_at = stored.header["expires_at"]
-    return expires_at is not None and datetime.fromisoformat(expires_at) <= datetime.now(UTC)
 
 
 def _write_atomically(path: Path, compiled: CompiledPhrases) -> None:

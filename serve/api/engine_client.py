@@ -31,6 +31,10 @@ _requests = Counter("lethe_requests_total", "Requests that reached the engine.",
 _blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy", "guard", "action"])
 
 
+MAX_TEMPERATURE = 10.0
+MIN_REPETITION_PENALTY = 0.1
+
+
 class UnguardedWorker(RuntimeError):
     """A worker that does not run the guarded model. The server does not start."""
 
@@ -161,6 +165,16 @@ def _refuse_what_cannot_be_guarded(prompt: Any, params: SamplingParams) -> None:
     for name in ("prompt_logprobs", "prompt_logprob_token_ids", "trace_decode_token_ids"):
         if getattr(params, name) is not None:
             raise VLLMValidationError(f"{name} is not available under a policy; remove it", parameter=name)
+    # Both divide or scale the floor that banned tokens are pushed to; within these bounds it stays out of reach.
+    if params.temperature > MAX_TEMPERATURE:
+        raise VLLMValidationError(
+            f"temperature={params.temperature} exceeds {MAX_TEMPERATURE} under a policy", parameter="temperature"
+        )
+    if params.repetition_penalty < MIN_REPETITION_PENALTY:
+        raise VLLMValidationError(
+            f"repetition_penalty={params.repetition_penalty} is below {MIN_REPETITION_PENALTY} under a policy",
+            parameter="repetition_penalty",
+        )
 
 
 def _constrained(params: SamplingParams) -> bool:

@@ -38,7 +38,9 @@ class ArtifactCache:
                 self._loaded.move_to_end(fingerprint)
                 continue
             try:
-                loaded[fingerprint] = CompiledPhrases.load(phrases_path(self._directory, fingerprint))
+                artifact = CompiledPhrases.load(phrases_path(self._directory, fingerprint))
+                self._guard.check(artifact)
+                loaded[fingerprint] = artifact
             except GuardError as error:
                 failures[fingerprint] = str(error)
                 logger.error("lethe: %s", error)

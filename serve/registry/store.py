@@ -67,6 +67,12 @@ class StoredSet:
     def enabled(self) -> bool:
         return self.enabled_at is not None
 
+    @property
+    def expired(self) -> bool:
+        """Whether its ``expires_at`` has passed."""
+        expires_at = self.header["expires_at"]
+        return expires_at is not None and datetime.fromisoformat(expires_at) <= datetime.now(UTC)
+
     def artifact(self, kind: str) -> Artifact | None:
         return next((artifact for artifact in self.artifacts if artifact.kind == kind), None)
 
@@ -261,12 +267,14 @@ class Registry:
 
         Raises:
             UnknownName: there is no such set.
-            NotReady: nothing would enforce it: no phrases, or their artifact is building or failed.
+            NotReady: it has expired, or nothing would enforce it: no phrases, or their artifact is building or failed.
         """
         with self._change() as connection:
             stored = self._stored_set(connection, name)
             if stored.enabled:
                 return self._revision(connection)
+            if stored.expired:
+                raise NotReady(f"forget set {name!r} expired at {stored.header['expires_at']}; replace it with a later expires_at")
             phrases = stored.artifact("phrases")
             if not stored.header["phrases"]:
                 raise NotReady(f"forget set {name!r} has no phrases, so no guard of this release would enforce it; add phrases")

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -252,7 +251,10 @@ def test_an_artifact_that_cannot_be_read_is_reported_and_the_others_stay(tmp_pat
     good, bad = saved(tmp_path, "good"), saved(tmp_path, "bad")
     path = phrases_path(tmp_path, bad)
     path.write_bytes(path.read_bytes()[:-9])
-    failures = cache.ensure([good, bad, "absent"])
-    assert set(failures) == {bad, "absent"}
+    foreign = compile_phrases(["x"], Vocabulary([b"x", b"y"], special_ids=[]))
+    foreign.save(phrases_path(tmp_path, foreign.fingerprint))
+    failures = cache.ensure([good, bad, "absent", foreign.fingerprint])
+    assert set(failures) == {bad, "absent", foreign.fingerprint}
+    assert "LETHE_STATE_DIR" in failures[foreign.fingerprint]
     assert guard.loaded == {good}
-    assert np.isin(good, cache.loaded)
+    assert cache.loaded == [good]

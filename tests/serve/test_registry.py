@@ -265,6 +265,13 @@ def test_a_registry_of_a_newer_release_is_refused(registry: Registry, tmp_path: 
         Registry(tmp_path / "lethe.db")
 
 
+def test_an_expired_set_cannot_be_enabled(registry: Registry) -> None:
+    expired = ForgetSet(name="a", phrases=["x"], expires_at="2020-01-01T00:00:00Z")
+    registry.create_set(expired, [ready("f")], actor="test")
+    with pytest.raises(NotReady, match="expired at 2020"):
+        registry.enable("a", actor="test")
+
+
 def test_a_set_that_nothing_would_enforce_cannot_be_enabled(registry: Registry) -> None:
     registry.create_set(ForgetSet(name="a", aliases=["x"]), actor="test")
     with pytest.raises(NotReady, match="no phrases"):

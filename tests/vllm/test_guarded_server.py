@@ -314,6 +314,13 @@ def test_fields_that_reach_past_a_guard_are_refused_by_name(client: openai.OpenA
     assert field in refused.value.body["message"]
 
 
+@pytest.mark.parametrize(("field", "value"), [("temperature", 1e30), ("repetition_penalty", 1e-30)])
+def test_values_that_would_lift_the_floor_are_refused(client: openai.OpenAI, forget: Any, field: str, value: float) -> None:
+    forget(*POTTER)
+    with pytest.raises(openai.BadRequestError, match=field):
+        ask(client, SCHOOL, extra_body={field: value})
+
+
 def test_echo_and_prompt_log_probabilities_work_where_nothing_is_forgotten(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=NAME, prompt="The capital of France is", max_tokens=1, echo=True, logprobs=1)
     assert answer.choices[0].text.startswith("The capital of France is")
