@@ -110,7 +110,8 @@ def forget_add(
             progress.add_task(f"Compiling {added['phrases']:,} phrases")
             while added["phrases"] and not any(a["status"] in ("ready", "failed") for a in added["artifacts"]):
                 time.sleep(0.2)
-                added = _unwrap(client.get(f"/forget_sets/{name}"))
+                listed = _unwrap(client.get("/forget_sets"))["data"]  # not the set itself, whose content may be large
+                added = {**added, **next(each for each in listed if each["name"] == name)}
     _print_set(added)
     if any(artifact["status"] == "failed" for artifact in added["artifacts"]):
         raise typer.Exit(1)
