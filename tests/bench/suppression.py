@@ -2,7 +2,9 @@
 
     .venv/bin/python -m tests.bench.suppression [--rounds 5] [--allow-dirty]
 
-Starts plain vLLM and lethe side by side, sends the same load to one of them at a time in turns, and reports medians over the turns.
+Starts plain vLLM, lethe, and plain vLLM once more (the control: what it differs by is noise), sends the same load to one of them at a
+time in turns, and reports medians over the turns: of the wall clock, and of the processor time that all of a server's processes
+used, which a busy neighbour on a shared machine disturbs less.
 Appends one line to results.jsonl and redraws suppression.png beside this file. Refuses a dirty tree: a figure without its code is
 worth nothing.
 """
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -52,8 +55,17 @@ def phrases(count: int) -> list[str]:
     return [" ".join([*rng.choices(common, k=rng.randint(1, 3)), word]) for word in rare]
 
 
-def generate(server: Server, batch: int, policy: str, tokens: int, nonce: str = "") -> tuple[float, float]:
-    """Tokens per second of one full batch, and the median time to its first token in milliseconds.
+@dataclass(frozen=True)
+class Load:
+    """What one load cost."""
+
+    tokens_per_s: float
+    first_token_ms: float  # median over the batch
+    cpu_s: float  # of all the server's processes
+
+
+def generate(server: Server, batch: int, policy: str, tokens: int, nonce: str = "") -> Load:
+    """Send one full batch.
 
     ``nonce`` starts every prompt, so that no load profits from the prefix cache of an earlier one.
     """
@@ -80,19 +92,26 @@ def generate(server: Server, batch: int, policy: str, tokens: int, nonce: str = 
                         produced = event["usage"]["completion_tokens"]
         return produced, first
 
-    started = time.perf_counter()
+    before, started = cpu_seconds(server), time.perf_counter()
     with ThreadPoolExecutor(batch) as pool:
         results = list(pool.map(one, range(batch)))
-    seconds = time.perf_counter() - started
+    seconds, used = time.perf_counter() - started, cpu_seconds(server) - before
     assert all(produced == tokens for produced, _ in results)
-    return sum(produced for produced, _ in results) / seconds, statistics.median(first for _, first in results) * 1_000
+    return Load(batch * tokens / seconds, statistics.median(first for _, first in results) * 1_000, used)
+
+
+def processes(server: Server) -> list[psutil.Process]:
+    assert server.process is not None
+    parent = psutil.Process(server.process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def cpu_seconds(server: Server) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes(server))
 
 
 def memory_mib(server: Server) -> float:
-    assert server.process is not None
-    processes = [psutil.Process(server.process.pid)]
-    processes += processes[0].children(recursive=True)
-    return sum(process.memory_info().rss for process in processes) / 2**20
+    return sum(process.memory_info().rss for process in processes(server)) / 2**20
 
 
 def add_sets(server: Server, progress: Progress) -> list[dict[str, Any]]:
@@ -127,36 +146,41 @@ def add_sets(server: Server, progress: Progress) -> list[dict[str, Any]]:
     return figures
 
 
-def measure(plain: Server, guarded: Server, rounds: int, progress: Progress) -> list[dict[str, Any]]:
-    """Throughput ratios and differences of time to first token against plain vLLM, median over the rounds."""
-    variants = [("nothing engaged", ""), *((f"{count:,} phrases", f":only-{count}") for count in COUNTS)]
-    task = progress.add_task("Measuring", total=rounds * len(BATCHES) * (len(variants) + 1))
-    ratios: dict[tuple[str, int], list[float]] = {}
-    delays: dict[tuple[str, int], list[float]] = {}
+def measure(plain: Server, guarded: Server, control: Server, rounds: int, progress: Progress) -> list[dict[str, Any]]:
+    """Ratios to plain vLLM, median over the rounds; above 1 is better than plain."""
+    variants = [
+        ("plain", plain, ""),
+        ("plain again", control, ""),
+        ("nothing engaged", guarded, ""),
+        *((f"{count:,} phrases", guarded, f":only-{count}") for count in COUNTS),
+    ]
+    task = progress.add_task("Measuring", total=rounds * len(BATCHES) * len(variants))
+    loads: dict[tuple[str, int], list[Load]] = {}
     for turn in range(rounds):
         for batch in BATCHES:
-            tokens = 64 if batch < 32 else 32
-            # In a new order every turn, plain vLLM among them, so that a drift of the machine favours nobody.
-            order: list[tuple[str, str] | None] = [None, *variants]
-            random.Random(turn).shuffle(order)
-            seen: dict[str, tuple[float, float]] = {}
-            for variant in order:
-                name, policy = variant or ("plain", "")
-                seen[name] = generate(plain if variant is None else guarded, batch, policy, tokens, f"{turn}{len(seen)} ")
+            # In a new order every turn, so that a drift of the machine favours nobody.
+            for name, server, policy in random.Random(turn).sample(variants, len(variants)):
+                tokens = 64 if batch < 32 else 32
+                loads.setdefault((name, batch), []).append(generate(server, batch, policy, tokens, f"{turn} {name} "))
                 progress.advance(task)
-            for name, _ in variants:
-                ratios.setdefault((name, batch), []).append(seen[name][0] / seen["plain"][0])
-                delays.setdefault((name, batch), []).append(seen[name][1] - seen["plain"][1])
-    return [
-        {
-            "variant": name,
-            "batch": batch,
-            "throughput_ratio": round(statistics.median(values), 3),
-            "throughput_ratio_range": [round(min(values), 3), round(max(values), 3)],
-            "first_token_ms_more": round(statistics.median(delays[name, batch]), 1),
-        }
-        for (name, batch), values in ratios.items()
-    ]
+    rows = []
+    for name, _, _ in variants[1:]:
+        for batch in BATCHES:
+            pairs = list(zip(loads[name, batch], loads["plain", batch], strict=True))
+            throughput = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
+            per_cpu = [theirs.cpu_s / ours.cpu_s for ours, theirs in pairs]
+            rows.append(
+                {
+                    "variant": name,
+                    "batch": batch,
+                    "throughput_ratio": round(statistics.median(throughput), 3),
+                    "throughput_ratio_range": [round(min(throughput), 3), round(max(throughput), 3)],
+                    "per_cpu_second_ratio": round(statistics.median(per_cpu), 3),
+                    "per_cpu_second_ratio_range": [round(min(per_cpu), 3), round(max(per_cpu), 3)],
+                    "first_token_ms_more": round(statistics.median(o.first_token_ms - t.first_token_ms for o, t in pairs), 1),
+                }
+            )
+    return rows
 
 
 def draw(record: dict[str, Any]) -> None:
@@ -170,12 +194,12 @@ def draw(record: dict[str, Any]) -> None:
     for batch in BATCHES:
         points = {row["variant"]: row for row in record["serving"] if row["batch"] == batch}
         rows = [points[f"{count:,} phrases"] for count in COUNTS]
-        middle = [row["throughput_ratio"] for row in rows]
-        spread = [[abs(m - r["throughput_ratio_range"][side]) for m, r in zip(middle, rows, strict=True)] for side in (0, 1)]
+        middle = [row["per_cpu_second_ratio"] for row in rows]
+        spread = [[abs(m - r["per_cpu_second_ratio_range"][side]) for m, r in zip(middle, rows, strict=True)] for side in (0, 1)]
         axes.errorbar(COUNTS, middle, yerr=spread, marker="o", capsize=3, label=f"batch {batch}")
     axes.axhline(1, color="grey", linewidth=1)
     axes.axhline(0.97, color="grey", linewidth=1, linestyle=":")
-    axes.set(xscale="log", xlabel="phrases in force", ylabel="throughput, plain vLLM = 1", ylim=(0.8, 1.15))
+    axes.set(xscale="log", xlabel="phrases in force", ylabel="tokens per CPU second, plain vLLM = 1", ylim=(0.8, 1.15))
     axes.set_title("Suppression against plain vLLM (median and range over turns)")
     axes.legend()
     figure.savefig(HERE / "suppression.png", dpi=120)
@@ -197,21 +221,26 @@ def main() -> None:
         lethe = [str(Path(sys.executable).parent / "lethe"), "serve", f"--model={model}"]
         guarded = Server(lethe, root, {"LETHE_STATE_DIR": str(root / "state"), **ENVIRONMENT}, OPTIONS)
         vllm = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={model}"]
-        plain = Server([*vllm, f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"], root, ENVIRONMENT, OPTIONS)
+        vllm += [f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"]
+        plain, control = Server(vllm, root, ENVIRONMENT, OPTIONS), Server(vllm, root, ENVIRONMENT, OPTIONS)
         starting: dict[str, float] = {}
         try:
-            for name, server in (("plain", plain), ("guarded", guarded)):  # one after the other: the time to start counts
+            for name, server in (
+                ("plain", plain),
+                ("guarded", guarded),
+                ("control", control),
+            ):  # one after the other: the time to start counts
                 started = time.perf_counter()
                 server.start()
                 server.wait()
                 generate(server, 1, "", 1)
                 starting[f"{name}_first_token_after_s"] = round(time.perf_counter() - started, 1)
             sets = add_sets(guarded, progress)
-            for server in (plain, guarded):
+            for server in (plain, guarded, control):
                 generate(server, 8, "", 8)
-            serving = measure(plain, guarded, options.rounds, progress)
+            serving = measure(plain, guarded, control, options.rounds, progress)
         finally:
-            for server in (plain, guarded):
+            for server in (plain, guarded, control):
                 if server.process is not None:
                     server.stop()
 
