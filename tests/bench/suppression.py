@@ -2,9 +2,9 @@
 
     .venv/bin/python -m tests.bench.suppression [--rounds 5] [--allow-dirty]
 
-Starts plain vLLM, lethe, and plain vLLM once more (the control: what it differs by is noise), sends the same load to one of them at a
-time in turns, and reports medians over the turns: of the wall clock, and of the processor time that all of a server's processes
-used, which a busy neighbour on a shared machine disturbs less.
+Starts plain vLLM, lethe, and plain vLLM once more (the control: what it differs by is noise), sends the same load to one of them
+at a time in turns, and reports medians over the turns: of the wall clock, and of the processor time that all of a server's
+processes used, which a busy neighbour on a shared machine disturbs less.
 Appends one line to results.jsonl and redraws suppression.png beside this file. Refuses a dirty tree: a figure without its code is
 worth nothing.
 """
