@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client import Gauge
+
 from guards.errors import GuardError, InvalidArtifact
 from guards.forget_set import ForgetSet
 from guards.policy import Policy
@@ -28,6 +30,8 @@ from serve.wire import phrases_path
 
 logger = logging.getLogger(__name__)
 
+_revision = Gauge("lethe_revision", "The registry revision in force in this process.")
+_enabled = Gauge("lethe_enabled_forget_sets", "Forget sets in force in this process.")
 Loader = Callable[[Sequence[str]], Awaitable[dict[str, str]]]
 _KEPT_COMPILED = 64
 
@@ -62,6 +66,8 @@ class Control:
         self._compiled: OrderedDict[str, CompiledPhrases] = OrderedDict()
         self._poll: asyncio.Task[None] | None = None
         self.snapshot: Snapshot = registry.snapshot()
+        _revision.set_function(lambda: self.snapshot.revision)
+        _enabled.set_function(lambda: len(self.snapshot.enabled))
 
     async def start(self) -> None:
         """Rebuild what is missing (another model, an interrupted build), load what is enabled, start polling.

@@ -1,6 +1,8 @@
-"""The documented shape of an answer that a guard ended: ``finish_reason: "content_filter"`` with ``message.refusal``.
+"""The documented shape of an answer that a guard ended, in each protocol's own terms.
 
-vLLM carries the finish reason through; its handlers have no way to fill ``refusal``, so the response is completed on its way out.
+Chat: ``finish_reason: "content_filter"`` with ``message.refusal``. Responses: status ``incomplete``, reason ``content_filter``.
+Messages: ``stop_reason: "refusal"``. vLLM carries the finish reason of a chat through and has no way to say the rest, so the
+response is completed on its way out.
 Responses that no guard ended pass through untouched and unread.
 """
 
@@ -11,6 +13,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 FINISH_REASON = "content_filter"
+_ENDINGS = (FINISH_REASON.encode(), b"response.completed", b"message_delta")
+"""What the last chunks of the three protocols contain; a cheap test before parsing."""
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
@@ -37,7 +41,7 @@ def reporting(send: Send, refusal: str, blocked: Callable[[], bool]) -> Send:
             await send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
             await send({"type": "http.response.body", "body": body})
             return
-        elif streaming and blocked() and FINISH_REASON.encode() in message.get("body", b""):
+        elif streaming and blocked() and any(ending in message.get("body", b"") for ending in _ENDINGS):
             lines = message["body"].split(b"\n")
             message = {**message, "body": b"\n".join(_complete_line(line, refusal) for line in lines)}
         await send(message)
@@ -52,6 +56,8 @@ def _complete_body(body: bytes, refusal: str) -> bytes:
 
 
 def _complete_line(line: bytes, refusal: str) -> bytes:
+    if line.startswith(b"event: response.completed"):
+        return b"event: response.incomplete"
     if not line.startswith(b"data: {"):
         return line
     document = json.loads(line.removeprefix(b"data: "))
@@ -65,3 +71,11 @@ def _complete(document: dict[str, Any], refusal: str) -> None:
             for part in ("message", "delta"):
                 if isinstance(choice.get(part), dict):
                     choice[part]["refusal"] = refusal
+    if document.get("type") == "response.completed":
+        document["type"] = "response.incomplete"
+    response = document if document.get("object") == "response" else document.get("response")
+    if isinstance(response, dict) and response.get("status") == "completed":
+        response.update(status="incomplete", incomplete_details={"reason": FINISH_REASON})
+    message = document.get("delta") if document.get("type") == "message_delta" else document
+    if document.get("type") in ("message", "message_delta") and isinstance(message, dict) and message.get("stop_reason") is None:
+        message["stop_reason"] = "refusal"

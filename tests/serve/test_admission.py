@@ -188,6 +188,27 @@ def test_a_blocked_stream_gets_its_refusal_in_the_last_chunk() -> None:
     assert text.endswith("data: [DONE]\n\n")
 
 
+def test_other_protocols_say_it_in_their_own_terms() -> None:
+    app = App()
+    app.blocked, app.chunks = True, [b'{"object": "response", "status": "completed", "output": []}']
+    response = chat({}, app=app)[0].json()
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "content_filter"})
+    app.chunks = [b'{"type": "message", "stop_reason": null, "content": []}']
+    assert chat({}, app=app)[0].json()["stop_reason"] == "refusal"
+    app.content_type = b"text/event-stream"
+    app.chunks = [
+        b"event: response.completed\n",
+        b'data: {"type": "response.completed", "response": {"object": "response", "status": "completed"}}\n\n',
+        b'event: message_delta\ndata: {"type": "message_delta", "delta": {"stop_reason": null}}\n\n',
+    ]
+    lines = chat({}, app=app)[0].text.splitlines()
+    assert lines[0] == "event: response.incomplete"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert events[0]["type"] == "response.incomplete"
+    assert events[0]["response"]["incomplete_details"] == {"reason": "content_filter"}
+    assert events[1]["delta"]["stop_reason"] == "refusal"
+
+
 def test_websockets_are_closed() -> None:
     sent: list[Any] = []
 

@@ -183,6 +183,17 @@ def test_when_only_the_phrase_is_left_the_answer_is_refused(
     assert chunks[-1].choices[0].delta.refusal == "I cannot continue this answer."
 
 
+def test_a_refused_response_says_so_in_its_own_terms(client: openai.OpenAI, forget: Any) -> None:
+    forget("Harry Potter")
+    only_choice = {"structured_outputs": {"choice": ["Harry Potter"]}}
+    response = client.responses.create(model=NAME, input=SCHOOL, max_output_tokens=8, extra_body=only_choice)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "content_filter")
+    assert_free_of(response.output_text, ("Harry Potter",))
+    events = list(client.responses.create(model=NAME, input=SCHOOL, max_output_tokens=8, extra_body=only_choice, stream=True))
+    assert events[-1].type == "response.incomplete"
+    assert_free_of("".join(event.delta for event in events if event.type == "response.output_text.delta"), ("Harry Potter",))
+
+
 def test_what_the_prompt_leaves_half_said_is_not_completed(client: openai.OpenAI, forget: Any) -> None:
     forget("Harry Potter")
     messages = [{"role": "user", "content": SCHOOL}, {"role": "assistant", "content": "It is about Harry Pot"}]
