@@ -13,6 +13,8 @@ from guards.types import Plan
 
 PLAN_KEY = "lethe"
 """The entry of ``extra_args`` that holds the plan, and of vLLM's ``additional_config`` that holds the engine's settings."""
+GUARDED_PREFIX = "Lethe"
+"""Put before a base architecture's name to ask vLLM for its guarded form: ``LetheLlamaForCausalLM``."""
 ARTIFACTS_KEY = "artifacts"
 """In the engine's settings: the directory of artifact files."""
 

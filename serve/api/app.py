@@ -33,9 +33,8 @@ from serve.api.engine_client import GuardedEngineClient, check_workers, load_art
 from serve.registry.store import Registry
 from serve.settings import Settings
 from serve.vocabulary import vocabulary_of
-from serve.wire import ARTIFACTS_KEY, PLAN_KEY
+from serve.wire import ARTIFACTS_KEY, GUARDED_PREFIX, PLAN_KEY
 
-GUARDED_PREFIX = "Lethe"
 _UNSAFE_ENVIRONMENT = (
     "VLLM_SERVER_DEV_MODE",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from serve.engine.guarded_model import guards_of
+from serve.engine.engine_guards import guards_of
 from serve.wire import decode_plan
 
 

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from serve.engine.guarded_model import EngineGuards
+from serve.engine.engine_guards import EngineGuards
 from serve.engine.slots import TAG_DIGITS
 from serve.wire import decode_plan
 

@@ -18,10 +18,10 @@ import sqlalchemy as sa
 
 from guards.forget_set import ForgetSet
 from guards.policy import BUILT_IN, DEFAULT, Policy
+from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, first_broken, seal
 from serve.registry.snapshot import Key, Scope, Snapshot, digest_secret
 
-SCHEMA = 1
 ArtifactStatus = Literal["building", "ready", "failed"]
 
 
@@ -85,57 +85,6 @@ class StoredKey:
     created_at: str
 
 
-_metadata = sa.MetaData()
-_schema = sa.Table("schema", _metadata, sa.Column("version", sa.Integer, nullable=False))
-_sets = sa.Table(
-    "forget_sets",
-    _metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("header", sa.JSON, nullable=False),
-    sa.Column("content", sa.String, nullable=False),
-    sa.Column("enabled_at", sa.String),
-    sa.Column("created_at", sa.String, nullable=False),
-    sa.Column("updated_at", sa.String, nullable=False),
-)
-_artifacts = sa.Table(
-    "artifacts",
-    _metadata,
-    sa.Column("set_name", sa.ForeignKey("forget_sets.name", ondelete="CASCADE"), primary_key=True),
-    sa.Column("kind", sa.String, primary_key=True),
-    sa.Column("fingerprint", sa.String, nullable=False),
-    sa.Column("status", sa.String, nullable=False),
-    sa.Column("detail", sa.String, nullable=False),
-    sa.Column("updated_at", sa.String, nullable=False),
-)
-_policies = sa.Table(
-    "policies",
-    _metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("content", sa.String, nullable=False),
-)
-_keys = sa.Table(
-    "keys",
-    _metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("digest", sa.String, nullable=False, unique=True),
-    sa.Column("scope", sa.String, nullable=False),
-    sa.Column("label", sa.String, nullable=False),
-    sa.Column("created_at", sa.String, nullable=False),
-)
-_audit = sa.Table(
-    "audit",
-    _metadata,
-    sa.Column("revision", sa.Integer, primary_key=True),
-    sa.Column("at", sa.String, nullable=False),
-    sa.Column("actor", sa.String, nullable=False),
-    sa.Column("action", sa.String, nullable=False),
-    sa.Column("subject", sa.String, nullable=False),
-    sa.Column("detail", sa.JSON, nullable=False),
-    sa.Column("previous", sa.String, nullable=False),
-    sa.Column("hash", sa.String, nullable=False),
-)
-
-
 def now() -> str:
     """UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -157,12 +106,12 @@ class Registry:
         sa.event.listen(self._engine, "connect", _configure)
         sa.event.listen(self._engine, "begin", _begin_immediately)
         with self._engine.begin() as connection:
-            _metadata.create_all(connection)
-            version = connection.scalar(sa.select(_schema.c.version))
+            tables.metadata.create_all(connection)
+            version = connection.scalar(sa.select(tables.schema.c.version))
             if version is None:
-                connection.execute(_schema.insert().values(version=SCHEMA))
-            elif version > SCHEMA:
-                raise RegistryError(f"{path} has schema {version}, this release reads up to {SCHEMA}; upgrade lethe")
+                connection.execute(tables.schema.insert().values(version=tables.SCHEMA))
+            elif version > tables.SCHEMA:
+                raise RegistryError(f"{path} has schema {version}, this release reads up to {tables.SCHEMA}; upgrade lethe")
 
     def close(self) -> None:
         self._engine.dispose()
@@ -172,7 +121,7 @@ class Registry:
     def revision(self) -> int:
         """The revision in force: the number of changes so far."""
         with self._read() as connection:
-            return connection.scalar(sa.select(sa.func.coalesce(sa.func.max(_audit.c.revision), 0))) or 0
+            return connection.scalar(sa.select(sa.func.coalesce(sa.func.max(tables.audit.c.revision), 0))) or 0
 
     def forget_sets(self) -> list[StoredSet]:
         with self._read() as connection:
@@ -186,7 +135,7 @@ class Registry:
     def content(self, name: str) -> ForgetSet:
         """Everything in a forget set. Raises UnknownName."""
         with self._read() as connection:
-            content = connection.scalar(sa.select(_sets.c.content).where(_sets.c.name == name))
+            content = connection.scalar(sa.select(tables.forget_sets.c.content).where(tables.forget_sets.c.name == name))
             if content is None:
                 raise _unknown_set(name)
             return ForgetSet.model_validate_json(content)
@@ -197,31 +146,31 @@ class Registry:
 
     def stored_keys(self) -> list[StoredKey]:
         with self._read() as connection:
-            rows = connection.execute(sa.select(_keys).order_by(_keys.c.created_at)).mappings()
+            rows = connection.execute(sa.select(tables.keys).order_by(tables.keys.c.created_at)).mappings()
             return [StoredKey(row["id"], row["scope"], row["label"], row["created_at"]) for row in rows]
 
     def audit(self, *, after: int = 0, limit: int = 1_000) -> list[AuditRow]:
         """Audit rows in order, from the one after revision ``after``."""
         with self._read() as connection:
-            query = sa.select(_audit).where(_audit.c.revision > after).order_by(_audit.c.revision).limit(limit)
+            query = sa.select(tables.audit).where(tables.audit.c.revision > after).order_by(tables.audit.c.revision).limit(limit)
             return [AuditRow(**row) for row in connection.execute(query).mappings()]
 
     def first_broken_audit_row(self) -> int | None:
         """The first revision whose audit row was tampered with, or None."""
         with self._read() as connection:
-            rows = connection.execution_options(yield_per=1_000).execute(sa.select(_audit).order_by(_audit.c.revision))
+            rows = connection.execution_options(yield_per=1_000).execute(sa.select(tables.audit).order_by(tables.audit.c.revision))
             return first_broken(AuditRow(**row) for row in rows.mappings())
 
     def snapshot(self) -> Snapshot:
         """What is in force, read in one transaction."""
         with self._read() as connection:
-            revision = connection.scalar(sa.select(sa.func.coalesce(sa.func.max(_audit.c.revision), 0))) or 0
+            revision = connection.scalar(sa.select(sa.func.coalesce(sa.func.max(tables.audit.c.revision), 0))) or 0
             enabled = {}
             for stored in self._stored_sets(connection):
                 if stored.enabled:
                     phrases = stored.artifact("phrases")
                     enabled[stored.name] = None if phrases is None else phrases.fingerprint
-            keys = connection.execute(sa.select(_keys)).mappings()
+            keys = connection.execute(sa.select(tables.keys)).mappings()
             return Snapshot(
                 revision=revision,
                 enabled=enabled,
@@ -234,12 +183,12 @@ class Registry:
     def create_set(self, content: ForgetSet, artifacts: Sequence[Artifact] = (), *, actor: str) -> int:
         """Store a set together with the artifacts that are about to be built. Raises NameTaken."""
         with self._change() as connection:
-            if connection.scalar(sa.select(_sets.c.name).where(_sets.c.name == content.name)):
+            if connection.scalar(sa.select(tables.forget_sets.c.name).where(tables.forget_sets.c.name == content.name)):
                 raise NameTaken(f"forget set {content.name!r} exists; replace it with PUT, or choose another name")
             at = now()
             header = _summary(content)
             values = {"header": header, "content": content.model_dump_json(), "created_at": at, "updated_at": at}
-            connection.execute(_sets.insert().values(name=content.name, **values))
+            connection.execute(tables.forget_sets.insert().values(name=content.name, **values))
             for artifact in artifacts:
                 self._put_artifact(connection, content.name, artifact)
             return self._append(connection, actor, "forget_set.create", content.name, header)
@@ -249,8 +198,8 @@ class Registry:
         with self._change() as connection:
             self._stored_set(connection, content.name)
             values = {"header": _summary(content), "content": content.model_dump_json(), "updated_at": now()}
-            connection.execute(_sets.update().where(_sets.c.name == content.name).values(values))
-            connection.execute(_artifacts.delete().where(_artifacts.c.set_name == content.name))
+            connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == content.name).values(values))
+            connection.execute(tables.artifacts.delete().where(tables.artifacts.c.set_name == content.name))
             for artifact in artifacts:
                 self._put_artifact(connection, content.name, artifact)
             return self._append(connection, actor, "forget_set.replace", content.name, _summary(content))
@@ -259,7 +208,7 @@ class Registry:
         """Raises UnknownName."""
         with self._change() as connection:
             stored = self._stored_set(connection, name)
-            connection.execute(_sets.delete().where(_sets.c.name == name))
+            connection.execute(tables.forget_sets.delete().where(tables.forget_sets.c.name == name))
             return self._append(connection, actor, "forget_set.delete", name, stored.header)
 
     def enable(self, name: str, *, actor: str) -> int:
@@ -281,7 +230,7 @@ class Registry:
             if phrases is None or phrases.status != "ready":
                 state = "not built yet" if phrases is None else f"{phrases.status} {phrases.detail}".strip()
                 raise NotReady(f"the phrases of forget set {name!r} are {state}; wait for status 'ready', or PUT the set again")
-            connection.execute(_sets.update().where(_sets.c.name == name).values(enabled_at=now()))
+            connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == name).values(enabled_at=now()))
             return self._append(connection, actor, "forget_set.enable", name, {"phrases": phrases.fingerprint})
 
     def disable(self, name: str, *, actor: str, reason: str = "") -> int:
@@ -289,7 +238,7 @@ class Registry:
         with self._change() as connection:
             if not self._stored_set(connection, name).enabled:
                 return self._revision(connection)
-            connection.execute(_sets.update().where(_sets.c.name == name).values(enabled_at=None))
+            connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == name).values(enabled_at=None))
             return self._append(connection, actor, "forget_set.disable", name, {"reason": reason} if reason else {})
 
     def record_artifact(self, name: str, content_fingerprint: str, artifact: Artifact) -> bool:
@@ -310,14 +259,14 @@ class Registry:
             if policy.forget_sets != "enabled":
                 for name in policy.forget_sets:
                     self._stored_set(connection, name)
-            connection.execute(_policies.delete().where(_policies.c.name == policy.name))
-            connection.execute(_policies.insert().values(name=policy.name, content=policy.model_dump_json()))
+            connection.execute(tables.policies.delete().where(tables.policies.c.name == policy.name))
+            connection.execute(tables.policies.insert().values(name=policy.name, content=policy.model_dump_json()))
             return self._append(connection, actor, "policy.put", policy.name, policy.model_dump(mode="json"))
 
     def delete_policy(self, name: str, *, actor: str) -> int:
         """Delete a policy; for the default policy, return to its built-in form. Raises UnknownName."""
         with self._change() as connection:
-            deleted = connection.execute(_policies.delete().where(_policies.c.name == name)).rowcount
+            deleted = connection.execute(tables.policies.delete().where(tables.policies.c.name == name)).rowcount
             if not deleted:
                 hint = "it is built in" if name in BUILT_IN else "see GET /lethe/v1/policies"
                 raise UnknownName(f"there is no policy {name!r} to delete; {hint}")
@@ -329,7 +278,7 @@ class Registry:
         key_id = f"key-{secrets.token_hex(4)}"
         with self._change() as connection:
             connection.execute(
-                _keys.insert().values(id=key_id, digest=digest_secret(secret), scope=scope, label=label, created_at=now())
+                tables.keys.insert().values(id=key_id, digest=digest_secret(secret), scope=scope, label=label, created_at=now())
             )
             self._append(connection, actor, "key.create", key_id, {"scope": scope, "label": label})
         return key_id, secret
@@ -337,7 +286,7 @@ class Registry:
     def revoke_key(self, key_id: str, *, actor: str) -> int:
         """Raises UnknownName."""
         with self._change() as connection:
-            if not connection.execute(_keys.delete().where(_keys.c.id == key_id)).rowcount:
+            if not connection.execute(tables.keys.delete().where(tables.keys.c.id == key_id)).rowcount:
                 raise UnknownName(f"there is no key {key_id!r}; `lethe key list` shows them")
             return self._append(connection, actor, "key.revoke", key_id, {})
 
@@ -355,10 +304,10 @@ class Registry:
 
     @staticmethod
     def _revision(connection: sa.Connection) -> int:
-        return connection.scalar(sa.select(sa.func.coalesce(sa.func.max(_audit.c.revision), 0))) or 0
+        return connection.scalar(sa.select(sa.func.coalesce(sa.func.max(tables.audit.c.revision), 0))) or 0
 
     def _append(self, connection: sa.Connection, actor: str, action: str, subject: str, detail: dict[str, Any]) -> int:
-        last = connection.execute(sa.select(_audit).order_by(_audit.c.revision.desc()).limit(1)).mappings().first()
+        last = connection.execute(sa.select(tables.audit).order_by(tables.audit.c.revision.desc()).limit(1)).mappings().first()
         row = AuditRow(
             revision=(last["revision"] if last else 0) + 1,
             at=now(),
@@ -369,15 +318,15 @@ class Registry:
             previous=last["hash"] if last else GENESIS,
         )
         values = {name: getattr(row, name) for name in AuditRow.__dataclass_fields__} | {"hash": seal(row)}
-        connection.execute(_audit.insert().values(values))
+        connection.execute(tables.audit.insert().values(values))
         return row.revision
 
     @staticmethod
     def _put_artifact(connection: sa.Connection, name: str, artifact: Artifact) -> None:
-        same = (_artifacts.c.set_name == name) & (_artifacts.c.kind == artifact.kind)
-        connection.execute(_artifacts.delete().where(same))
+        same = (tables.artifacts.c.set_name == name) & (tables.artifacts.c.kind == artifact.kind)
+        connection.execute(tables.artifacts.delete().where(same))
         connection.execute(
-            _artifacts.insert().values(
+            tables.artifacts.insert().values(
                 set_name=name,
                 kind=artifact.kind,
                 fingerprint=artifact.fingerprint,
@@ -389,15 +338,18 @@ class Registry:
 
     @staticmethod
     def _stored_policies(connection: sa.Connection) -> dict[str, Policy]:
-        stored = {p.name: p for p in map(Policy.model_validate_json, connection.scalars(sa.select(_policies.c.content)))}
+        stored = {p.name: p for p in map(Policy.model_validate_json, connection.scalars(sa.select(tables.policies.c.content)))}
         return BUILT_IN | stored
 
     @staticmethod
     def _stored_sets(connection: sa.Connection, name: str | None = None) -> list[StoredSet]:
-        columns = [column for column in _sets.c if column.name != "content"]
-        query, artifact_query = sa.select(*columns).order_by(_sets.c.name), sa.select(_artifacts)
+        columns = [column for column in tables.forget_sets.c if column.name != "content"]
+        query, artifact_query = sa.select(*columns).order_by(tables.forget_sets.c.name), sa.select(tables.artifacts)
         if name is not None:
-            query, artifact_query = query.where(_sets.c.name == name), artifact_query.where(_artifacts.c.set_name == name)
+            query, artifact_query = (
+                query.where(tables.forget_sets.c.name == name),
+                artifact_query.where(tables.artifacts.c.set_name == name),
+            )
         artifacts: dict[str, list[Artifact]] = {}
         for row in connection.execute(artifact_query).mappings():
             fields = {key: value for key, value in row.items() if key != "set_name"}
