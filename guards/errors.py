@@ -9,6 +9,10 @@ class GuardError(Exception):
     """Root of all errors of this package."""
 
 
+class InvalidJson(GuardError):
+    """Bytes from outside are not one JSON object."""
+
+
 class InvalidForgetSet(GuardError):
     """A forget set breaks a rule. ``problems`` lists every breach, not only the first."""
 

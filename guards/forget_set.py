@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from guards.errors import InvalidForgetSet
+from guards.errors import InvalidForgetSet, InvalidJson
+from guards.strict_json import parse_object, shorten
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME_PATTERN}$")]
@@ -120,8 +121,7 @@ def describe_validation(error: ValidationError) -> list[str]:
     for finding in error.errors(include_url=False, include_context=False):
         place = ".".join(str(part) for part in finding["loc"])
         message = finding["msg"].removeprefix("Value error, ")
-        shown = repr(finding["input"])
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        shown = shorten(finding["input"])
         sentences.append(f"{place}: {message} (got {shown})" if place else message)
     return sentences
 
@@ -151,17 +151,9 @@ def read_jsonl(content: bytes, name: str) -> ForgetSet:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            problems.append(
-                f"line {number}: byte {error.start + 1} ({line[error.start]:#04x}) is not UTF-8; save the file as UTF-8"
-            )
-            continue
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"line {number}: {_shorten(line)} is not JSON: {error}")
-            continue
-        if not isinstance(entry, dict):
-            problems.append(f'line {number}: {_shorten(line)} is not an object such as {{"phrase": "..."}}')
+            entry = parse_object(line)
+        except InvalidJson as error:
+            problems.append(f"line {number}: {error}")
             continue
         problem = _add_entry(fields, entry)
         if problem:
@@ -182,14 +174,14 @@ def _add_entry(fields: dict[str, Any], entry: dict[str, Any]) -> str | None:
     """Add one line's object to ``fields``; returns what is wrong with it, if anything."""
     kinds = [kind for kind in (*_LINE_KINDS, "question", "set") if kind in entry]
     if len(kinds) != 1:
-        return f"{_shorten(entry)} must have exactly one of the keys phrase, alias, text, question, set"
+        return f"{shorten(entry)} must have exactly one of the keys phrase, alias, text, question, set"
     kind = kinds[0]
     allowed = {"question", "answer", "paraphrases"} if kind == "question" else {kind}
     if unknown := sorted(entry.keys() - allowed):
-        return f"{_shorten(entry)} has unknown keys {', '.join(unknown)}; a {kind} line may have {', '.join(sorted(allowed))}"
+        return f"{shorten(entry)} has unknown keys {', '.join(unknown)}; a {kind} line may have {', '.join(sorted(allowed))}"
     if kind == "set":
         if not isinstance(entry["set"], dict) or (unknown := sorted(entry["set"].keys() - set(_SET_FIELDS))):
-            return f"'set' must be an object with keys from {', '.join(_SET_FIELDS)} (got {_shorten(entry['set'])})"
+            return f"'set' must be an object with keys from {', '.join(_SET_FIELDS)} (got {shorten(entry['set'])})"
         try:
             # Checked alone, so that a bad date is reported with this line's number.
             ForgetSet.model_validate({"name": "x", "phrases": ["x"], **entry["set"]})
@@ -202,7 +194,7 @@ def _add_entry(fields: dict[str, Any], entry: dict[str, Any]) -> str | None:
             fields["questions"].append(Question.model_validate(entry))
         elif kind == "phrase":
             if not isinstance(entry["phrase"], str):
-                return f"phrase must be a string (got {_shorten(entry['phrase'])})"
+                return f"phrase must be a string (got {shorten(entry['phrase'])})"
             check_phrases([entry["phrase"]])
             fields["phrases"].append(entry["phrase"])
         else:
@@ -229,8 +221,3 @@ def write_jsonl(forget_set: ForgetSet) -> str:
 def is_name(text: str) -> bool:
     """Whether `text` may name a set or a policy."""
     return re.fullmatch(NAME_PATTERN, text) is not None
-
-
-def _shorten(value: Any) -> str:
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -22,9 +22,9 @@ class SuppressionConfig(Frozen):
 
 
 class GuardConfigs(Frozen):
-    """One frozen config per guard; None leaves the guard out."""
+    """One frozen config per guard."""
 
-    suppression: SuppressionConfig | None = Field(default_factory=SuppressionConfig)
+    suppression: SuppressionConfig = Field(default_factory=SuppressionConfig)
 
 
 class Policy(Frozen):
@@ -45,7 +45,11 @@ class Policy(Frozen):
 
 BUILT_IN = {
     DEFAULT: Policy(name=DEFAULT, description="Applies to every request that does not select another policy."),
-    NONE: Policy(name=NONE, description="No guards at all: for comparisons.", guards=GuardConfigs(suppression=None)),
+    NONE: Policy(
+        name=NONE,
+        description="No guards at all: for comparisons.",
+        guards=GuardConfigs(suppression=SuppressionConfig(enabled=False)),
+    ),
 }
 
 

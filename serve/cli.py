@@ -66,22 +66,19 @@ def serve(
         out.print(context.get_help())
         out.print("All further options go to vLLM; `vllm serve --help=all` lists them.")
         raise typer.Exit
+    import uvloop
+
+    from serve.api.app import UnsafeSetting
+    from serve.api.app import serve as run
+    from serve.api.engine_client import UnguardedWorker
     from serve.default_model import MissingModel, default_model
 
     settings = Settings()
-    try:
-        path = model or str(default_model(settings.cache_dir))
-        import uvloop
-
-        from serve.api.app import UnsafeSetting
-        from serve.api.app import serve as run
-        from serve.api.engine_client import UnguardedWorker
-    except MissingModel as error:
-        _fail(str(error))
+    arguments = [*(["--model", model] if model else []), *context.args]
     try:
         # As vLLM does; with asyncio's own loop, Nagle's algorithm would hold every answer back for 40 ms.
-        uvloop.run(run(["--model", path, *context.args], settings))
-    except (UnsafeSetting, UnguardedWorker, OSError) as error:
+        uvloop.run(run(arguments, settings, lambda: str(default_model(settings.cache_dir))))
+    except (UnsafeSetting, UnguardedWorker, MissingModel, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -102,7 +99,7 @@ def forget_add(
     with _client() as client:
         headers = {"content-type": "application/jsonl"}
         if replace and client.get(f"/forget_sets/{name}").status_code == 200:
-            answer = client.put(f"/forget_sets/{name}", params={"name": name}, content=content, headers=headers)
+            answer = client.put(f"/forget_sets/{name}", content=content, headers=headers)
         else:
             answer = client.post("/forget_sets", params={"name": name}, content=content, headers=headers)
         added = _unwrap(answer)

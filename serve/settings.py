@@ -25,8 +25,8 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(8 << 20, gt=0)
     max_admin_body_bytes: int = Field(256 << 20, gt=0)
     max_choices: int = Field(16, gt=0, description="n, and the beam width")
-    max_stop_strings: int = Field(16, gt=0)
     max_logit_bias: int = Field(1024, gt=0)
+    max_prompts: int = Field(64, gt=0, description="prompts in one call of /v1/completions")
     max_messages: int = Field(2048, gt=0)
     refresh_ms: int = Field(500, gt=0, description="how often a server looks for changes made by other processes")
 

@@ -32,8 +32,6 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     special |= {i for i in tokenizer.all_special_ids if i < size}
     texts = [bytes(text) for text in token_bytes][:size]
     texts += [b""] * (size - len(texts))
-    for i in range(len(tokenizer), size):
-        texts[i] = b""
     for sample in _SAMPLES:
         ids = tokenizer.encode(sample, add_special_tokens=False)
         joined = b"".join(texts[i] for i in ids)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from guards.errors import InvalidArtifact
+from guards.suppression.automaton import CompiledPhrases
 from guards.types import Plan
 
 PLAN_KEY = "lethe"
@@ -39,6 +41,14 @@ def decode_plan(extra_args: Mapping[str, Any] | None) -> Plan | None:
         return None
     fields = extra_args[PLAN_KEY]
     return Plan(fields["revision"], fields["policy"], tuple(fields["suppression"]), fields["output_start"])
+
+
+def load_phrases(artifacts: Path, fingerprint: str) -> CompiledPhrases:
+    """Read compiled phrases by fingerprint. Raises InvalidArtifact, also if the file holds something else than its name says."""
+    compiled = CompiledPhrases.load(phrases_path(artifacts, fingerprint))
+    if compiled.fingerprint != fingerprint:
+        raise InvalidArtifact(f"{phrases_path(artifacts, fingerprint)} holds {compiled.fingerprint[:12]}; delete it and restart")
+    return compiled
 
 
 def phrases_path(artifacts: Path, fingerprint: str) -> Path:

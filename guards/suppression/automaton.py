@@ -21,6 +21,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -110,7 +111,7 @@ class CompiledPhrases:
             "phrase_keys": self.phrase_keys.view(np.int64),
             "phrase_lengths": self.phrase_lengths,
         }
-        header = {
+        header: dict[str, Any] = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             "vocabulary": self.vocabulary,
@@ -118,8 +119,8 @@ class CompiledPhrases:
             "left_boundary": self.left_boundary,
             "phrase_count": self.phrase_count,
             "window_bytes": self.window_bytes,
-            "content": _content_digest(tensors),
         }
+        header["content"] = _content_digest(tensors, header)
         path.write_bytes(save(tensors, metadata={"lethe": json.dumps(header)}))
 
     @staticmethod
@@ -135,12 +136,12 @@ class CompiledPhrases:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise InvalidArtifact(
-                f"{path} cannot be read as compiled phrases ({error}); disable and enable the set again"
+                f"{path} cannot be read as compiled phrases ({error}); restart the server to have it rebuilt"
             ) from error
         if header.get("format") != _FORMAT:
             raise InvalidArtifact(f"{path} has format {header.get('format')!r}, this version reads {_FORMAT!r}; rebuild it")
-        if header["content"] != _content_digest(tensors):
-            raise InvalidArtifact(f"{path} was altered after it was written; delete it, it will be rebuilt")
+        if header.pop("content", None) != _content_digest(tensors, header):
+            raise InvalidArtifact(f"{path} was altered after it was written; restart the server to have it rebuilt")
         return CompiledPhrases(
             fingerprint=header["fingerprint"],
             vocabulary=header["vocabulary"],
@@ -379,8 +380,8 @@ def _as_ranges(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return positions[np.concatenate([[0], breaks + 1])], positions[np.concatenate([breaks, [len(positions) - 1]])] + 1
 
 
-def _content_digest(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _content_digest(tensors: dict[str, np.ndarray], header: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())
     return digest.hexdigest()

@@ -85,9 +85,13 @@ def symbol_hashes() -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-@functools.lru_cache(maxsize=32)
 def powers(count: int, *, inverse: bool = False) -> np.ndarray:
     """[count] uint64: the hash's base to the powers 0 … count-1, modulo 2**64."""
+    return _powers(1 << max(12, (count - 1).bit_length()), inverse)[:count]
+
+
+@functools.lru_cache(maxsize=32)
+def _powers(count: int, inverse: bool) -> np.ndarray:
     base = _BASE_INVERSE if inverse else _BASE
     values, value = [], 1
     for _ in range(count):

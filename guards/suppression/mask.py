@@ -32,11 +32,12 @@ SPARE_TOKENS = 16
 
 
 def floor_of(logits: Tensor) -> float:
-    """The value for banned tokens: so low that no temperature or bias lifts it, yet finite.
+    """The value for banned tokens: so low that no temperature, bias or penalty lifts it, and so far from the dtype's end that none
+    of them makes it infinite: a row without any finite value (a grammar's mask is ``-inf``) is a NaN.
 
-    ``-inf`` would meet the ``-inf`` of a grammar's mask, and a row without any finite value is a NaN.
+    float16 has no such value; the engine computes in float32 instead, where vLLM's sampler goes anyway.
     """
-    return torch.finfo(logits.dtype).min / 4
+    return max(-1e30, torch.finfo(logits.dtype).min / 4)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ class SortedTokens:
     lengths: np.ndarray  # [N] int32, symbols per token
     prefix_hashes: np.ndarray  # [N, L + 1] uint64, hash of the first k symbols
     prefix_keys: np.ndarray  # [P] uint64, ascending: hash of each distinct non-empty prefix
-    prefix_lengths: np.ndarray  # [P] int32
     prefix_low: np.ndarray  # [P] int64, first sorted position that has the prefix
     prefix_high: np.ndarray  # [P] int64, one past the last
 
@@ -55,6 +54,10 @@ class Vocabulary:
         digest = hashlib.sha256(b"lethe vocabulary 1\0" + self.size.to_bytes(8, "little"))
         digest.update(self.lengths.tobytes() + self.special.tobytes() + self.bytes.tobytes())
         self.fingerprint = digest.hexdigest()
+
+    def text_of(self, token_ids: Sequence[int]) -> bytes:
+        """The bytes that these tokens add to a text."""
+        return b"".join(self.bytes[self.starts[i] : self.starts[i] + self.lengths[i]].tobytes() for i in token_ids)
 
     def padded_bytes(self, token_ids: np.ndarray) -> np.ndarray:
         """[N, L] int64 bytes of the given tokens, ABSENT after each one's end; L is the longest of them."""
@@ -109,7 +112,7 @@ class Vocabulary:
 
         same = symbols[1:] == symbols[:-1]
         common = np.where(same.all(axis=1), width, same.argmin(axis=1))  # symbols shared with the token before
-        keys, prefix_lengths, lows, highs = [], [], [], []
+        keys, lows, highs = [], [], []
         for k in range(1, width + 1):
             first_of_group = np.flatnonzero(np.concatenate([[True], common < k]))
             ends = np.append(first_of_group[1:], len(token_ids))
@@ -117,7 +120,6 @@ class Vocabulary:
             lows.append(first_of_group[long_enough])
             highs.append(ends[long_enough])
             keys.append(hashes[lows[-1], k])
-            prefix_lengths.append(np.full(len(lows[-1]), k, dtype=np.int32))
         all_keys = np.concatenate(keys)
         by_key = np.argsort(all_keys, kind="stable")
         return SortedTokens(
@@ -126,7 +128,6 @@ class Vocabulary:
             lengths=lengths,
             prefix_hashes=hashes,
             prefix_keys=all_keys[by_key],
-            prefix_lengths=np.concatenate(prefix_lengths)[by_key],
             prefix_low=np.concatenate(lows)[by_key],
             prefix_high=np.concatenate(highs)[by_key],
         )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 
 from guards.errors import GuardError, InvalidForgetSet, InvalidPolicy
-from guards.forget_set import ForgetSet, is_name, parse_forget_set, read_jsonl, write_jsonl
+from guards.forget_set import MAX_TEXT_CHARACTERS, ForgetSet, is_name, parse_forget_set, read_jsonl, write_jsonl
 from guards.policy import DEFAULT, parse_policy
+from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
 from serve.api.control import Control
 from serve.registry.store import NameTaken, NotReady, Registry, RegistryError, StoredSet, UnknownName
@@ -123,8 +123,10 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
         }
 
     @router.get("/audit")
-    async def show_audit(after: int = 0, limit: int = 100) -> dict[str, Any]:
-        rows = await asyncio.to_thread(registry.audit, after=after, limit=max(1, min(limit, 1_000)))
+    async def show_audit(
+        after: Annotated[int, Query(ge=0, le=2**53)] = 0, limit: Annotated[int, Query(ge=1, le=1_000)] = 100
+    ) -> dict[str, Any]:
+        rows = await asyncio.to_thread(registry.audit, after=after, limit=limit)
         broken = await asyncio.to_thread(registry.first_broken_audit_row)
         return {"data": [asdict(row) for row in rows], "intact": broken is None, "first_broken": broken}
 
@@ -134,6 +136,8 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
         text, policy = fields.get("text"), fields.get("policy", DEFAULT)
         if not isinstance(text, str) or not isinstance(policy, str) or fields.keys() - {"text", "policy"}:
             raise InvalidPolicy('the body must be {"text": "...", "policy": "..."}, policy being optional')
+        if len(text) > MAX_TEXT_CHARACTERS:
+            raise InvalidPolicy(f"text has {len(text):,} characters, at most {MAX_TEXT_CHARACTERS:,} are checked at once; split it")
         hits = await control.check(text, policy)
         return {"revision": control.snapshot.revision, "policy": policy, "hits": [asdict(hit) for hit in hits]}
 
@@ -168,16 +172,7 @@ async def _forget_set(request: Request, name: str | None) -> ForgetSet:
 
 
 async def _object(request: Request) -> dict[str, Any]:
-    body = await request.body()
-    try:
-        fields = json.loads(body.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InvalidForgetSet([f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8"]) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidForgetSet([f"the body is not JSON: {error}"]) from None
-    if not isinstance(fields, dict):
-        raise InvalidForgetSet([f"the body must be a JSON object, not {type(fields).__name__}"])
-    return fields
+    return parse_object(await request.body())
 
 
 def _without(fields: dict[str, Any], key: str, value: str) -> dict[str, Any]:

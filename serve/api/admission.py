@@ -6,19 +6,22 @@ without a key answers 401 once keys exist. What passes carries an `AdmittedReque
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
-from guards.errors import InvalidPolicy
+from guards.errors import InvalidJson, InvalidPolicy
 from guards.policy import DEFAULT, Policy
+from guards.strict_json import parse_object
 from guards.types import Plan
 from serve.api import refusal
-from serve.registry.snapshot import Caller, Scope, Snapshot
+from serve.registry.snapshot import LOOPBACK, Caller, Scope, Snapshot
 from serve.settings import Settings
 
 Message = MutableMapping[str, Any]
@@ -69,7 +72,7 @@ REFUSED_FIELDS = (
     "previous_input_messages",
 )
 """Fields that choose K/V, adapters, templates, scheduling or ids: the server's business. None and defaults of no effect pass."""
-STRIPPED_HEADERS = {b"x-request-id", b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"x-priority"}
+STRIPPED_HEADERS = {b"x-request-id", b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority"}
 _NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", {}, [])
 
 
@@ -80,9 +83,8 @@ class AdmittedRequest:
     caller: Caller
     policy: Policy
     plan: Plan
-    use_beam_search: bool = False
+    has_tools: bool = False
     blocked: bool = False  # an output was ended by a guard, so the response must say so
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 admitted: ContextVar[AdmittedRequest | None] = ContextVar("admitted", default=None)
@@ -106,11 +108,21 @@ class Admission:
 
     Args:
         snapshot: returns what is in force now.
-        served_names: names of the base model; the first is what ``model`` becomes.
+        served_names: names of the base model.
+        open_without_keys: the server is bound to the loopback interface only.
     """
 
-    def __init__(self, app: ASGIApp, *, snapshot: Callable[[], Snapshot], served_names: list[str], settings: Settings) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        snapshot: Callable[[], Snapshot],
+        served_names: list[str],
+        settings: Settings,
+        open_without_keys: bool,
+    ) -> None:
         self._app = app
+        self._open_without_keys = open_without_keys
         self._snapshot = snapshot
         self._served_names = served_names
         self._settings = settings
@@ -134,48 +146,61 @@ class Admission:
             await send({"type": "http.response.body", "body": refused.body()})
 
     async def _admit(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, request_id: str) -> None:
-        path, method, snapshot = scope["path"], scope["method"], self._snapshot()
+        path, method = scope["path"], scope["method"]
         headers = [(name, value) for name, value in scope["headers"] if name not in STRIPPED_HEADERS]
-        scope = {**scope, "headers": headers}
+        scope, send = {**scope, "headers": headers}, _with_request_id(send, request_id)
         if method == "OPTIONS" or f"{method} {path}" in OPEN:
-            await self._app(scope, receive, _with_request_id(send, request_id))
+            await self._app(scope, receive, send)
             return
-        caller = snapshot.caller(_secret(dict(headers)))
+        admin = path.startswith(ADMIN_PREFIX + "/")
+        caller, snapshot = self._identify(headers, "admin" if admin else None)
+        if not admin and f"{method} {_generic(path)}" not in self._allowed:
+            raise Refused(
+                403,
+                f"{method} {path} is not served here; an operator can allow it with LETHE_ALLOW_ROUTES",
+                kind="permission_error",
+            )
+        request = None
+        if method in ("POST", "PUT"):
+            body = await _read(receive, self._settings.max_admin_body_bytes if admin else self._settings.max_body_bytes)
+            # A body may take its time; what counts is what is in force, and who the caller is, once it is here.
+            caller, snapshot = self._identify(headers, "admin" if admin else None)
+            if not admin:
+                fields = _parse(body)
+                request = self._check_fields(fields, caller, snapshot)
+                body = json.dumps(fields).encode()
+                headers = [(name, value) for name, value in headers if name not in (b"content-length", b"transfer-encoding")]
+                headers += [(b"content-length", str(len(body)).encode()), (b"x-request-id", request_id.encode())]
+                scope["headers"] = headers
+                checked = request
+                send = refusal.reporting(send, checked.policy.refusal, lambda: checked.blocked)
+            receive = _replay(body, receive)
+        scope["lethe.caller"] = caller
+        token = admitted.set(request)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            admitted.reset(token)
+
+    def _identify(self, headers: list[tuple[bytes, bytes]], needed: Scope | None) -> tuple[Caller, Snapshot]:
+        """Who calls, and what is in force for them, now."""
+        named, snapshot = dict(headers), self._snapshot()
+        caller = snapshot.caller(_secret(named), open_without_keys=self._open_without_keys)
         if caller is None:
             raise Refused(
                 401,
                 "a key is needed: send 'Authorization: Bearer <key>'; make one with `lethe key create`",
                 kind="authentication_error",
             )
-        admin = path.startswith(ADMIN_PREFIX + "/")
-        if admin:
-            _require(caller, "admin")
-        elif f"{method} {_generic(path)}" not in self._allowed:
+        if caller is LOOPBACK and not _same_machine(named):
             raise Refused(
                 403,
-                f"{method} {path} is not served here; an operator can allow it with LETHE_ALLOW_ROUTES",
+                "while no key exists, only programs on this machine are served, not web pages; make a key",
                 kind="permission_error",
             )
-        scope["lethe.caller"] = caller
-        if method not in ("POST", "PUT"):
-            await self._app(scope, receive, _with_request_id(send, request_id))
-            return
-        limit = self._settings.max_admin_body_bytes if admin else self._settings.max_body_bytes
-        body = await _read(receive, limit)
-        request = None
-        if not admin:
-            fields = _parse(body)
-            request = self._check_fields(fields, caller, snapshot)
-            request.id = request_id
-            body = json.dumps(fields).encode()
-            headers = [(name, value) for name, value in headers if name not in (b"content-length", b"transfer-encoding")]
-            scope["headers"] = [*headers, (b"content-length", str(len(body)).encode()), (b"x-request-id", request_id.encode())]
-            send = refusal.reporting(send, request.policy.refusal, lambda: request.blocked)
-        token = admitted.set(request)
-        try:
-            await self._app(scope, _replay(body, receive), _with_request_id(send, request_id))
-        finally:
-            admitted.reset(token)
+        if needed is not None:
+            _require(caller, needed)
+        return caller, snapshot
 
     def _check_fields(self, fields: dict[str, Any], caller: Caller, snapshot: Snapshot) -> AdmittedRequest:
         """Apply the rules for bodies; ``fields["model"]`` becomes the base model's name."""
@@ -192,7 +217,7 @@ class Admission:
                 if fields.get(name) is not None and fields[name] is not False:
                     raise Refused(400, f"field {name!r} is not available under policy {policy_name!r}; remove it", param=name)
         self._check_caps(fields)
-        return AdmittedRequest(caller, snapshot.policies[policy_name], plan, use_beam_search=bool(fields.get("use_beam_search")))
+        return AdmittedRequest(caller, snapshot.policies[policy_name], plan, has_tools=bool(fields.get("tools")))
 
     def _select_policy(self, fields: dict[str, Any], caller: Caller) -> str:
         model = fields.get("model")
@@ -213,13 +238,15 @@ class Admission:
             if isinstance(value, int) and value > limit:
                 raise Refused(400, f"{name}={value} exceeds this server's limit of {limit}", param=name)
         for name, limit in (
-            ("stop", limits.max_stop_strings),
-            ("stop_token_ids", limits.max_stop_strings),
             ("logit_bias", limits.max_logit_bias),
             ("bad_words", limits.max_logit_bias),
             ("messages", limits.max_messages),
+            ("input", limits.max_messages),
+            ("prompt", limits.max_prompts),
         ):
             value = fields.get(name)
+            if name == "prompt" and isinstance(value, list) and value and isinstance(value[0], int):
+                continue  # one prompt, as token ids
             if isinstance(value, list | dict) and len(value) > limit:
                 raise Refused(400, f"{name} has {len(value)} entries, this server's limit is {limit}", param=name)
 
@@ -244,23 +271,31 @@ def _generic(path: str) -> str:
 
 
 def _parse(body: bytes) -> dict[str, Any]:
-    """The JSON object of a request. Duplicate keys are refused: two parsers may not read a body differently."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            raise Refused(400, "the body has a key twice in one object; send each key once")
-        return fields
-
     try:
-        fields = json.loads(body.decode("utf-8"), object_pairs_hook=unique) if body.strip() else {}
-    except UnicodeDecodeError as error:
-        raise Refused(400, f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Refused(400, f"the body is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise Refused(400, f"the body must be a JSON object, not {type(fields).__name__}")
-    return fields
+        return parse_object(body) if body.strip() else {}
+    except InvalidJson as error:
+        raise Refused(400, f"the body cannot be read: {error}") from None
+
+
+def _same_machine(headers: dict[bytes, bytes]) -> bool:
+    """Was this sent by a program on this machine, and not by a web page that a browser on it has open?
+
+    While no key exists, being here is what lets a caller in. A page from elsewhere can make a browser send requests here, and can
+    make its own name resolve to this address; the headers that browsers add tell.
+    """
+    if headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
+        return False
+    origin = urlsplit(headers.get(b"origin", b"").decode("latin-1")).hostname
+    host = urlsplit("//" + headers.get(b"host", b"localhost").decode("latin-1")).hostname
+    return all(is_loopback(name) for name in (origin, host) if name is not None) and headers.get(b"origin") != b"null"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address means this machine and nothing else."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 async def _read(receive: Receive, limit: int) -> bytes:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import fcntl
 import os
-import socket
 from argparse import Namespace
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from vllm import envs
 from vllm.config import ModelConfig
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -20,6 +21,7 @@ from vllm.entrypoints.launchers.api_server.entry import build_async_engine_clien
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
@@ -27,7 +29,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from guards.policy import NONE
 from serve.api import admin
-from serve.api.admission import Admission
+from serve.api.admission import Admission, is_loopback
 from serve.api.control import Control
 from serve.api.engine_client import GuardedEngineClient, check_workers, load_artifacts
 from serve.registry.store import Registry
@@ -47,8 +49,11 @@ class UnsafeSetting(ValueError):
     """An option that would open a way around the guards. The server does not start."""
 
 
-def parse_arguments(arguments: Sequence[str]) -> Namespace:
-    """Parse ``vllm serve`` options, with lethe's defaults and its engine settings put in.
+def parse_arguments(arguments: Sequence[str], default_model: Callable[[], str]) -> Namespace:
+    """Parse ``vllm serve`` options, with lethe's defaults.
+
+    Args:
+        default_model: makes the default model ready and returns its path; called when the options name no model.
 
     Raises:
         UnsafeSetting: an option or environment variable that would open a way around the guards.
@@ -64,7 +69,11 @@ def parse_arguments(arguments: Sequence[str]) -> Namespace:
         # On AVX2, float32 is five times faster than bfloat16 at batch 8, and compiling takes longer than most sessions last.
         parser.set_defaults(dtype="float32", enforce_eager=True)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    parser.set_defaults(model=None)
     args = parser.parse_args(list(arguments))
+    if args.model and args.model_tag:
+        raise UnsafeSetting(f"two models are named, {args.model_tag!r} and --model {args.model!r}; name one")
+    args.model = args.model_tag or args.model or default_model()
     validate_parsed_serve_args(args)
     return args
 
@@ -96,7 +105,10 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
         config = get_config(args.model, args.trust_remote_code, args.revision)
         overrides["architectures"] = config.architectures
     args.hf_overrides = {**overrides, "architectures": [GUARDED_PREFIX + name for name in overrides["architectures"]]}
-    args.logits_processors = [*(args.logits_processors or []), *_tracker()]
+    tracker = _tracker()
+    if tracker and not current_platform.is_cpu() and not args.enforce_eager:
+        raise UnsafeSetting("on a GPU, Model Runner V1 replays CUDA graphs past the tracker; use V2, or add --enforce-eager")
+    args.logits_processors = [*(args.logits_processors or []), *tracker]
     args.worker_extension_cls = "serve.engine.worker.WorkerExtension"
     args.additional_config = {
         **(args.additional_config or {}),
@@ -120,22 +132,11 @@ def check_binding(host: str | None, registry: Registry) -> None:
     Raises:
         UnsafeSetting: says how to make one.
     """
-    if not registry.stored_keys() and not is_loopback(host):
+    if not registry.stored_keys() and not is_loopback(host or ""):
         raise UnsafeSetting(
             f"binding to {host or '0.0.0.0'} without keys would let anyone in; "  # noqa: S104
             "make one first with `lethe key create --scope admin`, or bind to 127.0.0.1"
         )
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether only this machine can reach a server bound to ``host``."""
-    if not host:
-        return False
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)} if host == "localhost" else set()
-        return bool(addresses) and all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 @asynccontextmanager
@@ -155,7 +156,7 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
         )
         await control.start()
         try:
-            client = GuardedEngineClient(inner, lambda: control.snapshot, control.phrases)
+            client = GuardedEngineClient(inner, lambda: control.snapshot, control.phrases, vocabulary, settings.max_choices)
             tasks = await inner.get_supported_tasks()
             app = build_app(args, tasks, model)
             await init_app_state(client, app.state, args, tasks)
@@ -167,6 +168,7 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
                 snapshot=lambda: control.snapshot,
                 served_names=args.served_model_name,
                 settings=settings,
+                open_without_keys=is_loopback(args.host or ""),
             )
             yield app, inner
         finally:
@@ -187,9 +189,34 @@ def _list_policies_as_models(app: FastAPI, control: Control) -> None:
         return JSONResponse(models)
 
 
-async def serve(arguments: Sequence[str], settings: Settings) -> None:
-    """Run the server until it is told to stop."""
-    args = parse_arguments(arguments)
+@contextmanager
+def sole_server(state_dir: Path) -> Iterator[None]:
+    """Hold a state directory: artifacts in it are compiled for one model, and swept by the server that owns them.
+
+    Raises:
+        UnsafeSetting: another server holds it.
+    """
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (state_dir / "server.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, also when it is killed
+        except OSError:
+            raise UnsafeSetting(f"another lethe server uses {state_dir}; set LETHE_STATE_DIR to another directory") from None
+        yield
+
+
+async def serve(arguments: Sequence[str], settings: Settings, default_model: Callable[[], str]) -> None:
+    """Run the server until it is told to stop.
+
+    Raises:
+        UnsafeSetting, UnguardedWorker, RegistryError, GuardError, OSError: it cannot start, and why.
+    """
+    args = parse_arguments(arguments, default_model)
+    with sole_server(settings.state_dir):
+        await _serve(args, settings)
+
+
+async def _serve(args: Namespace, settings: Settings) -> None:
     registry = Registry(settings.state_dir / "lethe.db")
     check_binding(args.host, registry)
     guard_arguments(args, settings)
@@ -197,9 +224,12 @@ async def serve(arguments: Sequence[str], settings: Settings) -> None:
     try:
         async with guarded_app(args, settings, registry) as (app, _):
             print(f"lethe: serving {args.served_model_name[0]} on {address} (state in {settings.state_dir})", flush=True)
+            configured = get_uvicorn_log_config(args)
+            log_config = {} if configured is None else {"log_config": configured}
             closing = await serve_http(
                 app,
                 sock=listener,
+                enable_ssl_refresh=args.enable_ssl_refresh,
                 host=args.host,
                 port=args.port,
                 log_level=args.uvicorn_log_level,
@@ -207,6 +237,12 @@ async def serve(arguments: Sequence[str], settings: Settings) -> None:
                 ssl_keyfile=args.ssl_keyfile,
                 ssl_certfile=args.ssl_certfile,
                 ssl_ca_certs=args.ssl_ca_certs,
+                ssl_cert_reqs=args.ssl_cert_reqs,
+                ssl_ciphers=args.ssl_ciphers,
+                timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+                h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+                h11_max_header_count=args.h11_max_header_count,
+                **log_config,
             )
         await closing
     finally:

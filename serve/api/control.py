@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,7 +27,7 @@ from guards.suppression.automaton import CompiledPhrases, compile_phrases, phras
 from guards.suppression.vocabulary import Vocabulary
 from serve.registry.snapshot import Snapshot
 from serve.registry.store import Artifact, NotReady, Registry, UnknownName, now
-from serve.wire import phrases_path
+from serve.wire import load_phrases, phrases_path
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Control:
         self._changing = asyncio.Lock()
         self._builds: dict[str, asyncio.Task[None]] = {}
         self._compiled: OrderedDict[str, CompiledPhrases] = OrderedDict()
+        self._compiled_lock = threading.Lock()  # the event loop and its threads both read
         self._poll: asyncio.Task[None] | None = None
         self.snapshot: Snapshot = registry.snapshot()
         _revision.set_function(lambda: self.snapshot.revision)
@@ -73,6 +75,9 @@ class Control:
         """Rebuild what is missing (another model, an interrupted build), load what is enabled, start polling.
 
         Enabled sets are ready before this returns, so that no request can come before them.
+
+        Raises:
+            GuardError, NotReady: one cannot be built or loaded.
         """
         for stored in await asyncio.to_thread(self._registry.forget_sets):
             if not stored.header["phrases"]:
@@ -82,7 +87,9 @@ class Control:
                 await self._build(content, keep_enabled=True)
             else:
                 self._start_build(stored.name)
-        await self._refresh()
+        self.snapshot = await asyncio.to_thread(self._registry.snapshot)
+        await self._load_or_refuse(self.snapshot.fingerprints)
+        await asyncio.to_thread(self._sweep)
         self._poll = asyncio.create_task(self._keep_fresh())
 
     async def stop(self) -> None:
@@ -108,6 +115,9 @@ class Control:
         Raises:
             UnknownName, NotReady.
         """
+        stored = await asyncio.to_thread(self._registry.forget_set, content.name)
+        if stored.enabled and content.phrases:
+            await self._compile(content)  # before the lock, so that nobody waits for it; what follows finds it done
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, content.name)
             if stored.enabled and not content.phrases:
@@ -145,10 +155,10 @@ class Control:
             await self._refresh(loaded)
         return revision
 
-    async def disable(self, name: str, *, actor: str, reason: str = "") -> int:
+    async def disable(self, name: str, *, actor: str, only_if_expired: bool = False) -> int:
         """Take a set out of force for every request admitted from now on. Raises UnknownName."""
         async with self._changing:
-            revision = await asyncio.to_thread(self._registry.disable, name, actor=actor, reason=reason)
+            revision = await asyncio.to_thread(self._registry.disable, name, actor=actor, only_if_expired=only_if_expired)
             await self._refresh()
         return revision
 
@@ -182,14 +192,14 @@ class Control:
 
     def phrases(self, fingerprint: str) -> CompiledPhrases:
         """Compiled phrases by fingerprint, kept in memory by recency. Raises InvalidArtifact."""
-        compiled = self._compiled.get(fingerprint)
-        if compiled is None:
-            compiled = self._compiled[fingerprint] = CompiledPhrases.load(phrases_path(self._artifacts, fingerprint))
-            while len(self._compiled) > _KEPT_COMPILED:
-                self._compiled.popitem(last=False)
-        else:
+        with self._compiled_lock:
+            compiled = self._compiled.get(fingerprint)
+            if compiled is None:
+                compiled = self._compiled[fingerprint] = load_phrases(self._artifacts, fingerprint)
+                while len(self._compiled) > max(_KEPT_COMPILED, len(self.snapshot.fingerprints)):
+                    self._compiled.popitem(last=False)
             self._compiled.move_to_end(fingerprint)
-        return compiled
+            return compiled
 
     # Inside
 
@@ -212,7 +222,7 @@ class Control:
         def compile_and_write() -> CompiledPhrases:
             path = phrases_path(self._artifacts, fingerprint)
             with contextlib.suppress(InvalidArtifact):
-                return CompiledPhrases.load(path)
+                return load_phrases(self._artifacts, fingerprint)
             compiled = compile_phrases(
                 content.phrases,
                 self._vocabulary,
@@ -223,7 +233,6 @@ class Control:
             return compiled
 
         compiled = await asyncio.to_thread(compile_and_write)
-        self._compiled[fingerprint] = compiled
         figures = f"{compiled.phrase_count:,} phrases in {time.perf_counter() - started:.2f} s"
         return Artifact("phrases", fingerprint, "ready", figures, now())
 
@@ -248,6 +257,13 @@ class Control:
         task = self._builds[name] = asyncio.create_task(build())
         task.add_done_callback(lambda done: self._builds.pop(name, None) if self._builds.get(name) is done else None)
 
+    def _sweep(self) -> None:
+        """Delete artifact files that no set refers to any more. One server owns a state directory, so nobody else does."""
+        kept = {artifact.fingerprint for stored in self._registry.forget_sets() for artifact in stored.artifacts}
+        for path in phrases_path(self._artifacts, "any").parent.glob("*.safetensors"):
+            if path.stem not in kept:
+                path.unlink(missing_ok=True)
+
     async def _load_or_refuse(self, fingerprints: Sequence[str]) -> None:
         if not fingerprints:
             return
@@ -259,17 +275,18 @@ class Control:
         missing = sorted(set(snapshot.fingerprints) - set(self.snapshot.fingerprints) - set(loaded))
         if missing:
             # Also what another process enabled. Rows whose artifact fails to load are closed by the guard.
-            await self._load(missing)
+            for fingerprint, reason in (await self._load(missing)).items():
+                logger.error("lethe: a worker could not load artifact %s: %s", fingerprint, reason)
         self.snapshot = snapshot
 
     async def _keep_fresh(self) -> None:
         while True:
             await asyncio.sleep(self._refresh_ms / 1_000)
             try:
-                await self._disable_expired()
                 if await asyncio.to_thread(self._registry.revision) != self.snapshot.revision:
                     async with self._changing:
                         await self._refresh()
+                await self._disable_expired()
             except Exception:  # a poll that dies would freeze the snapshot; say so and try again
                 logger.exception("lethe: could not refresh from the registry")
 
@@ -278,7 +295,7 @@ class Control:
             return
         for stored in await asyncio.to_thread(self._registry.forget_sets):
             if stored.enabled and stored.expired:
-                await self.disable(stored.name, actor="server", reason=f"expired at {stored.header['expires_at']}")
+                await self.disable(stored.name, actor="server", only_if_expired=True)  # it may be renewed meanwhile
 
 
 def _write_atomically(path: Path, compiled: CompiledPhrases) -> None:

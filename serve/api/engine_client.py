@@ -9,18 +9,25 @@ Covered: everything that calls ``generate``. ``encode`` (pooling models) is clos
 
 from __future__ import annotations
 
+import codecs
+import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 from prometheus_client import Counter
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from guards.errors import GuardError
 from guards.forget_set import MAX_PHRASE_CHARACTERS
 from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan
 from serve.api.admission import AdmittedRequest, admitted
 from serve.api.refusal import FINISH_REASON
@@ -31,8 +38,8 @@ _requests = Counter("lethe_requests_total", "Requests that reached the engine.",
 _blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy", "guard", "action"])
 
 
-MAX_TEMPERATURE = 10.0
-MIN_REPETITION_PENALTY = 0.1
+REPETITION_PENALTIES = (0.1, 100.0)
+"""What vLLM multiplies or divides logits by; within these bounds the floor of banned tokens stays out of reach, and finite."""
 
 
 class UnguardedWorker(RuntimeError):
@@ -46,12 +53,23 @@ class GuardedEngineClient:
         inner: vLLM's own client.
         snapshot: what is in force now, for calls outside of an admitted request.
         phrases: loads compiled phrases by fingerprint.
+        vocabulary: the served model's.
+        max_choices: the most that ``n`` may be, checked again here, where it is what vLLM made of it.
     """
 
-    def __init__(self, inner: EngineClient, snapshot: Callable[[], Snapshot], phrases: Callable[[str], CompiledPhrases]) -> None:
+    def __init__(
+        self,
+        inner: EngineClient,
+        snapshot: Callable[[], Snapshot],
+        phrases: Callable[[str], CompiledPhrases],
+        vocabulary: Vocabulary,
+        max_choices: int,
+    ) -> None:
         self._inner = inner
         self._snapshot = snapshot
         self._phrases = phrases
+        self._vocabulary = vocabulary
+        self._max_choices = max_choices
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -68,23 +86,31 @@ class GuardedEngineClient:
         if sampling_params.extra_args:
             names = ", ".join(sorted(sampling_params.extra_args))
             raise VLLMValidationError(f"extra arguments ({names}) are not accepted from clients", parameter="vllm_xargs")
+        if sampling_params.n > self._max_choices:
+            raise VLLMValidationError(f"n={sampling_params.n} exceeds this server's limit of {self._max_choices}", parameter="n")
         _requests.labels(plan.policy, str(plan.engages_logits).lower()).inc()
         if not plan.engages_logits:
             return self._inner.generate(prompt, sampling_params, request_id, **options)
 
         _refuse_what_cannot_be_guarded(prompt, sampling_params)
-        if request is not None and request.use_beam_search:
-            # Beams come back as prompts, so where the output began cannot be told: no token of theirs ends a match.
-            plan = Plan(plan.revision, plan.policy, plan.suppression, output_start=0)
         params = sampling_params if sampling_params.skip_clone else sampling_params.clone()
+        # vLLM's beam search asks for one token at a time, without text; no client can ask for that. What the client's own
+        # use_beam_search says is not looked at: vLLM may read it differently, or not at all.
+        searching_beams = not params.detokenize
+        if searching_beams:
+            # Beams come back as prompts, so where the output began cannot be told: no token of theirs ends a match.
+            plan = replace(plan, output_start=0)
         params.extra_args = {PLAN_KEY: encode_plan(plan)}
+        try:
+            artifacts = [self._phrases(fingerprint) for fingerprint in plan.suppression]
+        except GuardError as error:
+            raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
         outputs = self._inner.generate(prompt, params, request_id, **options)
-        if request is not None and request.use_beam_search:
+        if searching_beams and not _constrained(params):
             return _without_banned_candidates(outputs)
-        if not _constrained(params):
-            return outputs
-        artifacts = [self._phrases(fingerprint) for fingerprint in plan.suppression]
-        return self._watch(outputs, artifacts, plan, params, request, self._half_said(prompt))
+        if _constrained(params) or (request is not None and request.has_tools):
+            return self._watch(outputs, artifacts, plan, params, request, self._half_said(prompt))
+        return outputs
 
     def _half_said(self, prompt: dict[str, Any]) -> str:
         """The end of the prompt, back to its last special token: an output may complete a phrase that starts there."""
@@ -104,7 +130,7 @@ class GuardedEngineClient:
         half_said: str,
     ) -> AsyncIterator[RequestOutput]:
         """End an output before the piece of text that completes a phrase, for every choice by itself."""
-        watches = [_Watch(artifacts, params, half_said) for _ in range(params.n)]
+        watches = [_Watch(artifacts, self._vocabulary, params, half_said) for _ in range(params.n)]
         end_of_text = self._inner.renderer.get_tokenizer().eos_token_id
         try:
             async for step in outputs:
@@ -165,14 +191,10 @@ def _refuse_what_cannot_be_guarded(prompt: Any, params: SamplingParams) -> None:
     for name in ("prompt_logprobs", "prompt_logprob_token_ids", "trace_decode_token_ids"):
         if getattr(params, name) is not None:
             raise VLLMValidationError(f"{name} is not available under a policy; remove it", parameter=name)
-    # Both divide or scale the floor that banned tokens are pushed to; within these bounds it stays out of reach.
-    if params.temperature > MAX_TEMPERATURE:
+    low, high = REPETITION_PENALTIES
+    if not low <= params.repetition_penalty <= high:
         raise VLLMValidationError(
-            f"temperature={params.temperature} exceeds {MAX_TEMPERATURE} under a policy", parameter="temperature"
-        )
-    if params.repetition_penalty < MIN_REPETITION_PENALTY:
-        raise VLLMValidationError(
-            f"repetition_penalty={params.repetition_penalty} is below {MIN_REPETITION_PENALTY} under a policy",
+            f"repetition_penalty={params.repetition_penalty} must lie in [{low}, {high}] under a policy",
             parameter="repetition_penalty",
         )
 
@@ -190,31 +212,60 @@ def _constrained(params: SamplingParams) -> bool:
     )
 
 
-class _Watch:
-    """The text of one choice, as far as a phrase could still be completed in it."""
+class _Channel:
+    """Text that arrives in pieces, as far as a phrase could still be completed in it."""
 
-    def __init__(self, artifacts: list[CompiledPhrases], params: SamplingParams, half_said: str) -> None:
+    def __init__(self, artifacts: list[CompiledPhrases], half_said: str, *, grows: bool) -> None:
         self._artifacts = artifacts
+        longest = max((int(artifact.phrase_lengths.max(initial=0)) for artifact in artifacts), default=0)
+        self._reach = 6 * longest + 1  # the longest phrase in escapes, and the character before it
+        self._before = half_said[-self._reach :]
+        self._grows = grows
+
+    def first_hit(self, piece: str) -> int | None:
+        """Where in ``piece`` the first phrase that it completes begins (0 if before it); None if it completes none.
+
+        A tool call's arguments are JSON, which vLLM reads and writes anew: what they say with escapes counts as said.
+        """
+        text, known = self._before + piece, len(self._before)
+        hits = [start for artifact in self._artifacts for start, end in artifact.find(text) if end > known]
+        if not hits and "\\u" in text:
+            plain, plain_before = _unescaped(text), _unescaped(self._before)
+            if any(len(artifact.find(plain)) > len(artifact.find(plain_before)) for artifact in self._artifacts):
+                hits = [known]
+        if self._grows:
+            self._before = text[-self._reach :]
+        return max(0, min(hits) - known) if hits else None
+
+
+class _Watch:
+    """One choice: its text, and the text that its tokens spell, which may be ahead (vLLM holds text back for stop strings)."""
+
+    def __init__(self, artifacts: list[CompiledPhrases], vocabulary: Vocabulary, params: SamplingParams, half_said: str) -> None:
+        self._vocabulary = vocabulary
         self._delta = params.output_kind is RequestOutputKind.DELTA
-        self._before = half_said
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._text = _Channel(artifacts, half_said, grows=self._delta)
+        self._spelled = _Channel(artifacts, half_said, grows=self._delta)
         self._safe = 0
         self.ended = False
         self.finished = False
 
     def completes_a_phrase(self, output: CompletionOutput) -> bool:
-        text, known = self._before + output.text, len(self._before)
-        hits = [start for artifact in self._artifacts for start, end in artifact.find(text) if end > known]
-        if hits:
-            self._safe = max(0, min(hits) - known)
-            return True
-        if self._delta:
-            # Enough for the longest phrase, and for the character before it.
-            self._before = text[-2 * MAX_PHRASE_CHARACTERS :]
-        return False
+        if not self._delta:
+            self._decoder.reset()
+        spelled = self._decoder.decode(self._vocabulary.text_of(output.token_ids))
+        hits = [hit for hit in (self._text.first_hit(output.text), self._spelled.first_hit(spelled)) if hit is not None]
+        self._safe = min(hits, default=0)
+        return bool(hits)
 
     def safe_text(self, output: CompletionOutput) -> str:
         """What may be shown of an output that completes a phrase: nothing of a delta, else what lies before the phrase."""
         return "" if self._delta else output.text[: self._safe]
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"(?:\\u[0-9a-fA-F]{4})+", lambda escapes: str(json.loads(f'"{escapes[0]}"')), text)
 
 
 def _end(output: CompletionOutput, end_of_text: int, *, keep_text: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from guards.errors import GuardError
 from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.mask import SuppressionGuard
-from serve.wire import phrases_path
+from serve.wire import load_phrases
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +32,27 @@ class ArtifactCache:
     def ensure(self, fingerprints: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, str]:
         """Load what is missing. Returns the failures: fingerprint -> reason."""
         wanted = list(dict.fromkeys(fingerprints))
-        failures, loaded = {}, dict(self._loaded)
+        failures, loaded = {}, self._loaded.copy()
         for fingerprint in wanted:
             if fingerprint in loaded:
-                self._loaded.move_to_end(fingerprint)
+                loaded.move_to_end(fingerprint)
                 continue
             try:
-                artifact = CompiledPhrases.load(phrases_path(self._directory, fingerprint))
+                artifact = load_phrases(self._directory, fingerprint)
                 self._guard.check(artifact)
                 loaded[fingerprint] = artifact
             except GuardError as error:
                 failures[fingerprint] = str(error)
                 logger.error("lethe: %s", error)
         if loaded.keys() == self._loaded.keys():
+            self._loaded = loaded
             return failures
         keep = set(wanted) | set(in_use)
         idle = [name for name in loaded if name not in keep]
         for name in idle[: max(0, len(idle) - KEPT_IDLE)]:
             del loaded[name]
         self._guard.load(list(loaded.values()))
-        self._loaded = OrderedDict(loaded)
+        self._loaded = loaded
         return failures
 
     @property

@@ -32,6 +32,10 @@ class EngineGuards:
         settings = (vllm_config.additional_config or {}).get(PLAN_KEY)
         if settings is None:
             raise ValueError("a guarded model must be started by `lethe serve`: additional_config has no 'lethe' entry")
+        if model.uses_mrope:
+            raise ValueError(
+                f"lethe does not support multi-axis positions (M-RoPE) yet, which {model.model} uses; serve another model"
+            )
         self.vllm_config = vllm_config
         self.device = torch.device(vllm_config.device_config.device)
         self.vocabulary = vocabulary_of(cached_tokenizer_from_config(model), model.get_vocab_size())
@@ -53,6 +57,8 @@ class EngineGuards:
         """Run every logit guard over the rows that carried ``tags``."""
         if not self.slots.engaged:
             return logits
+        if logits.dtype is torch.float16:
+            logits = logits.float()  # its range has no room for the floor
         rows, plans = self.slots.rows(tags, self.suppression.window_tokens)
         return self.suppression.apply(logits, rows, plans)
 

@@ -20,7 +20,6 @@ class WorkerExtension:
             "tracked": model.lethe.tracked,
             "model": type(model).__name__,
             "vocabulary": model.lethe.vocabulary.fingerprint,
-            "loaded": model.lethe.artifacts.loaded,
         }
 
     def lethe_load(self, fingerprints: list[str]) -> dict[str, str]:

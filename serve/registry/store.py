@@ -101,7 +101,7 @@ class Registry:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # removal requests are nobody else's business
         self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
         sa.event.listen(self._engine, "connect", _configure)
         sa.event.listen(self._engine, "begin", _begin_immediately)
@@ -139,10 +139,6 @@ class Registry:
             if content is None:
                 raise _unknown_set(name)
             return ForgetSet.model_validate_json(content)
-
-    def policies(self) -> dict[str, Policy]:
-        with self._read() as connection:
-            return self._stored_policies(connection)
 
     def stored_keys(self) -> list[StoredKey]:
         with self._read() as connection:
@@ -233,12 +229,14 @@ class Registry:
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == name).values(enabled_at=now()))
             return self._append(connection, actor, "forget_set.enable", name, {"phrases": phrases.fingerprint})
 
-    def disable(self, name: str, *, actor: str, reason: str = "") -> int:
+    def disable(self, name: str, *, actor: str, only_if_expired: bool = False) -> int:
         """Take a set out of force; a no-op for a disabled one. Raises UnknownName."""
         with self._change() as connection:
-            if not self._stored_set(connection, name).enabled:
+            stored = self._stored_set(connection, name)
+            if not stored.enabled or (only_if_expired and not stored.expired):
                 return self._revision(connection)
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == name).values(enabled_at=None))
+            reason = f"expired at {stored.header['expires_at']}" if only_if_expired else ""
             return self._append(connection, actor, "forget_set.disable", name, {"reason": reason} if reason else {})
 
     def record_artifact(self, name: str, content_fingerprint: str, artifact: Artifact) -> bool:

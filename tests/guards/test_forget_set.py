@@ -41,12 +41,14 @@ def test_every_bad_line_is_reported_with_its_number_value_and_rule() -> None:
         b'{"set": {"colour": "red"}}',
         b'["a list"]',
         b'{"phrase": "' + b"x" * 1_000_000 + b'"}',
+        b'{"phrase": "lost", "phrase": "kept"}',
+        b'{"foo": "\\ud800"}',
     ]
     with pytest.raises(InvalidForgetSet) as error:
         read_jsonl(b"\n".join(lines), "x")
     reported = error.value.problems
     numbers = [int(problem.split(":")[0].removeprefix("line ")) for problem in reported]
-    assert sorted(set(numbers)) == [2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    assert sorted(set(numbers)) == [2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
     for number, expected in (
         (2, "empty"),
         (3, "nonsense"),
@@ -55,9 +57,10 @@ def test_every_bad_line_is_reported_with_its_number_value_and_rule() -> None:
         (7, "answer"),
         (9, "7"),
         (13, "at most 512"),
+        (14, "twice"),
     ):
         assert expected in next(problem for problem in reported if problem.startswith(f"line {number}:"))
-    assert all(len(problem) < 400 for problem in reported)
+    assert all(problem.encode() and len(problem) < 400 for problem in reported)
 
 
 def test_a_second_header_line_is_refused() -> None:

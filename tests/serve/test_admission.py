@@ -47,14 +47,17 @@ def call(
     snapshot: Snapshot = SNAPSHOT,
     app: App | None = None,
     headers: Any = None,
+    open_without_keys: bool = True,
     **limits: Any,
 ) -> tuple[httpx.Response, App]:
     app = app or App()
-    admission = Admission(app, snapshot=lambda: snapshot, served_names=["m"], settings=Settings(**limits))
+    admission = Admission(
+        app, snapshot=lambda: snapshot, served_names=["m"], settings=Settings(**limits), open_without_keys=open_without_keys
+    )
     content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
 
     async def send() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(admission), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(admission), base_url="http://127.0.0.1:8000") as client:
             return await client.request(method, path, content=content, headers=headers)
 
     return asyncio.run(send()), app
@@ -83,7 +86,18 @@ def test_every_refused_field_is_refused_on_every_route(path: str, field: str) ->
         assert call("POST", path, {"model": "m", field: harmless})[0].status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"\xff", b'{"model": "m", "model": "m:none"}', b"[" * 100_000])
+BAD_BODIES = {
+    "unfinished": b"{",
+    "a list": b"[]",
+    "a string": b'"x"',
+    "not UTF-8": b"\xff",
+    "a key twice": b'{"model": "m", "model": "m:none"}',
+    "deep": b"[" * 100_000,
+    "a long number": b'{"n": ' + b"1" * 5_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES.keys())
 def test_bodies_that_are_not_one_json_object_are_refused(body: bytes) -> None:
     answer, app = call("POST", "/v1/completions", body)
     assert answer.status_code == 400
@@ -133,7 +147,8 @@ def test_keys_open_what_their_scope_says() -> None:
     "body",
     [
         {"n": 17},
-        {"stop": ["x"] * 17},
+        {"input": [{}] * 3_000},
+        {"prompt": ["x"] * 65},
         {"logit_bias": {str(i): 1 for i in range(2_000)}},
         {"messages": [{}] * 3_000},
     ],
@@ -145,6 +160,57 @@ def test_caps_are_checked_before_any_work(body: dict[str, Any]) -> None:
     assert answer.json()["error"]["param"] == next(iter(body))
     assert not app.reached
     assert call("POST", "/v1/completions", b"x" * 2_000, max_body_bytes=1_000)[0].status_code == 413
+
+
+def test_without_keys_a_server_that_others_can_reach_is_closed() -> None:
+    assert call("GET", "/v1/models", open_without_keys=False)[0].status_code == 401
+    assert call("GET", "/health", open_without_keys=False)[0].status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://elsewhere.example"},
+        {"origin": "null"},
+        {"sec-fetch-site": "cross-site"},
+        {"host": "rebound.example:8000"},
+    ],
+    ids=str,
+)
+def test_without_keys_no_web_page_can_throw_the_switch(headers: dict[str, str]) -> None:
+    answer, app = call("POST", "/lethe/v1/forget_sets/a/disable", headers=headers)
+    assert answer.status_code == 403
+    assert not app.reached
+    for own in ({"origin": "http://localhost:3000"}, {"host": "localhost:8000"}, {"host": "[::1]:8000"}):
+        assert call("POST", "/lethe/v1/forget_sets/a/disable", headers=own)[0].status_code == 200
+
+
+def test_what_is_in_force_when_the_body_is_complete_counts() -> None:
+    """A client cannot keep an old snapshot, or a revoked key, alive by sending slowly."""
+    app, current = App(), [SNAPSHOT]
+    admission = Admission(app, snapshot=lambda: current[0], served_names=["m"], settings=Settings(), open_without_keys=True)
+    answers: list[Any] = []
+
+    async def send_slowly(then: Snapshot) -> None:
+        pieces = [b'{"model": ', b'"m"}']
+
+        async def receive() -> Any:
+            piece = pieces.pop(0)
+            if not pieces:
+                current[0] = then
+            return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+        async def send(message: Any) -> None:
+            answers.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"host", b"127.0.0.1")]}
+        await admission(scope, receive, send)
+
+    later = Snapshot(revision=8, enabled={"b": "other"}, policies=BUILT_IN, keys=())
+    asyncio.run(send_slowly(later))
+    assert app.reached[0]["request"].plan.suppression == ("other",)
+    asyncio.run(send_slowly(KEYED))
+    assert answers[-2]["status"] == 401
 
 
 def test_headers_that_steer_the_engine_do_not_reach_it() -> None:
@@ -213,7 +279,7 @@ def test_websockets_are_closed() -> None:
     sent: list[Any] = []
 
     async def connect() -> None:
-        admission = Admission(App(), snapshot=lambda: SNAPSHOT, served_names=["m"], settings=Settings())
+        admission = Admission(App(), snapshot=lambda: SNAPSHOT, served_names=["m"], settings=Settings(), open_without_keys=True)
 
         async def send(message: Any) -> None:
             sent.append(message)

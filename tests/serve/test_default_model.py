@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_a_model(tmp_path: Pa
 def test_what_a_killed_conversion_left_is_swept_away_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     abandoned = tmp_path / "models" / f".{NAME}-abandoned"
     abandoned.mkdir(parents=True)
+    long_ago = time.time() - 2 * default_model.ABANDONED_AFTER_S
+    os.utime(abandoned, (long_ago, long_ago))
     with pytest.raises((OSError, ValueError)):  # there is no model in this directory
         default_model._convert(tmp_path / "no wheel here", tmp_path / "models" / NAME)
     assert list((tmp_path / "models").iterdir()) == []

@@ -247,13 +247,14 @@ def test_policies_choose_among_enabled_sets(registry: Registry) -> None:
 
 
 def test_keys_are_stored_hashed_and_recognised(registry: Registry, tmp_path: Path) -> None:
-    assert registry.snapshot().caller(None).name == "loopback"
+    assert registry.snapshot().caller(None, open_without_keys=True).name == "loopback"
+    assert registry.snapshot().caller(None, open_without_keys=False) is None
     key_id, secret = registry.create_key("chat", "mine", actor="test")
     snapshot = registry.snapshot()
-    assert snapshot.caller(secret).name == key_id
-    assert snapshot.caller(secret).scopes == {"chat"}
+    assert snapshot.caller(secret, open_without_keys=True).name == key_id
+    assert snapshot.caller(secret, open_without_keys=True).scopes == {"chat"}
     for wrong in (None, "", secret[:-1], secret + "x", key_id, "\udcff"):
-        assert snapshot.caller(wrong) is None
+        assert snapshot.caller(wrong, open_without_keys=True) is None
     registry.close()
     assert secret.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
 

@@ -183,6 +183,43 @@ def test_when_only_the_phrase_is_left_the_answer_is_refused(
     assert chunks[-1].choices[0].delta.refusal == "I cannot continue this answer."
 
 
+@pytest.mark.parametrize("beams", [True, "true", "false", "off", 0, "no"])
+def test_no_word_about_beam_search_switches_a_guard_off(server: Server, forget: Any, beams: Any) -> None:
+    """vLLM reads "false" as False, and some routes ignore the field: what a client says must not decide what is watched."""
+    forget("Harry Potter")
+    only = {"use_beam_search": beams, "structured_outputs": {"choice": ["Harry Potter"]}, "max_tokens": 8, "temperature": 0.2}
+    messages = [{"role": "user", "content": SCHOOL}]
+    for path, body in (
+        ("/v1/chat/completions", {"messages": messages}),
+        ("/v1/completions", {"prompt": "Which school?"}),
+        ("/v1/responses", {"input": "Which school?"}),
+        ("/v1/messages", {"messages": messages}),
+    ):
+        answer = httpx.post(f"{server.url}{path}", json={"model": NAME, **only, **body}, timeout=120)
+        assert answer.status_code < 500, f"{path}: {answer.text}"
+        assert_free_of(answer.text, ("Harry Potter",))
+
+
+def test_neither_stop_strings_nor_escapes_let_a_phrase_out(client: openai.OpenAI, server: Server, forget: Any) -> None:
+    forget("Harry Potter")
+    held = {"structured_outputs": {"regex": "Harry Potter"}, "return_token_ids": True}
+    chunks = [c for c in ask(client, SCHOOL, stream=True, stop=["x" * 24], logprobs=True, extra_body=held) if c.choices]
+    shown = "".join(entry.token for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content)
+    assert_free_of(shown, ("Harry Potter",))
+    assert chunks[-1].choices[0].finish_reason == "content_filter"
+    body = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": SCHOOL}],
+        "tools": [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}],
+        "tool_choice": "none",
+        "structured_outputs": {"regex": r'\{"q": "Harry \\u0050otter"\}'},
+        "max_tokens": 24,
+    }
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
+
+
 def test_a_refused_response_says_so_in_its_own_terms(client: openai.OpenAI, forget: Any) -> None:
     forget("Harry Potter")
     only_choice = {"structured_outputs": {"choice": ["Harry Potter"]}}
@@ -325,7 +362,7 @@ def test_fields_that_reach_past_a_guard_are_refused_by_name(client: openai.OpenA
     assert field in refused.value.body["message"]
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", 1e30), ("repetition_penalty", 1e-30)])
+@pytest.mark.parametrize(("field", "value"), [("temperature", 1e30), ("repetition_penalty", 1e-30), ("repetition_penalty", 1e30)])
 def test_values_that_would_lift_the_floor_are_refused(client: openai.OpenAI, forget: Any, field: str, value: float) -> None:
     forget(*POTTER)
     with pytest.raises(openai.BadRequestError, match=field):
