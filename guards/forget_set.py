@@ -6,6 +6,7 @@ gate; ``questions`` and ``texts`` train assistants. A set may fill only some of 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -147,7 +148,7 @@ def read_jsonl(content: bytes, name: str) -> ForgetSet:
     problems: list[str] = []
     fields: dict[str, Any] = {"name": name, "phrases": [], "aliases": [], "questions": [], "texts": []}
     seen_set = 0
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -36,8 +37,8 @@ app.add_typer(forget, name="forget")
 app.add_typer(policy, name="policy")
 app.add_typer(key, name="key")
 
-out = Console()
-err = Console(stderr=True)
+out = Console(markup=False, highlight=False)
+err = Console(stderr=True, markup=False, highlight=False)
 NameArgument = Annotated[str, typer.Argument(help="The forget set's name: 1 to 63 of a-z, 0-9, _ and -.")]
 
 
@@ -49,6 +50,10 @@ def main() -> None:
         _fail("\n".join(error.problems))
     except (GuardError, RegistryError, _ServerSaysNo) as error:
         _fail(str(error))
+    except SettingsError as error:
+        _fail(f"{error}; lists are JSON, for instance LETHE_ALLOW_ROUTES='[\"POST /tokenize\"]'")
+    except httpx.UnsupportedProtocol:
+        _fail(f"LETHE_URL={Settings().url!r} must be a URL such as http://127.0.0.1:8000")
     except httpx.ConnectError:
         _fail(f"no server answers at {Settings().url}; start one with `lethe serve`, or set LETHE_URL")
     except httpx.HTTPError as error:
@@ -78,7 +83,7 @@ def serve(
     try:
         # As vLLM does; with asyncio's own loop, Nagle's algorithm would hold every answer back for 40 ms.
         uvloop.run(run(arguments, settings, lambda: str(default_model(settings.cache_dir))))
-    except (UnsafeSetting, UnguardedWorker, MissingModel, OSError) as error:
+    except (UnsafeSetting, UnguardedWorker, MissingModel, OSError, ValueError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -112,8 +117,10 @@ def forget_add(
     _print_set(added)
     if any(artifact["status"] == "failed" for artifact in added["artifacts"]):
         raise typer.Exit(1)
-    if not added["enabled"]:
-        out.print(f"Next: [bold]lethe forget enable {name}[/bold]")
+    if added["phrases"] and not added["enabled"]:
+        out.print(f"Next: lethe forget enable {name}")
+    elif not added["phrases"]:
+        out.print("This set has no phrases, so no guard of this release enforces it.")
 
 
 @forget.command("list")
@@ -121,10 +128,10 @@ def forget_list() -> None:
     """List all forget sets."""
     with _client() as client:
         listed = _unwrap(client.get("/forget_sets"))
-    table = Table("name", "in force since", "phrases", "artifacts", "requester", "expires", title=f"revision {listed['revision']}")
+    table = Table("name", "enabled since", "phrases", "artifacts", "requester", "expires", title=f"revision {listed['revision']}")
     for each in listed["data"]:
         artifacts = ", ".join(f"{artifact['kind']} {artifact['status']}" for artifact in each["artifacts"])
-        since = each["enabled_at"] or "[dim]disabled[/dim]"
+        since = each["enabled_at"] or "no"
         table.add_row(each["name"], since, f"{each['phrases']:,}", artifacts, each["requester"], each["expires_at"] or "")
     out.print(table)
 
@@ -140,6 +147,10 @@ def forget_show(name: NameArgument) -> None:
 def forget_enable(name: NameArgument) -> None:
     """Put a set in force, from the next request on."""
     _act("POST", f"/forget_sets/{name}/enable", f"{name} is in force")
+    with _client() as client:
+        policies = _unwrap(client.get("/revision"))["policies"]
+    if name not in policies["default"]:
+        out.print("Note: the default policy leaves this set out; `lethe revision` shows which policies apply it.")
 
 
 @forget.command("disable")
@@ -163,7 +174,7 @@ def policy_list() -> None:
     for each in listed["data"]:
         sets = each["forget_sets"] if isinstance(each["forget_sets"], str) else ", ".join(each["forget_sets"])
         guards = ", ".join(name for name, config in each["guards"].items() if config and config.get("enabled", True))
-        table.add_row(each["name"], sets, guards or "[dim]none[/dim]", each["description"])
+        table.add_row(each["name"], sets, guards or "none", each["description"])
     out.print(table)
 
 
@@ -198,7 +209,7 @@ def check(
     table = Table("forget set", "guard", "place", "text", "in force")
     for hit in found["hits"]:
         place = f"{hit['start']}-{hit['end']}"
-        table.add_row(hit["forget_set"], hit["guard"], place, hit["text"], "yes" if hit["in_force"] else "[dim]no[/dim]")
+        table.add_row(hit["forget_set"], hit["guard"], place, hit["text"], "yes" if hit["in_force"] else "no")
     out.print(table if found["hits"] else "Nothing is hit.")
     if any(hit["in_force"] for hit in found["hits"]):
         raise typer.Exit(1)
@@ -209,22 +220,34 @@ def revision() -> None:
     """Show what is in force."""
     with _client() as client:
         shown = _unwrap(client.get("/revision"))
-    out.print(f"revision {shown['revision']}; in force: {', '.join(shown['forget_sets']) or 'nothing'}")
+    table = Table("policy", "forget sets that it applies", title=f"revision {shown['revision']}")
+    for name, names in shown["policies"].items():
+        table.add_row(name, ", ".join(names) or "none")
+    out.print(table)
 
 
 @app.command()
-def audit(after: Annotated[int, typer.Option(help="Show what came after this revision.")] = 0) -> None:
+def audit(
+    after: Annotated[int, typer.Option(help="Show what came after this revision.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with everything.")] = False,
+) -> None:
     """Show who changed what, and whether the record is intact."""
+    rows: list[dict[str, Any]] = []
+    shown = None
     with _client() as client:
-        shown = _unwrap(client.get("/audit", params={"after": after, "limit": 1_000}))
-    table = Table("revision", "at", "who", "what", "subject", "detail")
-    for row in shown["data"]:
-        detail = {name: value for name, value in row["detail"].items() if value not in ("", None, 0)}
-        table.add_row(str(row["revision"]), row["at"], row["actor"], row["action"], row["subject"], json.dumps(detail))
-    out.print(table)
+        while shown is None or shown["data"]:
+            shown = _unwrap(client.get("/audit", params={"after": rows[-1]["revision"] if rows else after, "limit": 1_000}))
+            rows += shown["data"]
+    for row in rows:
+        detail = {name: value for name, value in row["detail"].items() if value not in ("", None, 0, False)}
+        brief = ", ".join(f"{name} {value}" for name, value in detail.items() if name in ("requester", "legal_basis", "reason"))
+        line = f"{row['revision']:>6}  {row['at'][:19]}Z  {row['action']:<19}  {row['subject']}  by {row['actor']}"
+        print(json.dumps(row) if as_json else f"{line}  {brief}".rstrip())
     if not shown["intact"]:
         _fail(f"the record was tampered with: revision {shown['first_broken']} does not fit the ones before it")
-    out.print("The record is intact.")
+    if not as_json:
+        head = rows[-1]["hash"] if rows else "none"
+        print(f"The chain is intact. Note its head elsewhere to notice if its end is cut off: {head}")
 
 
 @key.command("create")
@@ -286,18 +309,19 @@ def _act(method: str, path: str, done: str, **options: Any) -> None:
 
 def _print_set(shown: dict[str, Any]) -> None:
     table = Table(show_header=False, title=shown["name"])
-    table.add_row("in force", f"since {shown['enabled_at']}" if shown["enabled"] else "no")
+    table.add_row("enabled", f"since {shown['enabled_at']}" if shown["enabled"] else "no")
     for name in ("description", "requester", "legal_basis", "expires_at", "fingerprint", "revision"):
         if shown[name]:
             table.add_row(name, str(shown[name]))
     for artifact in shown["artifacts"]:
-        table.add_row(artifact["kind"], f"{artifact['status']} {artifact['detail']}")
+        table.add_row("compiled", f"{artifact['status']} {artifact['detail']}")
     for name in ("phrases", "aliases", "questions", "texts"):
         entries = shown.get("content", {}).get(name, [])
         listed = [entry["question"] if isinstance(entry, dict) else entry for entry in entries[:20]]
         more = [f"... and {len(entries) - 20:,} more"] if len(entries) > 20 else []
         if shown[name]:
-            table.add_row(name, "\n".join([f"{shown[name]:,}", *listed, *more]))
+            count = f"{shown[name]:,}" + ("" if name == "phrases" else " (kept, not enforced by this release)")
+            table.add_row(name, "\n".join([count, *listed, *more]))
     out.print(table)
 
 
@@ -306,5 +330,5 @@ def _registry() -> Registry:
 
 
 def _fail(message: str) -> Any:
-    err.print(f"[bold red]lethe:[/bold red] {message}", highlight=False, soft_wrap=True)
+    print(f"lethe: {message}", file=sys.stderr)
     raise SystemExit(1)

@@ -118,8 +118,8 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
         snapshot = control.snapshot
         return {
             "revision": snapshot.revision,
-            "forget_sets": sorted(snapshot.enabled),
-            "policies": {name: {"suppression": list(plan.suppression)} for name, plan in sorted(snapshot.plans.items())},
+            "enabled": sorted(snapshot.enabled),
+            "policies": {name: snapshot.forget_sets_of(policy) for name, policy in sorted(snapshot.policies.items())},
         }
 
     @router.get("/audit")

@@ -72,6 +72,8 @@ REFUSED_FIELDS = (
     "previous_input_messages",
 )
 """Fields that choose K/V, adapters, templates, scheduling or ids: the server's business. None and defaults of no effect pass."""
+MAX_REPETITION = 10_000
+_COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties", "minContains", "maxContains"}
 STRIPPED_HEADERS = {b"x-request-id", b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority"}
 _NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", {}, [])
 
@@ -149,7 +151,9 @@ class Admission:
         path, method = scope["path"], scope["method"]
         headers = [(name, value) for name, value in scope["headers"] if name not in STRIPPED_HEADERS]
         scope, send = {**scope, "headers": headers}, _with_request_id(send, request_id)
-        if method == "OPTIONS" or f"{method} {path}" in OPEN:
+        named = dict(headers)
+        preflight = method == "OPTIONS" and b"origin" in named and b"access-control-request-method" in named
+        if preflight or f"{method} {path}" in OPEN:
             await self._app(scope, receive, send)
             return
         admin = path.startswith(ADMIN_PREFIX + "/")
@@ -216,6 +220,12 @@ class Admission:
             for name in ("prompt_logprobs", "echo"):
                 if fields.get(name) is not None and fields[name] is not False:
                     raise Refused(400, f"field {name!r} is not available under policy {policy_name!r}; remove it", param=name)
+        if not isinstance(fields.get("structured_outputs", {}), dict | None):
+            raise Refused(400, 'structured_outputs must be an object such as {"choice": [...]}', param="structured_outputs")
+        for name in ("structured_outputs", "response_format", "text", "output_config", "tools"):
+            if too_large := _largest_repetition(fields.get(name)):
+                limit = f"this server's limit is {MAX_REPETITION:,}"
+                raise Refused(400, f"{name} asks for {too_large:,} repetitions; {limit}", param=name)
         self._check_caps(fields)
         return AdmittedRequest(caller, snapshot.policies[policy_name], plan, has_tools=bool(fields.get("tools")))
 
@@ -275,6 +285,23 @@ def _parse(body: bytes) -> dict[str, Any]:
         return parse_object(body) if body.strip() else {}
     except InvalidJson as error:
         raise Refused(400, f"the body cannot be read: {error}") from None
+
+
+def _largest_repetition(schema: Any) -> int:
+    """The largest count over MAX_REPETITION that a grammar asks for, else 0: compiling one stops the engine for everybody."""
+    largest, waiting = 0, [schema]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if key in _COUNTS and isinstance(item, int | float):
+                    largest = max(largest, int(min(item, 2**63)))
+                elif key in ("regex", "pattern", "grammar") and isinstance(item, str):
+                    largest = max([largest, *(int(digits[:18]) for digits in re.findall(r"[{,](\d+)", item))])
+                waiting.append(item)
+        elif isinstance(value, list):
+            waiting.extend(value)
+    return largest if largest > MAX_REPETITION else 0
 
 
 def _same_machine(headers: dict[bytes, bytes]) -> bool:

@@ -240,6 +240,7 @@ async def _serve(args: Namespace, settings: Settings) -> None:
                 ssl_cert_reqs=args.ssl_cert_reqs,
                 ssl_ciphers=args.ssl_ciphers,
                 timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+                timeout_graceful_shutdown=5,  # a client that reads slowly must not keep a stopped server alive
                 h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
                 h11_max_header_count=args.h11_max_header_count,
                 **log_config,

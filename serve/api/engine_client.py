@@ -93,6 +93,7 @@ class GuardedEngineClient:
             return self._inner.generate(prompt, sampling_params, request_id, **options)
 
         _refuse_what_cannot_be_guarded(prompt, sampling_params)
+        self._refuse_half_a_character(prompt)
         params = sampling_params if sampling_params.skip_clone else sampling_params.clone()
         # vLLM's beam search asks for one token at a time, without text; no client can ask for that. What the client's own
         # use_beam_search says is not looked at: vLLM may read it differently, or not at all.
@@ -111,6 +112,15 @@ class GuardedEngineClient:
         if _constrained(params) or (request is not None and request.has_tools):
             return self._watch(outputs, artifacts, plan, params, request, self._half_said(prompt))
         return outputs
+
+    def _refuse_half_a_character(self, prompt: dict[str, Any]) -> None:
+        """vLLM's detokenizer repeats the whole prompt as output when the prompt ends in half a character or U+FFFD."""
+        token_ids = prompt["prompt_token_ids"]
+        end = self._vocabulary.text_of(token_ids[-64:]) or self._vocabulary.text_of(token_ids)
+        if end.decode("utf-8", "replace").endswith("\ufffd"):
+            raise VLLMValidationError(
+                "the prompt ends in half a character or in U+FFFD; end it with a whole one", parameter="prompt"
+            )
 
     def _half_said(self, prompt: dict[str, Any]) -> str:
         """The end of the prompt, back to its last special token: an output may complete a phrase that starts there."""
@@ -229,7 +239,7 @@ class _Channel:
         """
         text, known = self._before + piece, len(self._before)
         hits = [start for artifact in self._artifacts for start, end in artifact.find(text) if end > known]
-        if not hits and "\\u" in text:
+        if not hits and "\\" in text:
             plain, plain_before = _unescaped(text), _unescaped(self._before)
             if any(len(artifact.find(plain)) > len(artifact.find(plain_before)) for artifact in self._artifacts):
                 hits = [known]
@@ -264,8 +274,11 @@ class _Watch:
         return "" if self._delta else output.text[: self._safe]
 
 
+_ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')
+
+
 def _unescaped(text: str) -> str:
-    return re.sub(r"(?:\\u[0-9a-fA-F]{4})+", lambda escapes: str(json.loads(f'"{escapes[0]}"')), text)
+    return _ESCAPES.sub(lambda escapes: str(json.loads(f'"{escapes[0]}"')), text)
 
 
 def _end(output: CompletionOutput, end_of_text: int, *, keep_text: str) -> None:

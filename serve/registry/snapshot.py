@@ -53,9 +53,14 @@ class Snapshot:
     def __post_init__(self) -> None:
         object.__setattr__(self, "plans", {name: self._plan(policy) for name, policy in self.policies.items()})
 
+    def forget_sets_of(self, policy: Policy) -> list[str]:
+        """The sets that act on a request under this policy."""
+        if not policy.guards.suppression.enabled:
+            return []
+        return sorted(self.enabled if policy.forget_sets == "enabled" else set(policy.forget_sets) & set(self.enabled))
+
     def _plan(self, policy: Policy) -> Plan:
-        names = self.enabled if policy.forget_sets == "enabled" else [n for n in policy.forget_sets if n in self.enabled]
-        fingerprints = {self.enabled[name] for name in names} if policy.guards.suppression.enabled else set()
+        fingerprints = {self.enabled[name] for name in self.forget_sets_of(policy)}
         return Plan(self.revision, policy.name, tuple(sorted(name for name in fingerprints if name is not None)))
 
     @property

@@ -180,14 +180,14 @@ class Registry:
         """Store a set together with the artifacts that are about to be built. Raises NameTaken."""
         with self._change() as connection:
             if connection.scalar(sa.select(tables.forget_sets.c.name).where(tables.forget_sets.c.name == content.name)):
-                raise NameTaken(f"forget set {content.name!r} exists; replace it with PUT, or choose another name")
+                raise NameTaken(f"forget set {content.name!r} exists; use PUT (`--replace`) or another name")
             at = now()
             header = _summary(content)
             values = {"header": header, "content": content.model_dump_json(), "created_at": at, "updated_at": at}
             connection.execute(tables.forget_sets.insert().values(name=content.name, **values))
             for artifact in artifacts:
                 self._put_artifact(connection, content.name, artifact)
-            return self._append(connection, actor, "forget_set.create", content.name, header)
+            return self._append(connection, actor, "forget_set.create", content.name, _audited(header))
 
     def replace_set(self, content: ForgetSet, artifacts: Sequence[Artifact], *, actor: str) -> int:
         """Replace a set together with its artifacts, so that an enabled set stays enforced. Raises UnknownName."""
@@ -198,14 +198,14 @@ class Registry:
             connection.execute(tables.artifacts.delete().where(tables.artifacts.c.set_name == content.name))
             for artifact in artifacts:
                 self._put_artifact(connection, content.name, artifact)
-            return self._append(connection, actor, "forget_set.replace", content.name, _summary(content))
+            return self._append(connection, actor, "forget_set.replace", content.name, _audited(_summary(content)))
 
     def delete_set(self, name: str, *, actor: str) -> int:
         """Raises UnknownName."""
         with self._change() as connection:
             stored = self._stored_set(connection, name)
             connection.execute(tables.forget_sets.delete().where(tables.forget_sets.c.name == name))
-            return self._append(connection, actor, "forget_set.delete", name, stored.header)
+            return self._append(connection, actor, "forget_set.delete", name, _audited(stored.header))
 
     def enable(self, name: str, *, actor: str) -> int:
         """Put a set in force. Enabling an enabled set changes nothing and returns the current revision.
@@ -367,7 +367,7 @@ def _unknown_set(name: str) -> UnknownName:
 
 
 def _summary(content: ForgetSet) -> dict[str, Any]:
-    """What the audit says of a set: fingerprint, sizes and paperwork, never the content, which may be what must be forgotten."""
+    """What lists say of a set: fingerprint, description, sizes and paperwork."""
     return {
         "fingerprint": content.fingerprint,
         "description": content.description,
@@ -379,6 +379,11 @@ def _summary(content: ForgetSet) -> dict[str, Any]:
         "legal_basis": content.legal_basis,
         "expires_at": content.expires_at.isoformat() if content.expires_at else None,
     }
+
+
+def _audited(header: dict[str, Any]) -> dict[str, Any]:
+    """What the audit keeps of a set for ever: no content and no description, which may tell what must be forgotten."""
+    return {name: value for name, value in header.items() if name != "description"}
 
 
 def _configure(connection: Any, _record: Any) -> None:

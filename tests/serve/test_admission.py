@@ -93,6 +93,8 @@ BAD_BODIES = {
     "not UTF-8": b"\xff",
     "a key twice": b'{"model": "m", "model": "m:none"}',
     "deep": b"[" * 100_000,
+    "half a surrogate": b'{"stop": "\\ud800"}',
+    "more than 64 bits": b'{"stream_interval": 9223372036854775808}',
     "a long number": b'{"n": ' + b"1" * 5_000 + b"}",
 }
 
@@ -211,6 +213,29 @@ def test_what_is_in_force_when_the_body_is_complete_counts() -> None:
     assert app.reached[0]["request"].plan.suppression == ("other",)
     asyncio.run(send_slowly(KEYED))
     assert answers[-2]["status"] == 401
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"structured_outputs": {"json": {"type": "array", "minItems": 100_000_000}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"maxLength": 10**9}}}},
+        {"structured_outputs": {"regex": "a{999999}"}},
+        {"structured_outputs": True},
+    ],
+    ids=str,
+)
+def test_grammars_that_would_stop_the_engine_are_refused(body: dict[str, Any]) -> None:
+    answer, app = chat(body)
+    assert answer.status_code == 400
+    assert not app.reached
+    assert chat({"structured_outputs": {"regex": "a{1,20}", "json": {"maxItems": 20}}})[0].status_code == 200
+
+
+def test_options_needs_a_key_unless_it_is_a_preflight() -> None:
+    assert call("OPTIONS", "/metrics", snapshot=KEYED)[0].status_code == 401
+    preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    assert call("OPTIONS", "/v1/chat/completions", snapshot=KEYED, headers=preflight)[0].status_code == 200
 
 
 def test_headers_that_steer_the_engine_do_not_reach_it() -> None:

@@ -69,7 +69,7 @@ def test_a_forget_set_is_a_switch(client: openai.OpenAI, admin: httpx.Client) ->
     assert admin.post("/forget_sets/potter/disable").json()["revision"] == revision + 2
     assert text(client, SCHOOL) == before
     assert admin.delete("/forget_sets/potter").json()["revision"] == revision + 3
-    assert admin.get("/revision").json()["forget_sets"] == []
+    assert admin.get("/revision").json()["enabled"] == []
 
 
 def test_no_phrase_in_many_hot_samples(client: openai.OpenAI, forget: Any) -> None:
@@ -198,6 +198,14 @@ def test_no_word_about_beam_search_switches_a_guard_off(server: Server, forget: 
         answer = httpx.post(f"{server.url}{path}", json={"model": NAME, **only, **body}, timeout=120)
         assert answer.status_code < 500, f"{path}: {answer.text}"
         assert_free_of(answer.text, ("Harry Potter",))
+
+
+def test_a_prompt_that_ends_in_half_a_character_is_refused(client: openai.OpenAI, forget: Any) -> None:
+    """vLLM's detokenizer would repeat the whole prompt as output."""
+    forget(*POTTER)
+    for prompt in ("I like Harry Potter \ufffd", [57, 702, 15688, 8325, 676, 98, 225]):
+        with pytest.raises(openai.BadRequestError, match="half a character"):
+            client.completions.create(model=NAME, prompt=prompt, max_tokens=4, temperature=0)
 
 
 def test_neither_stop_strings_nor_escapes_let_a_phrase_out(client: openai.OpenAI, server: Server, forget: Any) -> None:
