@@ -107,7 +107,7 @@ def test_the_command_line_does_what_the_admin_api_does(server: Server, client: o
     assert "HOGWARTS" in lethe("check", "at HOGWARTS", status=1)
     assert "Nothing" in lethe("check", "at home")
     assert "demo" in lethe("forget", "list")
-    assert "in force" in lethe("forget", "show", "demo")
+    assert "since" in lethe("forget", "show", "demo")
     assert "intact" in lethe("audit")
     lethe("forget", "disable", "demo")
     assert "Hogwarts" in text(client, SCHOOL)
