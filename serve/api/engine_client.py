@@ -93,7 +93,6 @@ class GuardedEngineClient:
             return self._inner.generate(prompt, sampling_params, request_id, **options)
 
         _refuse_what_cannot_be_guarded(prompt, sampling_params)
-        self._refuse_half_a_character(prompt)
         params = sampling_params if sampling_params.skip_clone else sampling_params.clone()
         # vLLM's beam search asks for one token at a time, without text; no client can ask for that. What the client's own
         # use_beam_search says is not looked at: vLLM may read it differently, or not at all.
@@ -101,6 +100,8 @@ class GuardedEngineClient:
         if searching_beams:
             # Beams come back as prompts, so where the output began cannot be told: no token of theirs ends a match.
             plan = replace(plan, output_start=0)
+        else:
+            self._refuse_half_a_character(prompt)
         params.extra_args = {PLAN_KEY: encode_plan(plan)}
         try:
             artifacts = [self._phrases(fingerprint) for fingerprint in plan.suppression]

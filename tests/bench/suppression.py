@@ -215,7 +215,7 @@ def main() -> None:
         sys.exit("the tree has uncommitted changes; commit them, or pass --allow-dirty to look without recording")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
-    model, console = default_model(Settings().cache_dir), Console()
+    model, console = default_model(Settings().cache_dir), Console(width=140)
     with tempfile.TemporaryDirectory() as directory, Progress(console=console) as progress:
         root = Path(directory)
         lethe = [str(Path(sys.executable).parent / "lethe"), "serve", f"--model={model}"]
