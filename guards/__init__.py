@@ -1,5 +1,5 @@
 """Guards: inference-time unlearning as pure functions over tensors and text.
 
-This package knows no engine. It may import torch, numpy, pydantic, safetensors and the standard library; it must never
-import vllm, fastapi or ``serve`` (an import contract in pyproject.toml holds that line).
+This package knows no engine and no server: torch, numpy, pydantic, safetensors and the standard library are all that it needs, and
+an import contract in pyproject.toml keeps vLLM, FastAPI and ``serve`` out of it.
 """

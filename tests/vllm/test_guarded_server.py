@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from serve.api.admission import REFUSED_FIELDS
 from serve.default_model import NAME
 from tests.vllm.conftest import Server
 
@@ -344,23 +344,7 @@ def test_tools_and_usage_arrive_in_openai_s_shape(client: openai.OpenAI, forget:
     assert_free_of(arguments)
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        "vllm_xargs",
-        "extra_args",
-        "cache_salt",
-        "priority",
-        "prompt_embeds",
-        "chat_template",
-        "chat_template_kwargs",
-        "lora_request",
-        "kv_transfer_params",
-        "request_id",
-        "prompt_logprobs",
-        "echo",
-    ],
-)
+@pytest.mark.parametrize("field", [*REFUSED_FIELDS, "prompt_logprobs", "echo"])
 def test_fields_that_reach_past_a_guard_are_refused_by_name(client: openai.OpenAI, forget: Any, field: str) -> None:
     forget(*POTTER)
     value: Any = {"lethe": {}} if field.endswith(("args", "kwargs", "params", "request")) else 1
@@ -414,46 +398,3 @@ def test_disconnected_clients_leave_nothing_running(client: openai.OpenAI, serve
     while server.metric("vllm:num_requests_running") and time.monotonic() < deadline:
         time.sleep(0.2)
     assert server.metric("vllm:num_requests_running") == 0
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"n": 2, "temperature": 0.5, "seed": 1, "logprobs": True, "top_logprobs": 3},
-        {"response_format": {"type": "json_object"}, "max_tokens": 24},
-        {"stop": ["Paris"]},
-        {"temperature": 1, "seed": 3},
-        {"stream": True},
-    ],
-    ids=str,
-)
-def test_with_nothing_forgotten_the_answers_are_plain_vllm_s(server: Server, plain: Server, options: dict[str, Any]) -> None:
-    body = {"model": NAME, "messages": [{"role": "user", "content": FRANCE}], "temperature": 0, "max_tokens": 32, **options}
-
-    def answer(each: Server) -> Any:
-        response = httpx.post(f"{each.url}/v1/chat/completions", json=body, timeout=120)
-        assert response.status_code == 200
-        if not options.get("stream"):
-            return _without_ids(response.json())
-        events = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
-        assert events.pop() == "[DONE]"
-        parsed = [_without_ids(json.loads(event)) for event in events]
-        text = "".join(e["choices"][0]["delta"].get("content") or "" for e in parsed)
-        return text, parsed[0], parsed[-1]
-
-    ours, theirs = answer(server), answer(plain)
-    assert _rounded(ours) == _rounded(theirs)
-
-
-def _without_ids(document: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in document.items() if key not in ("id", "created", "system_fingerprint")}
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers to two decimals: log-probabilities differ in the fifth from batch to batch."""
-    if isinstance(value, float):
-        return round(value, 2)
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
