@@ -79,6 +79,7 @@ class Control:
         Raises:
             GuardError, NotReady: one cannot be built or loaded.
         """
+        await asyncio.to_thread(self._sweep)  # before any build, whose file no row may name yet
         for stored in await asyncio.to_thread(self._registry.forget_sets):
             if not stored.header["phrases"]:
                 continue
@@ -89,7 +90,6 @@ class Control:
                 self._start_build(stored.name)
         self.snapshot = await asyncio.to_thread(self._registry.snapshot)
         await self._load_or_refuse(self.snapshot.fingerprints)
-        await asyncio.to_thread(self._sweep)
         self._poll = asyncio.create_task(self._keep_fresh())
 
     async def stop(self) -> None:

@@ -1,8 +1,8 @@
 """The guarded model: any of vLLM's generating models, with the guards inside ``forward`` and ``compute_logits``.
 
 The class is made from the base's own class when it is asked for by name (``LetheLlamaForCausalLM`` is made from
-``LlamaForCausalLM``), so every family that vLLM can serve is covered by the same few lines. Weights, attention, LoRA,
-quantisation and parallelism remain the base's business.
+``LlamaForCausalLM``), so the same few lines serve every family whose model takes these arguments; Llama is the one that has been
+run. Weights, attention, LoRA and quantisation remain the base's business.
 
 Covered: every logit that vLLM computes for a request, sampled or not. Not covered, and refused at start-up: speculative decoding,
 and execution paths that bypass ``compute_logits`` (batch-sharded sampling).

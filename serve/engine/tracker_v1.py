@@ -1,4 +1,4 @@
-"""The V1 model runner's tracker (CPU, and GPUs without Triton): a logits processor that touches no logits.
+"""The V1 model runner's tracker (CPU, and GPUs in eager mode): a logits processor that touches no logits.
 
 vLLM tells processors about every request that enters, leaves or moves in the batch, before each forward pass. That is all that
 is needed to know which batch row belongs to which slot.

@@ -165,6 +165,22 @@ def test_a_damaged_artifact_is_rebuilt_at_start(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == [path.name], "a temporary file was left behind"
 
 
+def test_files_that_no_set_refers_to_are_swept_away_at_start_and_no_others(tmp_path: Path) -> None:
+    async def create(control: Control, engine: Engine) -> None:
+        for name in ("a", "b"):
+            await control.create(a_set(name, name), actor="t")
+            await control.enable(name, actor="t")
+        await control.delete("a", actor="t")
+
+    async def nothing(control: Control, engine: Engine) -> None:
+        assert len(control.snapshot.fingerprints) == 1
+
+    run(tmp_path, create)
+    assert len(os.listdir(tmp_path / "artifacts" / "phrases")) == 2
+    run(tmp_path, nothing)
+    assert len(os.listdir(tmp_path / "artifacts" / "phrases")) == 1
+
+
 def test_changes_by_another_process_are_followed(tmp_path: Path) -> None:
     async def scenario(control: Control, engine: Engine) -> None:
         await control.create(a_set(), actor="t")
