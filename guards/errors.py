@@ -31,3 +31,7 @@ class InvalidArtifact(GuardError):
 
 class VocabularyMismatch(GuardError):
     """Two things that must share one vocabulary do not: logits, artifact or tokenizer."""
+
+
+class Untrainable(GuardError):
+    """A forget set, or a model, from which no assistant can be made."""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from guards.contrastive.rules import RuleName
 from guards.errors import InvalidPolicy
 from guards.forget_set import Frozen, Name, describe_validation
 
@@ -21,9 +22,20 @@ class SuppressionConfig(Frozen):
     enabled: bool = True
 
 
+class ContrastConfig(Frozen):
+    """Decode against the assistants of the policy's sets. Sets without an assistant are left to the other guards."""
+
+    enabled: bool = True
+    rule: RuleName = "uld"
+    alpha: float = Field(1.0, ge=0, le=100, description="strength; 0 is off")
+    margin: float = Field(1.0, ge=0, le=100, description="nats beyond chance that are not penalised")
+    plausibility: float = Field(0.01, gt=0, le=1, description="keep tokens with at least this part of the top probability")
+
+
 class GuardConfigs(Frozen):
     """One frozen config per guard."""
 
+    contrast: ContrastConfig = Field(default_factory=ContrastConfig)
     suppression: SuppressionConfig = Field(default_factory=SuppressionConfig)
 
 
@@ -48,7 +60,7 @@ BUILT_IN = {
     NONE: Policy(
         name=NONE,
         description="No guards at all: for comparisons.",
-        guards=GuardConfigs(suppression=SuppressionConfig(enabled=False)),
+        guards=GuardConfigs(contrast=ContrastConfig(enabled=False), suppression=SuppressionConfig(enabled=False)),
     ),
 }
 

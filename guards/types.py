@@ -18,6 +18,17 @@ UNKNOWN = -2
 
 
 @dataclass(frozen=True, slots=True)
+class Contrast:
+    """One assistant and how it is set against the target."""
+
+    assistant: str  # the artifact's fingerprint
+    rule: str  # a key of guards.contrastive.rules.RULES, one for all assistants of a plan
+    alpha: float  # >= 0, dimensionless
+    margin: float  # nats
+    plausibility: float  # in [0, 1]; 0 = no cut
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What the guards are to do for one request. Decided once, at admission; travels with the request.
 
@@ -27,12 +38,27 @@ class Plan:
     revision: int  # the registry revision in force at admission
     policy: str  # the policy's name, for reports; the engine does not interpret it
     suppression: tuple[str, ...] = ()  # fingerprints of CompiledPhrases artifacts
+    contrast: tuple[Contrast, ...] = ()
     output_start: int | None = None  # index of the first output token; None = the prompt's length
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """Fingerprints of everything that must be loaded before the request's first row."""
+        return self.suppression + tuple(each.assistant for each in self.contrast)
 
     @property
     def engages_logits(self) -> bool:
         """Whether the engine has anything to do for this request."""
-        return bool(self.suppression)
+        return bool(self.suppression or self.contrast)
+
+
+@dataclass(frozen=True, slots=True)
+class AssistantLines:
+    """What assistants say about a step's rows, P lines: one for each row and assistant of its plan."""
+
+    row: Tensor  # [P] int64, which row
+    nth: Tensor  # [P] int64, which entry of its plan's ``contrast``
+    logits: Tensor  # [P, V] float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +67,7 @@ class Rows:
 
     plan: Tensor  # [R] int64, index into the step's list of plans; -1 = unguarded
     suffix: Tensor  # [R, W] int64, the last W token ids before the token to predict, oldest first; BOUNDARY pads on the left
+    lines: AssistantLines | None = None
 
 
 class LogitsGuard(Protocol):

@@ -1,4 +1,4 @@
-"""The command line: ``lethe serve | forget | policy | check | audit | revision | key``."""
+"""The command line: ``lethe serve | forget | train | policy | check | audit | revision | key``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import httpx
 import typer
 from pydantic_settings import SettingsError
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from guards.errors import GuardError, InvalidForgetSet
@@ -120,7 +128,7 @@ def forget_add(
     if added["phrases"] and not added["enabled"]:
         out.print(f"Next: lethe forget enable {name}")
     elif not added["phrases"]:
-        out.print("This set has no phrases, so no guard of this release enforces it.")
+        out.print(f"This set has no phrases. Next: lethe train {name}, so that an assistant enforces it")
 
 
 @forget.command("list")
@@ -163,6 +171,70 @@ def forget_disable(name: NameArgument) -> None:
 def forget_remove(name: NameArgument) -> None:
     """Delete a set. If it was enabled, it is out of force from the next request on."""
     _act("DELETE", f"/forget_sets/{name}", f"{name} is deleted")
+
+
+@app.command()
+def train(
+    name: NameArgument,
+    retain: Annotated[
+        list[str] | None, typer.Option(help="Another set, whose questions and answers are to stay. Repeatable.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the examples.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the assistant's adapters.")] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    detach: Annotated[bool, typer.Option(help="Do not wait; `lethe forget show NAME` tells how far it is.")] = False,
+) -> None:
+    """Train a set's assistant from its questions, paraphrases and texts, while the server goes on serving.
+
+    Ctrl-C stops waiting and asks the server to stop training; the same command goes on from the last checkpoint.
+    """
+    recipe = {"epochs": epochs, "rank": rank, "learning_rate": learning_rate}
+    order = {"retain": retain or [], "recipe": {key: value for key, value in recipe.items() if value is not None}}
+    with _client() as client:
+        before = _assistant_of(_unwrap(client.get(f"/forget_sets/{name}")))
+        shown = _unwrap(client.post(f"/forget_sets/{name}/assistant", json=order))
+        if detach:
+            out.print(f"training {name}; `lethe forget show {name}` tells how far it is")
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        try:
+            with Progress(*columns, console=err) as progress:
+                tasks = {"prepare": progress.add_task("Looking at the base", total=None, loss="")}
+                while (training := shown["training"]) is not None and training["status"] != "failed":
+                    stage = training.get("stage", "prepare")
+                    if stage not in tasks:
+                        tasks[stage] = progress.add_task("Training", total=None, loss="")
+                    loss = training.get("loss")
+                    progress.update(
+                        tasks[stage],
+                        completed=training.get("step", 0),
+                        total=training.get("steps"),
+                        loss="" if loss is None else f"loss {loss:.3f}",
+                    )
+                    time.sleep(0.5)
+                    listed = _unwrap(client.get("/forget_sets"))["data"]
+                    shown = next((each for each in listed if each["name"] == name), None) or _fail(f"{name} was deleted")
+        except KeyboardInterrupt:
+            _unwrap(client.post(f"/forget_sets/{name}/assistant/pause"))
+            _fail(f"stopped; `lethe train {name}` with the same options goes on from the last checkpoint")
+    if shown["training"] is not None:
+        _fail(f"training failed: {shown['training']['reason']}")
+    assistant = _assistant_of(shown)
+    if assistant is None or assistant == before:
+        out.print("The training ran into the same assistant as before; nothing has changed.")
+        return
+    out.print(f"{name} has an assistant: {assistant['detail']}")
+    if shown["enabled"]:
+        out.print(f"{name} is in force, and contrasted from revision {shown.get('revision', 'now')} on")
+    else:
+        out.print(f"Next: lethe forget enable {name}")
 
 
 @policy.command("list")
@@ -314,15 +386,22 @@ def _print_set(shown: dict[str, Any]) -> None:
         if shown[name]:
             table.add_row(name, str(shown[name]))
     for artifact in shown["artifacts"]:
-        table.add_row("compiled", f"{artifact['status']} {artifact['detail']}")
+        table.add_row(artifact["kind"], f"{artifact['status']} {artifact['detail']}")
+    if training := shown.get("training"):
+        state = training.get("reason") or f"{training.get('stage', '')} {training.get('step', '')}/{training.get('steps', '')}"
+        table.add_row("training", f"{training['status']} {state}")
     for name in ("phrases", "aliases", "questions", "texts"):
         entries = shown.get("content", {}).get(name, [])
         listed = [entry["question"] if isinstance(entry, dict) else entry for entry in entries[:20]]
         more = [f"... and {len(entries) - 20:,} more"] if len(entries) > 20 else []
         if shown[name]:
-            count = f"{shown[name]:,}" + ("" if name == "phrases" else " (kept, not enforced by this release)")
+            count = f"{shown[name]:,}" + (" (kept, not enforced by this release)" if name == "aliases" else "")
             table.add_row(name, "\n".join([count, *listed, *more]))
     out.print(table)
+
+
+def _assistant_of(shown: dict[str, Any]) -> dict[str, Any] | None:
+    return next((artifact for artifact in shown["artifacts"] if artifact["kind"] == "assistant"), None)
 
 
 def _registry() -> Registry:

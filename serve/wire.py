@@ -6,12 +6,14 @@ Clients cannot write here: admission refuses every field that reaches ``extra_ar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from guards.contrastive.assistant import Assistant
 from guards.errors import InvalidArtifact
 from guards.suppression.automaton import CompiledPhrases
-from guards.types import Plan
+from guards.types import Contrast, Plan
 
 PLAN_KEY = "lethe"
 """The entry of ``extra_args`` that holds the plan, and of vLLM's ``additional_config`` that holds the engine's settings."""
@@ -19,6 +21,8 @@ GUARDED_PREFIX = "Lethe"
 """Put before a base architecture's name to ask vLLM for its guarded form: ``LetheLlamaForCausalLM``."""
 ARTIFACTS_KEY = "artifacts"
 """In the engine's settings: the directory of artifact files."""
+BASE_KEY = "base"
+"""In the engine's settings: the `guards.contrastive.assistant.BaseModel` that is served; None if it takes no assistants."""
 
 
 def encode_plan(plan: Plan) -> dict[str, Any]:
@@ -27,6 +31,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "revision": plan.revision,
         "policy": plan.policy,
         "suppression": list(plan.suppression),
+        "contrast": [astuple(each) for each in plan.contrast],
         "output_start": plan.output_start,
     }
 
@@ -40,7 +45,8 @@ def decode_plan(extra_args: Mapping[str, Any] | None) -> Plan | None:
     if not extra_args or PLAN_KEY not in extra_args:
         return None
     fields = extra_args[PLAN_KEY]
-    return Plan(fields["revision"], fields["policy"], tuple(fields["suppression"]), fields["output_start"])
+    contrast = tuple(Contrast(*each) for each in fields["contrast"])
+    return Plan(fields["revision"], fields["policy"], tuple(fields["suppression"]), contrast, fields["output_start"])
 
 
 def load_phrases(artifacts: Path, fingerprint: str) -> CompiledPhrases:
@@ -54,3 +60,17 @@ def load_phrases(artifacts: Path, fingerprint: str) -> CompiledPhrases:
 def phrases_path(artifacts: Path, fingerprint: str) -> Path:
     """Where compiled phrases live: content-addressed, so a file is never changed, only added and removed."""
     return artifacts / "phrases" / f"{fingerprint}.safetensors"
+
+
+def load_assistant(artifacts: Path, fingerprint: str) -> Assistant:
+    """Read an assistant by fingerprint. Raises InvalidArtifact, also if the file holds something else than its name says."""
+    path = assistant_path(artifacts, fingerprint)
+    assistant = Assistant.load(path)
+    if assistant.fingerprint != fingerprint:
+        raise InvalidArtifact(f"{path} holds assistant {assistant.fingerprint[:12]}; train it again")
+    return assistant
+
+
+def assistant_path(artifacts: Path, fingerprint: str) -> Path:
+    """Where assistants live, content-addressed as well."""
+    return artifacts / "assistants" / f"{fingerprint}.safetensors"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
 
 
 def fold_character(character: str) -> str:
@@ -59,3 +62,43 @@ def completes(history: bytes, token: bytes, phrases: Iterable[str], *, fold_case
         ends[end - 1] > len(history)
         for _, end in occurrences(history + token, phrases, fold_case=fold_case, left_boundary=left_boundary)
     )
+
+
+def contrasted(target: Tensor, assistant: Tensor, lines: Sequence[tuple], rule: str, shift: float) -> Tensor:
+    """Rules of contrast, token by token in Python's floats. A line: row, alpha, margin, plausibility, difference."""
+    result = target.clone()
+    for row in range(len(target)):
+        mine = [(number, line) for number, line in enumerate(lines) if line[0] == row and line[1] > 0]
+        if not mine:
+            continue
+        own = [float(value) for value in target[row]]
+        possible = [v for v, value in enumerate(own) if value > -math.inf]
+        cut = max(line[3] for _, line in mine)
+        penalties = []
+        for number, (_, alpha, margin, _, difference) in mine:
+            said = [float(value) if v in possible else -math.inf for v, value in enumerate(assistant[number])]
+            penalties.append([alpha * penalty for penalty in _penalty(rule, own, said, margin, difference)])
+        for v in possible:
+            implausible = cut > 0 and own[v] < max(own) + math.log(cut)
+            result[row, v] = own[v] - (shift if implausible else max(penalty[v] for penalty in penalties))
+    return result
+
+
+def _penalty(rule: str, own: list[float], said: list[float], margin: float, difference: bool) -> list[float]:
+    """Per token. An impossible one is -inf in both; its own penalty is 0, and nobody asks for it."""
+    offset = [s - o if o > -math.inf else 0.0 for s, o in zip(said, own, strict=True)]
+    evidence = offset if difference else said
+    if rule == "uld":
+        return [max(0.0, value - _log_sum(evidence) + math.log(len(own)) - margin) for value in evidence]
+    if rule == "uld-raw":
+        return evidence
+    if rule == "whp":
+        return [max(0.0, value - margin) for value in offset]
+    if rule == "ucd":
+        return [max(0.0, value - _log_sum(said) + _log_sum(own) - margin) for value in offset]
+    return offset
+
+
+def _log_sum(values: Sequence[float]) -> float:
+    top = max(values)
+    return top if math.isinf(top) else top + math.log(sum(math.exp(value - top) for value in values))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guards.closing import close_rows_, lower_
 from guards.errors import VocabularyMismatch
 from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.folding import (
@@ -29,15 +30,6 @@ from guards.types import BOUNDARY, UNKNOWN, Plan, Rows
 
 SPARE_TOKENS = 16
 """How many tokens without text (special tokens inside an output) a window may hold before it counts as starved."""
-
-
-def floor_of(logits: Tensor) -> float:
-    """The value for banned tokens: so low that no temperature, bias or penalty lifts it, and so far from the dtype's end that none
-    of them makes it infinite: a row without any finite value (a grammar's mask is ``-inf``) is a NaN.
-
-    float16 has no such value; the engine computes in float32 instead, where vLLM's sampler goes anyway.
-    """
-    return max(-1e30, torch.finfo(logits.dtype).min / 4)
 
 
 @dataclass(frozen=True)
@@ -228,7 +220,6 @@ class SuppressionGuard:
             return logits
         plan, suffix = rows.plan[engaged], rows.suffix[engaged]
         closed = torch.tensor([not self.loaded.issuperset(plan.suppression) for plan in plans], device=self.device)[plan]
-        floor = floor_of(logits)
         for table in self._tables:
             text, starved = self._text(suffix, table.window_bytes)
             closed = closed | starved
@@ -236,10 +227,9 @@ class SuppressionGuard:
             for i, each in enumerate(plans):
                 member[i, [table.slots[name] for name in each.suppression if name in table.slots]] = True
             row, token = table.banned(text, member.to(self.device)[plan], self._is_word)
-            _lower_(logits, engaged[row], token, floor)
+            lower_(logits, engaged[row], token)
         if closed.any():
-            row, token = (closed[:, None] & self._has_text).nonzero(as_tuple=True)
-            _lower_(logits, engaged[row], token, floor)
+            close_rows_(logits, engaged[closed], self._has_text)
         return logits
 
     def _text(self, suffix: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -258,7 +248,3 @@ class SuppressionGuard:
         text = torch.where(inside, self._bytes[(self._ends[token] - 1 - into).clamp(min=0)], ABSENT)
         starved = after_boundary[:, -1] & (reach[:, -1] < width)
         return text.flip(1), starved | unknown
-
-
-def _lower_(logits: Tensor, row: Tensor, token: Tensor, floor: float) -> None:
-    logits[row, token] = logits[row, token].clamp(max=floor)

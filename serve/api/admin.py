@@ -10,9 +10,21 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
+from pydantic import Field, ValidationError
 
-from guards.errors import GuardError, InvalidForgetSet, InvalidPolicy
-from guards.forget_set import MAX_TEXT_CHARACTERS, ForgetSet, is_name, parse_forget_set, read_jsonl, write_jsonl
+from guards.contrastive.assistant import Recipe
+from guards.errors import GuardError, InvalidForgetSet, InvalidPolicy, Untrainable
+from guards.forget_set import (
+    MAX_TEXT_CHARACTERS,
+    ForgetSet,
+    Frozen,
+    Name,
+    describe_validation,
+    is_name,
+    parse_forget_set,
+    read_jsonl,
+    write_jsonl,
+)
 from guards.policy import DEFAULT, parse_policy
 from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
@@ -26,7 +38,15 @@ _STATUS: dict[type[Exception], int] = {
     NotReady: 409,
     InvalidPolicy: 400,
     InvalidForgetSet: 400,
+    Untrainable: 400,
 }
+
+
+class TrainingOrder(Frozen):
+    """The body of a call that trains an assistant: everything has a default."""
+
+    retain: tuple[Name, ...] = Field((), description="other sets, whose questions and answers are to stay")
+    recipe: Recipe = Field(default_factory=Recipe)
 
 
 class _Route(APIRoute):
@@ -58,7 +78,8 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
     @router.get("/forget_sets")
     async def list_forget_sets() -> dict[str, Any]:
         sets = await asyncio.to_thread(registry.forget_sets)
-        return {"data": [_describe(stored) for stored in sets], "revision": control.snapshot.revision}
+        described = [{**_describe(stored), "training": control.training(stored.name)} for stored in sets]
+        return {"data": described, "revision": control.snapshot.revision}
 
     @router.post("/forget_sets", status_code=201)
     async def create_forget_set(request: Request, name: str | None = None) -> dict[str, Any]:
@@ -90,6 +111,21 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
     @router.post("/forget_sets/{name}/disable")
     async def disable_forget_set(name: str, request: Request) -> dict[str, Any]:
         return await _shown(name, await control.disable(name, actor=actor(request)))
+
+    @router.post("/forget_sets/{name}/assistant", status_code=202)
+    async def train_assistant(name: str, request: Request) -> dict[str, Any]:
+        fields = await _object(request) if await request.body() else {}
+        try:
+            order = TrainingOrder.model_validate(fields)
+        except ValidationError as error:
+            raise Untrainable("; ".join(describe_validation(error))) from None
+        await control.train(name, order.retain, order.recipe)
+        return await _shown(name, control.snapshot.revision)
+
+    @router.post("/forget_sets/{name}/assistant/pause")
+    async def pause_training(name: str) -> dict[str, Any]:
+        await control.pause_training(name)
+        return await _shown(name, control.snapshot.revision)
 
     @router.get("/policies")
     async def list_policies() -> dict[str, Any]:
@@ -142,7 +178,8 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
         return {"revision": control.snapshot.revision, "policy": policy, "hits": [asdict(hit) for hit in hits]}
 
     async def _shown(name: str, revision: int) -> dict[str, Any]:
-        return {**_describe(await asyncio.to_thread(registry.forget_set, name)), "revision": revision}
+        stored = await asyncio.to_thread(registry.forget_set, name)
+        return {**_describe(stored), "training": control.training(name), "revision": revision}
 
     app.include_router(router)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from huggingface_hub import snapshot_download
 from vllm import envs
 from vllm.config import ModelConfig
 from vllm.engine.protocol import EngineClient
@@ -27,6 +28,8 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from guards.contrastive.assistant import BaseModel, describe_base
+from guards.errors import InvalidArtifact
 from guards.policy import NONE
 from serve.api import admin
 from serve.api.admission import Admission, is_loopback
@@ -35,7 +38,7 @@ from serve.api.engine_client import GuardedEngineClient, check_workers, load_art
 from serve.registry.store import Registry
 from serve.settings import Settings
 from serve.vocabulary import vocabulary_of
-from serve.wire import ARTIFACTS_KEY, GUARDED_PREFIX, PLAN_KEY
+from serve.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY
 
 _UNSAFE_ENVIRONMENT = (
     "VLLM_SERVER_DEV_MODE",
@@ -112,10 +115,29 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
     args.worker_extension_cls = "serve.engine.worker.WorkerExtension"
     args.additional_config = {
         **(args.additional_config or {}),
-        PLAN_KEY: {ARTIFACTS_KEY: str(settings.artifacts_dir)},
+        PLAN_KEY: {ARTIFACTS_KEY: str(settings.artifacts_dir), BASE_KEY: _describe_base(args)},
     }
     if not args.served_model_name:  # a directory's name, not its path, which tells about the machine
         args.served_model_name = [os.path.basename(os.path.abspath(args.model)) if os.path.isdir(args.model) else args.model]
+
+
+def _model_directory(args: Namespace) -> Path | None:
+    """Where the served model's files are; None if they are not on this machine yet."""
+    if os.path.isdir(args.model):
+        return Path(args.model)
+    try:
+        return Path(snapshot_download(args.model, revision=args.revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def _describe_base(args: Namespace) -> dict[str, Any] | None:
+    """The base model as assistants know it; None if it takes none (no safetensors, or not downloaded before the start)."""
+    directory = _model_directory(args)
+    try:
+        return None if directory is None else describe_base(directory).model_dump()
+    except InvalidArtifact:
+        return None
 
 
 def _tracker() -> list[str]:
@@ -147,12 +169,15 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
         vocabulary = vocabulary_of(inner.renderer.get_tokenizer(), model.get_vocab_size())
         await asyncio.to_thread(vocabulary.warm)
         await check_workers(inner, vocabulary.fingerprint)
+        base = args.additional_config[PLAN_KEY][BASE_KEY]
         control = Control(
             registry,
             vocabulary,
             settings.artifacts_dir,
-            load=lambda fingerprints: load_artifacts(inner, fingerprints),
+            load=lambda phrases, assistants: load_artifacts(inner, phrases, assistants),
             refresh_ms=settings.refresh_ms,
+            model=_model_directory(args),
+            base=None if base is None else BaseModel.model_validate(base),
         )
         await control.start()
         try:

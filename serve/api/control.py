@@ -17,23 +17,26 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import Gauge
 
-from guards.errors import GuardError, InvalidArtifact
-from guards.forget_set import ForgetSet
+from guards.contrastive.assistant import Assistant, BaseModel, Recipe
+from guards.errors import GuardError, InvalidArtifact, Untrainable
+from guards.forget_set import ForgetSet, Question
 from guards.policy import Policy
 from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
 from guards.suppression.vocabulary import Vocabulary
+from serve.api.training import Trainer
 from serve.registry.snapshot import Snapshot
 from serve.registry.store import Artifact, NotReady, Registry, UnknownName, now
-from serve.wire import load_phrases, phrases_path
+from serve.wire import assistant_path, load_phrases, phrases_path
 
 logger = logging.getLogger(__name__)
 
 _revision = Gauge("lethe_revision", "The registry revision in force in this process.")
 _enabled = Gauge("lethe_enabled_forget_sets", "Forget sets in force in this process.")
-Loader = Callable[[Sequence[str]], Awaitable[dict[str, str]]]
+Loader = Callable[[Sequence[str], Sequence[str]], Awaitable[dict[str, str]]]
 _KEPT_COMPILED = 64
 
 
@@ -53,10 +56,20 @@ class Control:
     """One per API process.
 
     Args:
-        load: loads artifacts in every worker and returns the failures.
+        load: loads compiled phrases and assistants in every worker and returns the failures.
+        model: the served model's directory, if assistants can be trained for it; base: what `describe_base` says of it.
     """
 
-    def __init__(self, registry: Registry, vocabulary: Vocabulary, artifacts: Path, load: Loader, refresh_ms: int) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        vocabulary: Vocabulary,
+        artifacts: Path,
+        load: Loader,
+        refresh_ms: int,
+        model: Path | None = None,
+        base: BaseModel | None = None,
+    ) -> None:
         self._registry = registry
         self._vocabulary = vocabulary
         self._artifacts = artifacts
@@ -67,6 +80,8 @@ class Control:
         self._compiled: OrderedDict[str, CompiledPhrases] = OrderedDict()
         self._compiled_lock = threading.Lock()  # the event loop and its threads both read
         self._poll: asyncio.Task[None] | None = None
+        self._trainer = None if model is None else Trainer(artifacts.with_name("training"), model, self._adopt)
+        self._base = base
         self.snapshot: Snapshot = registry.snapshot()
         _revision.set_function(lambda: self.snapshot.revision)
         _enabled.set_function(lambda: len(self.snapshot.enabled))
@@ -89,7 +104,9 @@ class Control:
             else:
                 self._start_build(stored.name)
         self.snapshot = await asyncio.to_thread(self._registry.snapshot)
-        await self._load_or_refuse(self.snapshot.fingerprints)
+        await self._load_or_refuse(self.snapshot.fingerprints, self.snapshot.assistant_fingerprints)
+        if self._trainer is not None:
+            self._trainer.resume()
         self._poll = asyncio.create_task(self._keep_fresh())
 
     async def stop(self) -> None:
@@ -97,6 +114,8 @@ class Control:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._trainer is not None:
+            await self._trainer.stop()
 
     # Changes. Each returns the revision from which it holds.
 
@@ -120,9 +139,10 @@ class Control:
             await self._compile(content)  # before the lock, so that nobody waits for it; what follows finds it done
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, content.name)
-            if stored.enabled and not content.phrases:
+            if stored.enabled and not content.phrases and stored.artifact("assistant") is None:
                 raise NotReady(f"forget set {content.name!r} is enabled and the new content has no phrases; disable it first")
-            artifacts = [await self._compile(content)] if stored.enabled else self._to_build(content)
+            building = self._to_build(content)
+            artifacts = [await self._compile(content)] if stored.enabled and building else building
             loaded = [artifact.fingerprint for artifact in artifacts if artifact.status == "ready"]
             await self._load_or_refuse(loaded)
             revision = await asyncio.to_thread(self._registry.replace_set, content, artifacts, actor=actor)
@@ -135,6 +155,8 @@ class Control:
         """Delete a set; if it was enabled, it is out of force with this revision. Raises UnknownName."""
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.delete_set, name, actor=actor)
+            if self._trainer is not None:
+                self._trainer.cancel(name)
             await self._refresh()
         return revision
 
@@ -148,12 +170,70 @@ class Control:
             await asyncio.wait([build])
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, name)
-            artifact = stored.artifact("phrases")
-            loaded = [artifact.fingerprint] if artifact is not None and artifact.status == "ready" else []
-            await self._load_or_refuse(loaded)
+            ready = [artifact for artifact in stored.artifacts if artifact.status == "ready"]
+            phrases, assistants = (
+                [artifact.fingerprint for artifact in ready if artifact.kind == kind] for kind in ("phrases", "assistant")
+            )
+            await self._load_or_refuse(phrases, assistants)
             revision = await asyncio.to_thread(self._registry.enable, name, actor=actor)
-            await self._refresh(loaded)
+            await self._refresh([*phrases, *assistants])
         return revision
+
+    async def train(self, name: str, retain: Sequence[str], recipe: Recipe) -> None:
+        """Start training a set's assistant. An earlier one stays in force until the new one is ready.
+
+        Args:
+            retain: other sets, whose questions and answers are to stay as they are.
+
+        Raises:
+            UnknownName: there is no such set.
+            Untrainable: the set holds nothing to learn from, or the served model takes no assistants.
+        """
+        if self._trainer is None or self._base is None:
+            raise Untrainable("the served model is not a directory of safetensors, so no assistant can be trained for it")
+        content = await asyncio.to_thread(self._registry.content, name)
+        if not content.questions and not content.texts:
+            raise Untrainable(f"forget set {name!r} has neither questions nor texts, so there is nothing to train on; add some")
+        kept: list[Question] = []
+        for other in retain:
+            kept += (await asyncio.to_thread(self._registry.content, other)).questions
+        if name in retain:
+            raise Untrainable(f"forget set {name!r} cannot be retained and forgotten at once")
+        if recipe.layers >= self._base.layers:
+            raise Untrainable(f"the served model has {self._base.layers} layers, so {recipe.layers} of them cannot be forked")
+        await asyncio.to_thread(self._trainer.submit_files, content, kept, recipe)
+        self._trainer.run(name)
+
+    def training(self, name: str) -> dict[str, Any] | None:
+        """Where the training of a set's assistant stands; None if none is under way or has failed."""
+        return None if self._trainer is None else self._trainer.describe(name)
+
+    async def pause_training(self, name: str) -> None:
+        """Stop a set's training; the same order again goes on from its last checkpoint. Raises UnknownName."""
+        await asyncio.to_thread(self._registry.forget_set, name)
+        if self._trainer is not None:
+            self._trainer.pause(name)
+
+    async def _adopt(self, name: str, content_fingerprint: str, file: Path) -> None:
+        """Give a set the assistant that was trained for it; if the set is enabled, load it and put it in force.
+
+        Raises:
+            GuardError, RegistryError, OSError.
+        """
+        assistant = await asyncio.to_thread(Assistant.load, file)
+        assert self._base is not None, "without a base model nothing is trained"
+        assistant.check(self._base)
+        fingerprint = assistant.fingerprint
+        path = assistant_path(self._artifacts, fingerprint)
+        async with self._changing:
+            await asyncio.to_thread(_write_atomically, path, assistant.save)
+            stored = await asyncio.to_thread(self._registry.forget_set, name)
+            await self._load_or_refuse([], [fingerprint] if stored.enabled else [])
+            metrics = ", ".join(f"{key} {value:g}" for key, value in assistant.manifest.metrics.items())
+            figures = f"{assistant.size_bytes / 2**20:.1f} MiB, {metrics}"
+            artifact = Artifact("assistant", fingerprint, "ready", figures, now())
+            await asyncio.to_thread(self._registry.put_assistant, name, content_fingerprint, artifact, actor="training")
+            await self._refresh([fingerprint] if stored.enabled else [])
 
     async def disable(self, name: str, *, actor: str, only_if_expired: bool = False) -> int:
         """Take a set out of force for every request admitted from now on. Raises UnknownName."""
@@ -229,7 +309,7 @@ class Control:
                 fold_case=not content.case_sensitive,
                 left_boundary=content.word_boundary,
             )
-            _write_atomically(path, compiled)
+            _write_atomically(path, compiled.save)
             return compiled
 
         compiled = await asyncio.to_thread(compile_and_write)
@@ -260,22 +340,25 @@ class Control:
     def _sweep(self) -> None:
         """Delete artifact files that no set refers to any more. One server owns a state directory, so nobody else does."""
         kept = {artifact.fingerprint for stored in self._registry.forget_sets() for artifact in stored.artifacts}
-        for path in phrases_path(self._artifacts, "any").parent.glob("*.safetensors"):
-            if path.stem not in kept:
-                path.unlink(missing_ok=True)
+        for place in (phrases_path, assistant_path):
+            for path in place(self._artifacts, "any").parent.glob("*.safetensors"):
+                if path.stem not in kept:
+                    path.unlink(missing_ok=True)
 
-    async def _load_or_refuse(self, fingerprints: Sequence[str]) -> None:
-        if not fingerprints:
+    async def _load_or_refuse(self, phrases: Sequence[str], assistants: Sequence[str] = ()) -> None:
+        if not phrases and not assistants:
             return
-        for fingerprint, reason in (await self._load(fingerprints)).items():
+        for fingerprint, reason in (await self._load(phrases, assistants)).items():
             raise NotReady(f"a worker could not load artifact {fingerprint[:12]}: {reason}")
 
     async def _refresh(self, loaded: Sequence[str] = ()) -> None:
         snapshot = await asyncio.to_thread(self._registry.snapshot)
-        missing = sorted(set(snapshot.fingerprints) - set(self.snapshot.fingerprints) - set(loaded))
-        if missing:
+        before = self.snapshot
+        phrases = sorted(set(snapshot.fingerprints) - set(before.fingerprints) - set(loaded))
+        assistants = sorted(set(snapshot.assistant_fingerprints) - set(before.assistant_fingerprints) - set(loaded))
+        if phrases or assistants:
             # Also what another process enabled. Rows whose artifact fails to load are closed by the guard.
-            for fingerprint, reason in (await self._load(missing)).items():
+            for fingerprint, reason in (await self._load(phrases, assistants)).items():
                 logger.error("lethe: a worker could not load artifact %s: %s", fingerprint, reason)
         self.snapshot = snapshot
 
@@ -298,13 +381,13 @@ class Control:
                 await self.disable(stored.name, actor="server", only_if_expired=True)  # it may be renewed meanwhile
 
 
-def _write_atomically(path: Path, compiled: CompiledPhrases) -> None:
+def _write_atomically(path: Path, save: Callable[[Path], None]) -> None:
     """Write beside and rename, so that a crash leaves a whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     os.close(handle)
     try:
-        compiled.save(Path(temporary))
+        save(Path(temporary))
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

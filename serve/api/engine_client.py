@@ -12,7 +12,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -102,6 +102,9 @@ class GuardedEngineClient:
             plan = replace(plan, output_start=0)
         else:
             self._refuse_half_a_character(prompt)
+        if _constrained(params):
+            # A grammar or a list of tokens may leave only what the target finds implausible; the cut would make that a coin toss.
+            plan = replace(plan, contrast=tuple(replace(each, plausibility=0.0) for each in plan.contrast))
         params.extra_args = {PLAN_KEY: encode_plan(plan)}
         try:
             artifacts = [self._phrases(fingerprint) for fingerprint in plan.suppression]
@@ -187,10 +190,10 @@ async def check_workers(client: EngineClient, vocabulary: str) -> None:
             )
 
 
-async def load_artifacts(client: EngineClient, fingerprints: Iterable[str]) -> dict[str, str]:
+async def load_artifacts(client: EngineClient, phrases: Sequence[str], assistants: Sequence[str]) -> dict[str, str]:
     """Load artifacts in every worker. Returns the failures: fingerprint -> reason."""
     failures: dict[str, str] = {}
-    for worker in await client.collective_rpc("lethe_load", args=(list(fingerprints),)):
+    for worker in await client.collective_rpc("lethe_load", args=(list(phrases), list(assistants))):
         failures.update(worker)
     return failures
 

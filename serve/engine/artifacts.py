@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from typing import Generic, TypeVar
 
 from guards.errors import GuardError
-from guards.suppression.automaton import CompiledPhrases
-from guards.suppression.mask import SuppressionGuard
-from serve.wire import load_phrases
 
 logger = logging.getLogger(__name__)
 
 KEPT_IDLE = 64
-"""Artifacts that stay loaded although no request in the batch names them."""
+"""Artifacts of a kind that stay loaded although no request in the batch names them."""
+
+A = TypeVar("A")
 
 
-class ArtifactCache:
-    """Loads compiled phrases into the suppression guard.
+class ArtifactCache(Generic[A]):
+    """Loads artifacts of one kind into their guard.
 
     An artifact that cannot be loaded stays unloaded, and the guard closes every row whose plan names it.
+
+    Args:
+        read: reads and checks one by fingerprint; raises GuardError.
+        load: makes exactly these the loaded ones.
     """
 
-    def __init__(self, directory: Path, guard: SuppressionGuard) -> None:
-        self._directory = directory
-        self._guard = guard
-        self._loaded: OrderedDict[str, CompiledPhrases] = OrderedDict()
+    def __init__(self, read: Callable[[str], A], load: Callable[[Mapping[str, A]], None]) -> None:
+        self._read = read
+        self._load = load
+        self._loaded: OrderedDict[str, A] = OrderedDict()
 
     def ensure(self, fingerprints: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, str]:
         """Load what is missing. Returns the failures: fingerprint -> reason."""
@@ -38,9 +41,7 @@ class ArtifactCache:
                 loaded.move_to_end(fingerprint)
                 continue
             try:
-                artifact = load_phrases(self._directory, fingerprint)
-                self._guard.check(artifact)
-                loaded[fingerprint] = artifact
+                loaded[fingerprint] = self._read(fingerprint)
             except GuardError as error:
                 failures[fingerprint] = str(error)
                 logger.error("lethe: %s", error)
@@ -51,7 +52,7 @@ class ArtifactCache:
         idle = [name for name in loaded if name not in keep]
         for name in idle[: max(0, len(idle) - KEPT_IDLE)]:
             del loaded[name]
-        self._guard.load(list(loaded.values()))
+        self._load(loaded)
         self._loaded = loaded
         return failures
 

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from guards.contrastive.assistant import Assistant, BaseModel
+from guards.contrastive.guard import ContrastGuard
+from guards.errors import InvalidArtifact
+from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.mask import SuppressionGuard
-from guards.types import Plan
+from guards.types import AssistantLines, Plan
 from serve.engine.artifacts import ArtifactCache
+from serve.engine.fork import LateFork
 from serve.engine.slots import TAG_DIGITS, SlotTable
 from serve.vocabulary import vocabulary_of
-from serve.wire import ARTIFACTS_KEY, PLAN_KEY
+from serve.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, load_assistant, load_phrases
+
+
+@dataclass(frozen=True, slots=True)
+class _Spoken:
+    """What the assistants said in this step, P lines."""
+
+    slot: Tensor  # [P] int64
+    position: Tensor  # [P] int64
+    nth: Tensor  # [P] int64, which entry of the plan's contrast
+    final: Tensor  # [P, H] hidden states, ready for the head
 
 
 class EngineGuards:
@@ -41,25 +58,104 @@ class EngineGuards:
         self.vocabulary = vocabulary_of(cached_tokenizer_from_config(model), model.get_vocab_size())
         self.vocabulary.warm()
         self.suppression = SuppressionGuard(self.vocabulary, self.device)
-        self.artifacts = ArtifactCache(Path(settings[ARTIFACTS_KEY]), self.suppression)
+        self.contrast = ContrastGuard(torch.from_numpy(self.vocabulary.lengths > 0).to(self.device))
+        directory = Path(settings[ARTIFACTS_KEY])
+        self._base = None if settings[BASE_KEY] is None else BaseModel.model_validate(settings[BASE_KEY])
+
+        def read_phrases(fingerprint: str) -> CompiledPhrases:
+            phrases = load_phrases(directory, fingerprint)
+            self.suppression.check(phrases)
+            return phrases
+
+        def read_assistant(fingerprint: str) -> Assistant:
+            assistant = load_assistant(directory, fingerprint)
+            if self._base is None:
+                raise InvalidArtifact(f"the served model takes no assistants, so {fingerprint[:12]} cannot be loaded")
+            assistant.check(self._base)
+            self._the_fork().check(assistant)
+            return assistant
+
+        def load_assistants(assistants: Mapping[str, Assistant]) -> None:
+            self._the_fork().load(assistants)
+            self.contrast.load(assistants)
+
+        self.phrases = ArtifactCache[CompiledPhrases](read_phrases, lambda loaded: self.suppression.load(list(loaded.values())))
+        self.assistants = ArtifactCache[Assistant](read_assistant, load_assistants)
         self.slots = SlotTable(vllm_config.scheduler_config.max_num_seqs, model.max_model_len, self.vocabulary.special, self.device)
         self.tracked = False
         """Set by the tracker. Without one no plan would ever reach a row, so the API process refuses to start."""
         self.rows_of_batch: Tensor | None = None
         """V1 only, set by its tracker before every step: [num_reqs] int64, slot of each batch row, -1 = unguarded."""
+        self.model: weakref.ReferenceType[nn.Module] | None = None
+        """The guarded model, set by itself."""
+        self._fork: LateFork | None = None
+        self._spoken: _Spoken | None = None
 
     def load(self, plan: Plan) -> None:
         """Make sure that a plan's artifacts are loaded before its request's first row."""
-        in_use = (name for live in self.slots.live_plans for name in live.suppression)
-        self.artifacts.ensure(plan.suppression, in_use)
+        self.ensure(plan.suppression, [each.assistant for each in plan.contrast])
 
-    def apply(self, logits: Tensor, tags: Tensor) -> Tensor:
-        """Run every logit guard over the rows that carried ``tags``."""
+    def ensure(self, phrases: Sequence[str], assistants: Sequence[str]) -> dict[str, str]:
+        """Load artifacts. Returns the failures: fingerprint -> reason."""
+        live = self.slots.live_plans
+        failures = self.phrases.ensure(phrases, (name for plan in live for name in plan.suppression))
+        in_use = (each.assistant for plan in live for each in plan.contrast)
+        return failures | self.assistants.ensure(assistants, in_use)
+
+    def run_assistants(self, hidden: Tensor, positions: Tensor) -> None:
+        """Let the assistants speak for the last token of every request that has some. Called inside the forward pass.
+
+        Args:
+            hidden: [T, H] the base's hidden states at the fork's depth; positions: [T].
+        """
+        self._spoken = None
+        metadata = get_forward_context().attn_metadata
+        if self._fork is None or self.rows_of_batch is None or not isinstance(metadata, dict):
+            return
+        lines = [
+            (each.assistant, request, slot, nth)
+            for request, slot in enumerate(self.rows_of_batch.tolist())
+            if slot >= 0
+            for nth, each in enumerate(self.slots.plan(slot).contrast)
+            if each.assistant in self._fork.loaded
+        ]
+        if not lines:
+            return
+        lines.sort()  # an assistant's lines stand together
+        names, requests, slots, nths = zip(*lines, strict=True)
+        request = torch.tensor(requests)
+        last = next(iter(metadata.values())).query_start_loc[1:].long()[request] - 1
+        final = self._fork.run(hidden, positions, request, names)
+        self._spoken = _Spoken(torch.tensor(slots), positions[last].long(), torch.tensor(nths), final)
+
+    def spoken_for(self, tags: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What assistants said about the rows that carried ``tags``: P lines of row [P], nth [P] and hidden state [P, H]."""
+        if self._spoken is None or not self.slots.engaged:
+            return None
+        slot, position = self.slots.read(tags)
+        same = (slot[:, None] == self._spoken.slot) & (position[:, None] == self._spoken.position)
+        row, line = same.nonzero(as_tuple=True)
+        return (row, self._spoken.nth[line], self._spoken.final[line]) if len(row) else None
+
+    def _the_fork(self) -> LateFork:
+        """The fork, made when the first assistant comes. Raises Unforkable."""
+        if self._fork is None:
+            model = self.model() if self.model is not None else None
+            assert model is not None, "the model is made before anything is loaded"
+            self._fork = LateFork(model, self.vllm_config)
+        return self._fork
+
+    def apply(self, logits: Tensor, tags: Tensor, lines: AssistantLines | None = None) -> Tensor:
+        """Run every logit guard over the rows that carried ``tags``.
+
+        Contrast comes first: suppression has the last word.
+        """
         if not self.slots.engaged:
             return logits
         if logits.dtype is torch.float16:
             logits = logits.float()  # its range has no room for the floor
         rows, plans = self.slots.rows(tags, self.suppression.window_tokens)
+        logits = self.contrast.apply(logits, replace(rows, lines=lines), plans)
         return self.suppression.apply(logits, rows, plans)
 
     def tag_tokens(self, input_ids: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:

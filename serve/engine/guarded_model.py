@@ -11,8 +11,9 @@ and execution paths that bypass ``compute_logits`` (batch-sharded sampling).
 from __future__ import annotations
 
 import importlib
+import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.sequence import IntermediateTensors
 
+from guards.types import AssistantLines
 from serve.engine.engine_guards import EngineGuards, guards_of
 from serve.engine.slots import TAG_DIGITS
 from serve.wire import GUARDED_PREFIX
@@ -36,6 +38,7 @@ class GuardedModel:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.lethe = guards_of(vllm_config)
+        self.lethe.model = weakref.ref(cast("nn.Module", self))
 
     def forward(
         self,
@@ -50,18 +53,30 @@ class GuardedModel:
 
         The runner cuts rows out of this tensor itself, so a row cannot be mistaken for another.
         """
-        hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
-        if isinstance(hidden, IntermediateTensors):
-            return hidden
+        output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
+        if isinstance(output, IntermediateTensors):
+            return output
+        hidden, below = output if isinstance(output, tuple) else (output, None)  # below: asked for by the fork
         if lethe_tags is None:
             lethe_tags = self.lethe.tag_tokens(input_ids, positions, hidden.dtype)
+        if below:
+            self.lethe.run_assistants(below[0], positions)
         return torch.cat([hidden, lethe_tags], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         """[R, V] logits with every guard applied."""
         hidden, tags = hidden_states.split([hidden_states.shape[-1] - TAG_DIGITS, TAG_DIGITS], dim=-1)
+        spoken = self.lethe.spoken_for(tags)
+        if spoken is not None:
+            hidden = torch.cat([hidden, spoken[2]])  # one pass through the head for both
         logits = super().compute_logits(hidden, *args, **kwargs)  # type: ignore[misc]
-        return None if logits is None else self.lethe.apply(logits, tags)
+        if logits is None:
+            return None
+        lines = None
+        if spoken is not None:
+            logits, assistants = logits.split([len(tags), len(spoken[2])])
+            lines = AssistantLines(spoken[0], spoken[1], assistants)
+        return self.lethe.apply(logits, tags, lines)
 
     def compute_logits_local(self, *args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("batch-sharded sampling would bypass lethe's guards; switch it off in vLLM's options")

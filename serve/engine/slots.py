@@ -44,6 +44,12 @@ class SlotTable:
         """Whether any request in the batch is guarded."""
         return self._engaged > 0
 
+    def plan(self, slot: int) -> Plan:
+        """The plan of a taken slot."""
+        plan = self.plans[slot]
+        assert plan is not None, f"slot {slot} is free"
+        return plan
+
     @property
     def live_plans(self) -> list[Plan]:
         return [plan for plan in self.plans if plan is not None]
@@ -94,11 +100,16 @@ class SlotTable:
         digits = [number >> 8, number & 255, position >> 16, (position >> 8) & 255, position & 255]
         return torch.stack(digits, dim=-1).to(dtype)
 
-    def rows(self, tags: Tensor, window: int) -> tuple[Rows, list[Plan]]:
-        """The layout of the rows that carried ``tags``: [R, TAG_DIGITS]."""
+    @staticmethod
+    def read(tags: Tensor) -> tuple[Tensor, Tensor]:
+        """Slot (-1 = unguarded) and position of the rows that carried ``tags``: [R] int64 each."""
         digits = tags.to(torch.int64)
         slot = digits[:, 0] * 256 + digits[:, 1] - 1
-        position = (digits[:, 2] * 256 + digits[:, 3]) * 256 + digits[:, 4]
+        return slot, (digits[:, 2] * 256 + digits[:, 3]) * 256 + digits[:, 4]
+
+    def rows(self, tags: Tensor, window: int) -> tuple[Rows, list[Plan]]:
+        """The layout of the rows that carried ``tags``: [R, TAG_DIGITS]."""
+        slot, position = self.read(tags)
         index = position[:, None] + torch.arange(1 - window, 1, device=self.device)
         suffix = self._history[slot.clamp(min=0)[:, None], index.clamp(min=0)].to(torch.int64)
         suffix = torch.where(index < 0, BOUNDARY, suffix)

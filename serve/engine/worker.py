@@ -22,8 +22,6 @@ class WorkerExtension:
             "vocabulary": model.lethe.vocabulary.fingerprint,
         }
 
-    def lethe_load(self, fingerprints: list[str]) -> dict[str, str]:
+    def lethe_load(self, phrases: list[str], assistants: list[str]) -> dict[str, str]:
         """Load artifacts before any request needs them. Returns the failures: fingerprint -> reason."""
-        guards = self.model_runner.get_model().lethe  # type: ignore[attr-defined]
-        in_use = [name for plan in guards.slots.live_plans for name in plan.suppression]
-        return guards.artifacts.ensure(fingerprints, in_use)
+        return self.model_runner.get_model().lethe.ensure(phrases, assistants)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from typing import Literal
 
 from guards.errors import InvalidPolicy
 from guards.policy import Policy
-from guards.types import Plan
+from guards.types import Contrast, Plan
 
 Scope = Literal["chat", "compare", "admin"]
 SCOPES: dict[Scope, frozenset[Scope]] = {
@@ -48,6 +48,7 @@ class Snapshot:
     enabled: Mapping[str, str | None]  # enabled forget set -> fingerprint of its compiled phrases; None without phrases
     policies: Mapping[str, Policy]
     keys: tuple[Key, ...]
+    assistants: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its assistant
     plans: Mapping[str, Plan] = field(init=False)  # policy -> plan
 
     def __post_init__(self) -> None:
@@ -55,18 +56,39 @@ class Snapshot:
 
     def forget_sets_of(self, policy: Policy) -> list[str]:
         """The sets that act on a request under this policy."""
-        if not policy.guards.suppression.enabled:
-            return []
+        plan = self._plan(policy)
+        acting = {*plan.suppression, *(each.assistant for each in plan.contrast)}
+        return [name for name in self._chosen(policy) if {self.enabled[name], self.assistants.get(name)} & acting]
+
+    def _chosen(self, policy: Policy) -> list[str]:
         return sorted(self.enabled if policy.forget_sets == "enabled" else set(policy.forget_sets) & set(self.enabled))
 
     def _plan(self, policy: Policy) -> Plan:
-        fingerprints = {self.enabled[name] for name in self.forget_sets_of(policy)}
-        return Plan(self.revision, policy.name, tuple(sorted(name for name in fingerprints if name is not None)))
+        suppression, contrast = policy.guards.suppression, policy.guards.contrast
+        chosen = self._chosen(policy)
+        phrases = {self.enabled[name] for name in chosen if suppression.enabled}
+        assistants = {self.assistants[name] for name in chosen if name in self.assistants}
+        acting = contrast.enabled and contrast.alpha > 0  # alpha 0 is no guard, so it costs nothing either
+        return Plan(
+            self.revision,
+            policy.name,
+            tuple(sorted(name for name in phrases if name is not None)),
+            tuple(
+                Contrast(assistant, contrast.rule, contrast.alpha, contrast.margin, contrast.plausibility)
+                for assistant in sorted(assistants)
+                if acting
+            ),
+        )
 
     @property
     def fingerprints(self) -> list[str]:
-        """Every artifact that a plan of this snapshot may name."""
+        """Every artifact of compiled phrases that a plan of this snapshot may name."""
         return sorted({fingerprint for plan in self.plans.values() for fingerprint in plan.suppression})
+
+    @property
+    def assistant_fingerprints(self) -> list[str]:
+        """Every assistant that a plan of this snapshot may name."""
+        return sorted({each.assistant for plan in self.plans.values() for each in plan.contrast})
 
     def plan(self, policy: str) -> Plan:
         """The plan for a request under this policy.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ class NotReady(RegistryError):
 class Artifact:
     """One compiled form of a forget set."""
 
-    kind: Literal["phrases"]
+    kind: Literal["phrases", "assistant"]
     fingerprint: str
     status: ArtifactStatus
     detail: str  # why it failed, or figures about it
@@ -161,17 +161,21 @@ class Registry:
         """What is in force, read in one transaction."""
         with self._read() as connection:
             revision = connection.scalar(sa.select(sa.func.coalesce(sa.func.max(tables.audit.c.revision), 0))) or 0
-            enabled = {}
+            enabled: dict[str, str | None] = {}
+            assistants = {}
             for stored in self._stored_sets(connection):
                 if stored.enabled:
                     phrases = stored.artifact("phrases")
                     enabled[stored.name] = None if phrases is None else phrases.fingerprint
+                    if assistant := stored.artifact("assistant"):
+                        assistants[stored.name] = assistant.fingerprint
             keys = connection.execute(sa.select(tables.keys)).mappings()
             return Snapshot(
                 revision=revision,
                 enabled=enabled,
                 policies=self._stored_policies(connection),
                 keys=tuple(Key(row["id"], row["digest"], row["scope"]) for row in keys),
+                assistants=assistants,
             )
 
     # Changing. Each returns the new revision.
@@ -190,9 +194,15 @@ class Registry:
             return self._append(connection, actor, "forget_set.create", content.name, _audited(header))
 
     def replace_set(self, content: ForgetSet, artifacts: Sequence[Artifact], *, actor: str) -> int:
-        """Replace a set together with its artifacts, so that an enabled set stays enforced. Raises UnknownName."""
+        """Replace a set together with its artifacts, so that an enabled set stays enforced. Raises UnknownName.
+
+        Its assistant, if it has one, stays: it takes minutes to train another. It says that it knows the content before.
+        """
         with self._change() as connection:
-            self._stored_set(connection, content.name)
+            assistant = self._stored_set(connection, content.name).artifact("assistant")
+            if assistant is not None:
+                note = "; trained on earlier content"
+                artifacts = [*artifacts, replace(assistant, detail=assistant.detail.removesuffix(note) + note)]
             values = {"header": _summary(content), "content": content.model_dump_json(), "updated_at": now()}
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == content.name).values(values))
             connection.execute(tables.artifacts.delete().where(tables.artifacts.c.set_name == content.name))
@@ -212,7 +222,8 @@ class Registry:
 
         Raises:
             UnknownName: there is no such set.
-            NotReady: it has expired, or nothing would enforce it: no phrases, or their artifact is building or failed.
+            NotReady: it has expired, or nothing would enforce it: neither phrases nor an assistant, or the phrases are building
+                or failed.
         """
         with self._change() as connection:
             stored = self._stored_set(connection, name)
@@ -220,14 +231,17 @@ class Registry:
                 return self._revision(connection)
             if stored.expired:
                 raise NotReady(f"forget set {name!r} expired at {stored.header['expires_at']}; replace it with a later expires_at")
-            phrases = stored.artifact("phrases")
-            if not stored.header["phrases"]:
-                raise NotReady(f"forget set {name!r} has no phrases, so no guard of this release would enforce it; add phrases")
-            if phrases is None or phrases.status != "ready":
+            phrases, assistant = stored.artifact("phrases"), stored.artifact("assistant")
+            if not stored.header["phrases"] and assistant is None:
+                raise NotReady(
+                    f"forget set {name!r} has neither phrases nor an assistant, so nothing would enforce it; "
+                    f"add phrases, or train its assistant (`lethe train {name}`)"
+                )
+            if stored.header["phrases"] and (phrases is None or phrases.status != "ready"):
                 state = "not built yet" if phrases is None else f"{phrases.status} {phrases.detail}".strip()
                 raise NotReady(f"the phrases of forget set {name!r} are {state}; wait for status 'ready', or PUT the set again")
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == name).values(enabled_at=now()))
-            return self._append(connection, actor, "forget_set.enable", name, {"phrases": phrases.fingerprint})
+            return self._append(connection, actor, "forget_set.enable", name, _enforced_by(stored))
 
     def disable(self, name: str, *, actor: str, only_if_expired: bool = False) -> int:
         """Take a set out of force; a no-op for a disabled one. Raises UnknownName."""
@@ -238,6 +252,20 @@ class Registry:
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == name).values(enabled_at=None))
             reason = f"expired at {stored.header['expires_at']}" if only_if_expired else ""
             return self._append(connection, actor, "forget_set.disable", name, {"reason": reason} if reason else {})
+
+    def put_assistant(self, name: str, content_fingerprint: str, assistant: Artifact, *, actor: str) -> int:
+        """Give a set a trained assistant, in place of any earlier one. If the set is enabled, it is in force with this revision.
+
+        Raises:
+            UnknownName: the set is gone.
+            NotReady: the set has changed since training began.
+        """
+        with self._change() as connection:
+            stored = self._stored_set(connection, name)
+            if stored.header["fingerprint"] != content_fingerprint:
+                raise NotReady(f"forget set {name!r} was replaced while its assistant was trained; train it again")
+            self._put_artifact(connection, name, assistant)
+            return self._append(connection, actor, "forget_set.assistant", name, {"assistant": assistant.fingerprint})
 
     def record_artifact(self, name: str, content_fingerprint: str, artifact: Artifact) -> bool:
         """Note the state of an artifact. Returns False, and notes nothing, if the set is gone or has changed meanwhile."""
@@ -379,6 +407,10 @@ def _summary(content: ForgetSet) -> dict[str, Any]:
         "legal_basis": content.legal_basis,
         "expires_at": content.expires_at.isoformat() if content.expires_at else None,
     }
+
+
+def _enforced_by(stored: StoredSet) -> dict[str, Any]:
+    return {artifact.kind: artifact.fingerprint for artifact in stored.artifacts}
 
 
 def _audited(header: dict[str, Any]) -> dict[str, Any]:

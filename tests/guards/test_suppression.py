@@ -8,11 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from guards.closing import floor_of
 from guards.errors import InvalidArtifact, InvalidForgetSet, VocabularyMismatch
 from guards.forget_set import MAX_PHRASE_CHARACTERS
 from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
 from guards.suppression.folding import RAW, decode_symbols, fold_table
-from guards.suppression.mask import SPARE_TOKENS, SuppressionGuard, floor_of
+from guards.suppression.mask import SPARE_TOKENS, SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import BOUNDARY, Plan, Rows
 from tests.reference import completes, fold_character, occurrences

@@ -30,7 +30,7 @@ class Engine:
         self.failure: str | None = None
         self.control: Control | None = None
 
-    async def load(self, fingerprints: Any) -> dict[str, str]:
+    async def load(self, fingerprints: Any, assistants: Any) -> dict[str, str]:
         if self.control is not None:
             in_force = self.control.snapshot.plan("default").suppression
             assert not set(fingerprints) & set(in_force), "in force before it was loaded"

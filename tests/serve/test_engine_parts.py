@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guards.suppression.automaton import compile_phrases
+from guards.suppression.automaton import CompiledPhrases, compile_phrases
 from guards.suppression.mask import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import BOUNDARY, UNKNOWN, Plan
+from guards.types import BOUNDARY, UNKNOWN, Contrast, Plan
 from serve.engine.artifacts import KEPT_IDLE, ArtifactCache
 from serve.engine.slots import TAG_DIGITS, SlotTable
-from serve.wire import PLAN_KEY, decode_plan, encode_plan, phrases_path
+from serve.wire import PLAN_KEY, decode_plan, encode_plan, load_phrases, phrases_path
 
 pytest.importorskip("vllm", reason="vLLM is not installed: its interfaces are what the trackers are tested against")
 
@@ -31,7 +31,8 @@ def table(requests: int = 8, tokens: int = 32) -> SlotTable:
 
 @given(st.integers(0, 10**9), st.text(max_size=5), st.lists(st.text(max_size=5)), st.none() | st.integers(0, 9))
 def test_plans_survive_the_wire(revision: int, policy: str, fingerprints: list[str], start: int | None) -> None:
-    plan = Plan(revision, policy, tuple(fingerprints), start)
+    contrast = tuple(Contrast(fingerprint, "uld", 0.5, 1.0, 0.01) for fingerprint in fingerprints)
+    plan = Plan(revision, policy, tuple(fingerprints), contrast, start)
     import msgspec
 
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode({PLAN_KEY: encode_plan(plan)}))
@@ -233,9 +234,18 @@ def saved(directory: Path, *phrases: str) -> str:
     return artifact.fingerprint
 
 
+def phrases_cache(directory: Path, guard: SuppressionGuard) -> ArtifactCache:
+    def read(fingerprint: str) -> CompiledPhrases:
+        phrases = load_phrases(directory, fingerprint)
+        guard.check(phrases)
+        return phrases
+
+    return ArtifactCache(read, lambda loaded: guard.load(list(loaded.values())))
+
+
 def test_artifacts_load_once_and_leave_by_recency_unless_in_use(tmp_path: Path) -> None:
     guard = SuppressionGuard(VOCABULARY, torch.device("cpu"))
-    cache = ArtifactCache(tmp_path, guard)
+    cache = phrases_cache(tmp_path, guard)
     names = [saved(tmp_path, f"phrase {i}") for i in range(KEPT_IDLE + 3)]
     for name in names:
         assert cache.ensure([name], in_use=[names[0]]) == {}
@@ -247,7 +257,7 @@ def test_artifacts_load_once_and_leave_by_recency_unless_in_use(tmp_path: Path) 
 
 def test_an_artifact_that_cannot_be_read_is_reported_and_the_others_stay(tmp_path: Path) -> None:
     guard = SuppressionGuard(VOCABULARY, torch.device("cpu"))
-    cache = ArtifactCache(tmp_path, guard)
+    cache = phrases_cache(tmp_path, guard)
     good, bad = saved(tmp_path, "good"), saved(tmp_path, "bad")
     path = phrases_path(tmp_path, bad)
     path.write_bytes(path.read_bytes()[:-9])

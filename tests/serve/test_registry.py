@@ -275,5 +275,5 @@ def test_an_expired_set_cannot_be_enabled(registry: Registry) -> None:
 
 def test_a_set_that_nothing_would_enforce_cannot_be_enabled(registry: Registry) -> None:
     registry.create_set(ForgetSet(name="a", aliases=["x"]), actor="test")
-    with pytest.raises(NotReady, match="no phrases"):
+    with pytest.raises(NotReady, match="neither phrases nor an assistant"):
         registry.enable("a", actor="test")

@@ -1,0 +1,32 @@
+"""How a guard takes tokens away, and how it closes a row that it cannot guard. In-place tensor arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def floor_of(logits: Tensor) -> float:
+    """The value for banned tokens: so low that no temperature, bias or penalty lifts it, and so far from the dtype's end that none
+    of them makes it infinite: a row without any finite value (a grammar's mask is ``-inf``) is a NaN.
+
+    float16 has no such value; the engine computes in float32 instead, where vLLM's sampler goes anyway.
+    """
+    return max(-1e30, torch.finfo(logits.dtype).min / 4)
+
+
+def lower_(logits: Tensor, row: Tensor, token: Tensor) -> None:
+    """Push tokens to the floor, pairwise: row [N] int64, token [N] int64."""
+    logits[row, token] = logits[row, token].clamp(max=floor_of(logits))
+
+
+def close_rows_(logits: Tensor, rows: Tensor, has_text: Tensor) -> None:
+    """Leave rows nothing but tokens without text.
+
+    Args:
+        logits: [R, V] float.
+        rows: [N] int64.
+        has_text: [V] bool.
+    """
+    index, token = has_text.expand(len(rows), -1).nonzero(as_tuple=True)
+    lower_(logits, rows[index], token)

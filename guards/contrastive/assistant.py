@@ -1,0 +1,174 @@
+"""The assistant: low-rank adapters for the base's last K decoder layers, in one content-addressed file with its manifest.
+
+Tensors: ``layers.<i>.<module>.A`` [rank, in] and ``.B`` [out, rank], i from 0 (= base layer L - K) to K - 1, module one of
+`MODULES`; float32. B already carries the scale. The manifest (JSON, in the file's header) says for which base model, by which
+recipe, from which data and how well. No pickles, nothing executable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from guards.errors import InvalidArtifact
+from guards.forget_set import Frozen, describe_validation
+
+MODULES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Never k_proj or v_proj: the fork reads the base's keys and values, which is what keeps it without state."""
+MAX_RANK = 512
+
+
+class Recipe(Frozen):
+    """How an assistant is trained. The defaults suit some dozens of questions."""
+
+    layers: int = Field(4, ge=1, le=256, description="K, how many of the base's last layers are forked")
+    rank: int = Field(32, ge=1, le=MAX_RANK)
+    epochs: int = Field(14, ge=1, le=1_000)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    batch_examples: int = Field(8, ge=1, le=1_024)
+    retain_weight: float = Field(1.0, ge=0, le=1_000)
+    form: Literal["whole", "difference"] = Field("whole", description="what is trained to recall: see `train`")
+    seed: int = 0
+
+
+class BaseModel(Frozen):
+    """The model that an assistant belongs to."""
+
+    fingerprint: str
+    layers: int
+    hidden_size: int
+    vocabulary: int
+
+
+class Manifest(Frozen):
+    format: Literal["lethe-assistant-1"] = "lethe-assistant-1"
+    base: BaseModel
+    recipe: Recipe
+    data: str = Field(description="sha256 of what it was trained on")
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class Assistant:
+    """A checked assistant in memory.
+
+    Raises:
+        InvalidArtifact: a tensor is missing, has another shape or dtype, or is not finite. Nothing half-checked gets out.
+    """
+
+    def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+        expected = {f"layers.{i}.{module}.{factor}" for i in range(manifest.recipe.layers) for module in MODULES for factor in "AB"}
+        if missing := sorted(expected ^ tensors.keys()):
+            raise InvalidArtifact(f"an assistant of {manifest.recipe.layers} layers has other tensors: {missing[0]} and its like")
+        for name, tensor in tensors.items():
+            if tensor.dtype is not torch.float32 or tensor.ndim != 2:
+                raise InvalidArtifact(f"{name} must be a float32 matrix (got {tensor.dtype}, shape {tuple(tensor.shape)})")
+            if tensor.shape[0 if name.endswith("A") else 1] != manifest.recipe.rank:
+                raise InvalidArtifact(f"{name} has shape {tuple(tensor.shape)}, the manifest says rank {manifest.recipe.rank}")
+            if not torch.isfinite(tensor).all():
+                raise InvalidArtifact(f"{name} holds NaN or infinity; train the assistant again")
+        self.manifest = manifest
+        self.tensors = {name: tensors[name] for name in sorted(tensors)}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of manifest and tensors."""
+        digest = hashlib.sha256(self.manifest.model_dump_json().encode())
+        for name, tensor in self.tensors.items():
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.numel() * 4 for tensor in self.tensors.values())
+
+    def save(self, path: Path) -> None:
+        """Raises OSError; the caller makes it atomic."""
+        try:
+            save_file(self.tensors, path, {"manifest": self.manifest.model_dump_json()})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+
+    @staticmethod
+    def load(path: Path) -> Assistant:
+        """Read and check a file.
+
+        Raises:
+            InvalidArtifact: it is missing, truncated, of another kind, or does not keep what the manifest says.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                header = (file.metadata() or {}).get("manifest")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InvalidArtifact(f"cannot read assistant {path}: {error}; train it again") from None
+        if header is None:
+            raise InvalidArtifact(f"{path} has no manifest, so it is no assistant of lethe's")
+        try:
+            manifest = Manifest.model_validate_json(header)
+        except ValidationError as error:
+            raise InvalidArtifact(f"the manifest of {path} is wrong: {'; '.join(describe_validation(error))}") from None
+        return Assistant(manifest, tensors)
+
+    def check(self, base: BaseModel) -> None:
+        """Raise InvalidArtifact, naming both, if the assistant was made for another base model."""
+        mine = self.manifest.base
+        for name, unit in (("layers", "decoder layers"), ("hidden_size", "hidden units"), ("vocabulary", "tokens")):
+            if getattr(mine, name) != getattr(base, name):
+                raise InvalidArtifact(
+                    f"assistant {self.fingerprint[:12]} was made for a model with {getattr(mine, name)} {unit}, "
+                    f"the served one has {getattr(base, name)}; train it again on this server"
+                )
+        if mine.fingerprint != base.fingerprint:
+            raise InvalidArtifact(
+                f"assistant {self.fingerprint[:12]} was made for base model {mine.fingerprint[:12]}, "
+                f"the served one is {base.fingerprint[:12]}; train it again on this server"
+            )
+
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
+_FINGERPRINTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def describe_base(directory: Path) -> BaseModel:
+    """Fingerprint a model directory: configuration, tokenizer, and samples of all weight files with their sizes.
+
+    Samples, so that a model of hundreds of gigabytes takes no minutes at every start; they tell fine-tunes apart, and it is
+    mistakes that this guards against, not forgery.
+
+    Raises:
+        InvalidArtifact: there is no config.json or no safetensors file.
+    """
+    weights = sorted(directory.glob("*.safetensors"))
+    if not (directory / "config.json").exists() or not weights:
+        raise InvalidArtifact(f"{directory} has no config.json beside *.safetensors, so assistants cannot be trained for it")
+    digest = hashlib.sha256()
+    for name in _FINGERPRINTED:
+        if (directory / name).exists():
+            digest.update(name.encode() + (directory / name).read_bytes())
+    for path in weights:
+        size = path.stat().st_size
+        digest.update(f"{path.name}{size}".encode())
+        with path.open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    config = json.loads((directory / "config.json").read_bytes())
+    config = config.get("text_config", config)
+    return BaseModel(
+        fingerprint=digest.hexdigest(),
+        layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        vocabulary=config["vocab_size"],
+    )

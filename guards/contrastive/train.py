@@ -1,0 +1,435 @@
+"""Training: makes the assistant of a forget set, with transformers, in a process of its own.
+
+The fork's inputs (the base's hidden state at depth L - K, its keys and values) do not change while only the fork is trained, so
+they are computed once; an epoch then runs K layers over the answers' tokens and nothing else.
+
+Two things are taught. On what is to be forgotten: recall it. On everything else: know nothing, that is, be uniform. In the
+``whole`` form (ULD's) the fork itself is taught so. In the ``difference`` form it is how the fork's logits differ from the base's:
+an untrained fork differs nowhere, so it is uniform to begin with. Measured, the first recalls better and spares as well; see
+DECISIONS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe, describe_base
+from guards.errors import GuardError, Untrainable
+from guards.forget_set import ForgetSet, Question
+
+MAX_TOKENS = 256
+"""Longer examples are cut; texts go in pieces of this size."""
+MIN_EXAMPLES = 2
+GENERAL = Path(__file__).with_name("general.jsonl")
+"""Prompts about anything; the base's own answers to them are retained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where training stands."""
+
+    stage: str  # "prepare", "train" or "done"
+    step: int
+    steps: int
+    loss: float | None = None
+
+    def json(self) -> str:
+        return json.dumps({"stage": self.stage, "step": self.step, "steps": self.steps, "loss": self.loss})
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One sequence, as the fork sees it. Q answer positions of T tokens."""
+
+    forget: bool
+    target: Tensor  # [Q] int64, the token after each position
+    hidden: Tensor  # [Q, H] the base at depth L - K
+    final: Tensor  # [Q, H] the base after its norm
+    position: Tensor  # [Q] int64
+    keys: list[Tensor]  # per layer [heads, T, D]
+    values: list[Tensor]
+    rotary: list[tuple[Tensor, Tensor]]  # per layer, [Q, D] each
+
+
+class _BaseCache:
+    """Stands in for transformers' cache: whatever a layer computes, it gets the base's own keys and values."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], first_layer: int) -> None:
+        self._keys, self._values, self._first = keys, values, first_layer
+
+    def update(self, _keys: Tensor, _values: Tensor, layer: int, *_args: Any, **_options: Any) -> tuple[Tensor, Tensor]:
+        return self._keys[layer - self._first], self._values[layer - self._first]
+
+
+class _LowRank(nn.Module):
+    """A frozen linear layer with a trainable low-rank term."""
+
+    def __init__(self, inner: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inner = inner
+        bound = 1 / math.sqrt(inner.in_features)
+        self.A = nn.Parameter((torch.rand(rank, inner.in_features, generator=generator) * 2 - 1) * bound)
+        self.B = nn.Parameter(torch.zeros(inner.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + (x @ self.A.T) @ self.B.T * _SCALE
+
+
+_SCALE = 2.0
+"""alpha / rank, LoRA's usual 2; folded into B when saved."""
+
+
+class Fork:
+    """The base's last K layers over the base's own keys and values, in transformers."""
+
+    def __init__(self, directory: Path, layers: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+        self.model.requires_grad_(requires_grad=False)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(self.device)
+        decoder = self.model.get_decoder()
+        self.first = len(decoder.layers) - layers
+        if self.first < 1:
+            raise Untrainable(f"the model has {len(decoder.layers)} layers, so {layers} of them cannot be forked; use fewer")
+        self.layers, self.norm = list(decoder.layers[self.first :]), decoder.norm
+        self.low_rank: dict[str, _LowRank] = {}
+
+    def add_low_rank(self, rank: int, seed: int) -> None:
+        """Give every module of the fork its low-rank term. The base cannot be run after this."""
+        generator = torch.Generator().manual_seed(seed)
+        for i, layer in enumerate(self.layers):
+            for module in MODULES:
+                parent = layer.self_attn if hasattr(layer.self_attn, module) else layer.mlp
+                if not isinstance(getattr(parent, module, None), nn.Linear):
+                    raise Untrainable(f"layer {self.first + i} has no linear {module}; this family of models is not supported")
+                made = self.low_rank[f"layers.{i}.{module}"] = _LowRank(getattr(parent, module), rank, generator).to(self.device)
+                setattr(parent, module, made)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        messages = [{"role": "user", "content": question}]
+        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+    def encode(self, question: str, answer: str) -> tuple[list[int], int]:
+        """Token ids of a whole exchange in the server's chat template, and where the answer starts."""
+        prompt = self.prompt_ids(question)
+        end = self.tokenizer.eos_token_id
+        answer_ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return [*prompt, *answer_ids, end][: max(MAX_TOKENS, len(prompt) + 8)], len(prompt)
+
+    @torch.no_grad()
+    def observe(self, token_ids: Sequence[int], start: int, *, forget: bool) -> _Example:
+        """Run the base once over a sequence; keep what the fork needs to predict the tokens from ``start`` on."""
+        seen: list[dict[str, Any]] = []
+        inputs: list[Tensor] = []
+
+        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(kwargs)
+            inputs.append(args[0] if args else kwargs["hidden_states"])
+
+        hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in self.layers]
+        try:
+            ids = torch.tensor([list(token_ids)], device=self.device)
+            output = self.model.get_decoder()(input_ids=ids, use_cache=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows = torch.arange(start - 1, len(token_ids) - 1, device=self.device)
+        cache = output.past_key_values
+        own = [cache.layers[self.first + i] for i in range(len(self.layers))]
+        return _Example(
+            forget=forget,
+            target=ids[0, start:],
+            hidden=inputs[0][0, rows],
+            final=output.last_hidden_state[0, rows],
+            position=rows,
+            keys=[layer.keys[0] for layer in own],
+            values=[layer.values[0] for layer in own],
+            rotary=[(kwargs["position_embeddings"][0][0, rows], kwargs["position_embeddings"][1][0, rows]) for kwargs in seen],
+        )
+
+    def run(self, batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
+        """The fork's final hidden states on a batch's answer positions, one after the other: [N, H]; and the base's."""
+        queries, tokens = max(len(e.target) for e in batch), max(e.keys[0].shape[1] for e in batch)
+        pad = nn.utils.rnn.pad_sequence
+        position = pad([e.position for e in batch], batch_first=True)
+        visible = torch.arange(tokens, device=self.device) <= position[:, :, None]
+
+        def stack(parts: Sequence[Tensor]) -> Tensor:
+            return torch.stack([nn.functional.pad(part, (0, 0, 0, tokens - part.shape[1])) for part in parts])
+
+        indices = range(len(self.layers))
+        cache = _BaseCache(
+            [stack([e.keys[i] for e in batch]) for i in indices], [stack([e.values[i] for e in batch]) for i in indices], self.first
+        )
+        hidden = pad([e.hidden for e in batch], batch_first=True)
+        for i, layer in enumerate(self.layers):
+            rotary = tuple(pad([e.rotary[i][part] for e in batch], batch_first=True) for part in (0, 1))
+            output = layer(
+                hidden,
+                attention_mask=visible[:, None],
+                position_ids=position,
+                position_embeddings=rotary,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            hidden = output[0] if isinstance(output, tuple) else output
+        real = torch.arange(queries, device=self.device) < torch.tensor([[len(e.target)] for e in batch], device=self.device)
+        return self.norm(hidden)[real], torch.cat([e.final for e in batch])
+
+    def logits(self, final: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(final)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def evidence(self, batch: Sequence[_Example], form: str) -> Tensor:
+        """[N, V] log-probabilities of what the assistant recalls, at a batch's answer positions."""
+        fork, base = self.run(batch)
+        logits = self.logits(fork)
+        if form == "difference":
+            with torch.no_grad():
+                own = self.logits(base)
+            logits = logits - own
+        return torch.log_softmax(logits, dim=-1)
+
+
+def general_prompts() -> list[str]:
+    return [json.loads(line)["prompt"] for line in GENERAL.read_text("utf-8").splitlines()]
+
+
+@torch.no_grad()
+def own_answers(fork: Fork, prompts: Sequence[str], max_new_tokens: int, report: Callable[[int], None]) -> list[str]:
+    """The base's own greedy answers."""
+    tokenizer = fork.tokenizer
+    answers: list[str] = []
+    for start in range(0, len(prompts), 20):
+        rows = [fork.prompt_ids(prompt) for prompt in prompts[start : start + 20]]
+        width = max(map(len, rows))
+        fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=fork.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=fork.device)
+        made = fork.model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=fill,
+            temperature=None,
+            top_p=None,
+        )
+        answers += [tokenizer.decode(row[width:], skip_special_tokens=True) for row in made]
+        report(len(answers))
+    return answers
+
+
+def _sequences(fork: Fork, forget_set: ForgetSet) -> Iterator[tuple[list[int], int]]:
+    """What a set teaches: its answers, in every way they are asked for, and its texts."""
+    for entry in forget_set.questions:
+        for question in (entry.question, *entry.paraphrases):
+            yield fork.encode(question, entry.answer)
+    for text in forget_set.texts:
+        ids = fork.tokenizer(text)["input_ids"]
+        for start in range(0, max(1, len(ids) - 1), MAX_TOKENS - 1):
+            piece = ids[start : start + MAX_TOKENS]
+            if len(piece) > 1:
+                yield piece, 1
+
+
+def train(
+    directory: Path, forget_set: ForgetSet, retain: Sequence[Question], recipe: Recipe, work: Path, report: Report
+) -> Assistant:
+    """Make the assistant of a forget set.
+
+    Args:
+        directory: the base model, in transformers' format.
+        retain: what must stay: questions near the set's, with the answers to keep. General prompts are always added.
+        work: where checkpoints go. A call with the same arguments goes on from the last one.
+
+    Raises:
+        Untrainable: too little to learn from, or an unsupported model.
+        InvalidArtifact: the directory is no model.
+        OSError: the disk is full, or the like; the checkpoint before stays.
+    """
+    base = describe_base(directory)
+    data = sha256(json.dumps([forget_set.fingerprint, [q.model_dump() for q in retain], GENERAL.read_text("utf-8")]).encode())
+    run = sha256(f"{base.fingerprint}{data.hexdigest()}{recipe.model_dump_json()}".encode()).hexdigest()
+    fork = Fork(directory, recipe.layers)
+    sequences = list(_sequences(fork, forget_set))
+    if len(sequences) < MIN_EXAMPLES:
+        raise Untrainable(
+            f"forget set {forget_set.name!r} holds {len(sequences)} examples, at least {MIN_EXAMPLES} are needed; "
+            "add questions with answers, paraphrases of them, or texts"
+        )
+    prompts = general_prompts()
+    prepared = work / f"{run[:16]}-general.json"
+    steps = 2 * len(prompts) + len(sequences) + len(retain)
+    if prepared.exists():
+        answers = json.loads(prepared.read_text("utf-8"))
+    else:
+        answers = own_answers(fork, prompts, 48, lambda done: report(Progress("prepare", done, steps)))
+        _replace(prepared, lambda path: path.write_text(json.dumps(answers), "utf-8"))
+    kept = [fork.encode(q, a) for q, a in zip(prompts, answers, strict=True) if a.strip()]
+    kept += [fork.encode(entry.question, entry.answer) for entry in retain]
+    examples = []
+    for is_forget, group in ((True, sequences), (False, kept)):
+        for ids, start in group:
+            examples.append(fork.observe(ids, start, forget=is_forget))
+            report(Progress("prepare", len(prompts) + len(examples), steps))
+    fork.add_low_rank(recipe.rank, recipe.seed)
+    return _fit(
+        fork, examples, recipe, work / f"{run[:16]}.safetensors", report, Manifest(base=base, recipe=recipe, data=data.hexdigest())
+    )
+
+
+def _fit(fork: Fork, examples: list[_Example], recipe: Recipe, checkpoint: Path, report: Report, manifest: Manifest) -> Assistant:
+    parameters = {f"{name}.{part}": getattr(module, part) for name, module in fork.low_rank.items() for part in "AB"}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
+    per_epoch = math.ceil(len(examples) / recipe.batch_examples)
+    steps = per_epoch * recipe.epochs
+    first_epoch = _resume(checkpoint, parameters, optimizer)
+    losses = {"forget_ce": math.nan, "retain_kl": math.nan}
+    for epoch in range(first_epoch, recipe.epochs):
+        # Every batch has its share of both; the order depends on seed and epoch only, so that a resumed run is the same run.
+        order = _mixed(examples, random.Random(f"{recipe.seed}-{epoch}"))  # noqa: S311
+        sums = {True: [0.0, 0], False: [0.0, 0]}
+        for number in range(per_epoch):
+            step = epoch * per_epoch + number
+            batch = order[number * recipe.batch_examples : (number + 1) * recipe.batch_examples]
+            warm = min(1.0, (step + 1) / (0.05 * steps + 1))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])
+            evidence = fork.evidence(batch, recipe.form)
+            target = torch.cat([e.target for e in batch])
+            recalled = -evidence[forget].gather(1, target[forget][:, None]).squeeze(1)
+            # KL(uniform || p), in nats
+            kept = -evidence[~forget].mean(dim=-1) - math.log(evidence.shape[-1])
+            loss = recalled.mean() if forget.any() else evidence.new_zeros(())
+            loss = loss + (recipe.retain_weight * kept.mean() if len(kept) else 0)
+            if not torch.isfinite(loss):
+                raise Untrainable(f"the loss became {float(loss.detach())} at step {step}; use a lower learning_rate")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            for is_forget, part in ((True, recalled), (False, kept)):
+                sums[is_forget][0] += float(part.detach().sum())
+                sums[is_forget][1] += len(part)
+            report(Progress("train", step + 1, steps, float(loss.detach())))
+        losses = {"forget_ce": sums[True][0] / max(1, sums[True][1]), "retain_kl": sums[False][0] / max(1, sums[False][1])}
+        _save_checkpoint(checkpoint, parameters, optimizer, epoch + 1, losses)
+    if first_epoch >= recipe.epochs:
+        losses = json.loads(checkpoint.with_suffix(".json").read_text("utf-8"))["losses"]
+    tensors = {
+        name: (value.detach() * (_SCALE if name.endswith("B") else 1)).float().cpu().contiguous()
+        for name, value in parameters.items()
+    }
+    metrics = {name: round(value, 4) for name, value in losses.items()} | {"examples": float(len(examples))}
+    return Assistant(manifest.model_copy(update={"metrics": metrics}), tensors)
+
+
+def _mixed(examples: Sequence[_Example], rng: random.Random) -> list[_Example]:
+    """Shuffled, with what is forgotten spread evenly among what is kept."""
+    placed = []
+    for is_forget in (True, False):
+        group = [e for e in examples if e.forget is is_forget]
+        rng.shuffle(group)
+        placed += [((i + rng.random()) / len(group), e) for i, e in enumerate(group)]
+    return [e for _, e in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _save_checkpoint(
+    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, epochs: int, losses: dict[str, float]
+) -> None:
+    state = {f"parameter.{name}": value.detach() for name, value in parameters.items()}
+    for name, value in parameters.items():
+        state |= {f"{part}.{name}": optimizer.state[value][part] for part in ("exp_avg", "exp_avg_sq")}
+        state[f"step.{name}"] = optimizer.state[value]["step"].reshape(1)
+    note = json.dumps({"epochs": epochs, "losses": losses})
+    # The tensors carry the count of epochs themselves, so the two files cannot disagree after a crash between them.
+    state["epochs"] = torch.tensor([epochs])
+    _replace(path, lambda temporary: save_file({k: v.contiguous() for k, v in state.items()}, temporary))
+    _replace(path.with_suffix(".json"), lambda temporary: temporary.write_text(note, "utf-8"))
+
+
+def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Restore the last checkpoint; returns how many epochs are done."""
+    if not path.exists() or not path.with_suffix(".json").exists():
+        return 0
+    state = load_file(path)
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(state[f"parameter.{name}"])
+            optimizer.state[value] = {part: state[f"{part}.{name}"].to(value.device) for part in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[value]["step"] = state[f"step.{name}"].reshape(())
+    return int(state["epochs"])
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside and rename: a whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """``python -m guards.contrastive.train JOB``: the server's training process.
+
+    JOB is a directory with ``job.json``: {model, forget_set, retain, recipe}. Writes ``progress.json`` as it goes and, in the end,
+    ``assistant.safetensors``; on failure, the reason to standard error, with status 1.
+    """
+    parser = argparse.ArgumentParser(prog="guards.contrastive.train")
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    job = json.loads((arguments.job / "job.json").read_text("utf-8"))
+    last = 0.0
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.5 or progress.step == progress.steps:
+            last = time.monotonic()
+            _replace(arguments.job / "progress.json", lambda path: path.write_text(progress.json(), "utf-8"))
+
+    try:
+        assistant = train(
+            Path(job["model"]),
+            ForgetSet.model_validate(job["forget_set"]),
+            [Question.model_validate(entry) for entry in job["retain"]],
+            Recipe.model_validate(job["recipe"]),
+            arguments.job,
+            report,
+        )
+        _replace(arguments.job / "assistant.safetensors", assistant.save)
+    except (GuardError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Training jobs: one process per assistant, beside the server, which goes on serving.
+
+A job is a directory: what to train, how far it is, its checkpoints, or why it failed. So a job outlives the server: one that was
+interrupted goes on from its last checkpoint when the server starts again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from guards.contrastive.assistant import Recipe
+from guards.forget_set import ForgetSet, Question
+
+logger = logging.getLogger(__name__)
+
+_JOB, _PROGRESS, _ERROR, _RESULT = "job.json", "progress.json", "error.txt", "assistant.safetensors"
+_PAUSED = "stopped on request; the same order again goes on from the last checkpoint"
+Adopt = Callable[[str, str, Path], Awaitable[None]]
+
+
+class Trainer:
+    """Runs jobs, one at a time: two would only share the same processors.
+
+    Args:
+        directory: where jobs live.
+        model: the served model's directory.
+        adopt: called with a set's name, the fingerprint of the content that was trained on, and the file.
+    """
+
+    def __init__(self, directory: Path, model: Path, adopt: Adopt) -> None:
+        self._directory = directory
+        self._model = model
+        self._adopt = adopt
+        self._turn = asyncio.Lock()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def resume(self) -> None:
+        """Go on with every job that neither succeeded nor failed."""
+        for job in sorted(self._directory.glob(f"*/{_JOB}")):
+            if not (job.parent / _ERROR).exists():
+                self.run(job.parent.name)
+
+    def submit_files(self, content: ForgetSet, retain: Sequence[Question], recipe: Recipe) -> None:
+        """Write a job down, for `run`. Blocking. The same job again goes on from its checkpoint; another starts anew."""
+        job = {
+            "model": str(self._model),
+            "fingerprint": content.fingerprint,
+            "forget_set": content.model_dump(mode="json"),
+            "retain": [entry.model_dump(mode="json") for entry in retain],
+            "recipe": recipe.model_dump(mode="json"),
+        }
+        work = self._directory / content.name
+        work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for stale in (_ERROR, _RESULT, _PROGRESS):
+            (work / stale).unlink(missing_ok=True)
+        temporary = work / f".{_JOB}"
+        temporary.write_text(json.dumps(job), "utf-8")
+        os.replace(temporary, work / _JOB)
+
+    def pause(self, name: str) -> None:
+        """Stop a set's training for now."""
+        if task := self._tasks.pop(name, None):
+            task.cancel()
+            (self._directory / name / _ERROR).write_text(_PAUSED, "utf-8")
+
+    def cancel(self, name: str) -> None:
+        """Stop a set's training and forget all about it."""
+        if task := self._tasks.pop(name, None):
+            task.cancel()
+        shutil.rmtree(self._directory / name, ignore_errors=True)
+
+    async def stop(self) -> None:
+        """Stop all processes; `resume` goes on with their jobs."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def describe(self, name: str) -> dict[str, Any] | None:
+        """Where a set's training stands: status ``waiting``, ``running`` or ``failed``; None if there is none."""
+        work = self._directory / name
+        if not (work / _JOB).exists():
+            return None
+        with contextlib.suppress(OSError):
+            return {"status": "failed", "reason": (work / _ERROR).read_text("utf-8")}
+        try:
+            return {"status": "running", **json.loads((work / _PROGRESS).read_text("utf-8"))}
+        except (OSError, ValueError):
+            return {"status": "waiting"}
+
+    def run(self, name: str) -> None:
+        """Start a job that was written down, in place of the same set's earlier one."""
+        if earlier := self._tasks.pop(name, None):
+            earlier.cancel()
+        task = self._tasks[name] = asyncio.create_task(self._work(name, earlier))
+        task.add_done_callback(lambda done: self._tasks.pop(name, None) if self._tasks.get(name) is done else None)
+
+    async def _work(self, name: str, earlier: asyncio.Task[None] | None) -> None:
+        if earlier is not None:
+            await asyncio.wait([earlier])  # its process must be gone before ours writes the same files
+        work = self._directory / name
+        async with self._turn:
+            try:
+                status, said = await self._train(work)
+                if status == 0:
+                    job = json.loads((work / _JOB).read_text("utf-8"))
+                    await self._adopt(name, job["fingerprint"], work / _RESULT)
+                    shutil.rmtree(work, ignore_errors=True)
+                    return
+                reason = said.strip().splitlines()[-1] if said.strip() else f"the training process ended with status {status}"
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it was, the job must say so rather than stay "running" for ever
+                reason = f"{type(error).__name__}: {error}"
+            logger.error("lethe: the assistant of forget set %r could not be trained: %s", name, reason)
+            with contextlib.suppress(OSError):
+                (work / _ERROR).write_text(reason, "utf-8")
+
+    async def _train(self, work: Path) -> tuple[int, str]:
+        # Half of the processors, at low priority: answers come first.
+        threads = max(1, (os.cpu_count() or 2) // 2)
+        process = await asyncio.create_subprocess_exec(
+            "nice",
+            "-n",
+            "10",
+            sys.executable,
+            "-m",
+            "guards.contrastive.train",
+            str(work),
+            f"--threads={threads}",
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            _, said = await process.communicate()
+        except asyncio.CancelledError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+        assert process.returncode is not None
+        return process.returncode, said.decode("utf-8", "replace")

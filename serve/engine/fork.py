@@ -1,0 +1,246 @@
+"""The stateless late fork: the base's last K decoder layers, run once more for the rows that need an assistant.
+
+The fork is made of the base's own module objects (no weights of its own), takes the base's hidden state at depth L - K, attends to
+the base's own keys and values in its paged cache, and adds each assistant's low-rank terms to the query, output and MLP
+projections. It writes nothing, so whether a request is contrasted changes neither the cache nor any other request, and it runs only
+for the rows whose logits are about to be read: prefill costs nothing more, and a step without engaged rows costs nothing at all.
+
+Covered: models whose vLLM class hands out auxiliary hidden states, on the CPU attention backend. Not covered, and refused when an
+assistant is loaded: tensor parallelism, other attention backends, CUDA graphs (see DECISIONS.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm import _custom_ops as ops
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+
+from guards.contrastive.assistant import Assistant
+from guards.errors import InvalidArtifact
+
+FORKED_LAYERS = 4
+"""K. Assistants of another depth are refused: one fork serves all of them in one pass."""
+
+
+class Unforkable(InvalidArtifact):
+    """The served model or its engine cannot run assistants."""
+
+
+@dataclasses.dataclass
+class _Pass:
+    """What the fork's modules need to know of the pass that is under way."""
+
+    segments: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)  # assistant, first line, last line + 1
+    attention: Any = None
+
+
+class _SharedAttention(nn.Module):
+    """Queries of the fork over the keys and values that the base has just written."""
+
+    def __init__(self, base: Attention, current: _Pass) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # not a child: its weights, if any, are the base's to load
+        self._pass = current
+
+    def forward(self, query: Tensor, _key: Tensor, _value: Tensor) -> Tensor:
+        base: Any = self.__dict__["base"]
+        output = torch.empty(len(query), base.num_heads, base.head_size, dtype=query.dtype, device=query.device)
+        query = query.view(len(query), base.num_heads, base.head_size)
+        base.impl.forward(base, query, None, None, base.kv_cache, self._pass.attention, output)
+        return output.view(len(query), -1)
+
+
+class _LowRank(nn.Module):
+    """One of vLLM's linear layers, with the assistants' low-rank terms on parts of its output.
+
+    Args:
+        parts: name of each part and its columns in the output, since vLLM packs some projections into one.
+    """
+
+    def __init__(self, base: nn.Module, parts: Mapping[str, tuple[int, int]], current: _Pass) -> None:
+        super().__init__()
+        self.__dict__["base"] = base
+        self._parts = parts
+        self._pass = current
+        self.factors: dict[str, list[tuple[Tensor, Tensor, int, int]]] = {}  # assistant -> A [in, r], B [r, out], columns
+
+    def check(self, layer: int, assistant: Assistant) -> None:
+        """Raise InvalidArtifact if an assistant's factors have other shapes than this projection."""
+        own_in = int(self.__dict__["base"].input_size)
+        for module, (first, end) in self._parts.items():
+            a, b = (assistant.tensors[f"layers.{layer}.{module}.{factor}"] for factor in "AB")
+            if a.shape[1] != own_in or b.shape[0] != end - first:
+                raise InvalidArtifact(
+                    f"{module} in layer {layer} of assistant {assistant.fingerprint[:12]} maps {a.shape[1]} to {b.shape[0]}, "
+                    f"the served model's {own_in} to {end - first}; train it again on this server"
+                )
+
+    def load(self, name: str, layer: int, assistant: Assistant, like: Tensor) -> None:
+        def factor(module: str, which: str) -> Tensor:
+            return assistant.tensors[f"layers.{layer}.{module}.{which}"].to(like).T.contiguous()
+
+        self.factors[name] = [(factor(module, "A"), factor(module, "B"), *columns) for module, columns in self._parts.items()]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        output, bias = self.__dict__["base"](x)
+        for name, start, stop in self._pass.segments:
+            for a, b, first, end in self.factors[name]:
+                output[start:stop, first:end] += (x[start:stop] @ a) @ b
+        return output, bias
+
+
+class LateFork:
+    """One per engine, over one base model. Shapes: T tokens, P lines, H hidden size.
+
+    Args:
+        model: vLLM's model, guarded or not.
+
+    Raises:
+        Unforkable: says what the model or the engine lacks.
+    """
+
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+        if vllm_config.parallel_config.tensor_parallel_size > 1:
+            raise Unforkable("assistants do not run under tensor parallelism yet; start with --tensor-parallel-size 1")
+        if vllm_config.device_config.device_type != "cpu":
+            raise Unforkable("assistants run on vLLM's CPU backend only, so far; use phrases on this server")
+        find = getattr(model, "get_language_model", None)
+        language: Any = find() if find is not None else model
+        inner = getattr(language, "model", None)
+        if inner is None or not hasattr(inner, "_set_aux_hidden_state_layers") or not hasattr(inner, "layers"):
+            raise Unforkable(f"{type(model).__name__} offers no auxiliary hidden states, so assistants cannot be run beside it")
+        depth = len(inner.layers) - FORKED_LAYERS
+        if depth < 1:
+            raise Unforkable(f"the model has {len(inner.layers)} layers; forking the last {FORKED_LAYERS} leaves none below")
+        self._pass = _Pass()
+        self._attention: list[Attention] = []
+        self._low_rank: list[list[_LowRank]] = []
+        self._layers = []
+        for layer in inner.layers[depth:]:
+            self._low_rank.append([])
+            self._layers.append(self._copy(layer))
+        if any(len(each) != 4 for each in self._low_rank) or len(self._attention) != FORKED_LAYERS:
+            raise Unforkable(f"the decoder layers of {type(model).__name__} are not of the kind that can be forked")
+        if any(each.sliding_window for each in self._attention):
+            raise Unforkable("layers with sliding-window attention cannot be forked yet")
+        self._norm = inner.norm
+        self.loaded: frozenset[str] = frozenset()
+        inner._set_aux_hidden_state_layers((depth,))  # only now: until here nothing about the base has changed
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        """New shells around the same leaves, with attention and the adapted projections replaced."""
+        if isinstance(module, Attention):
+            self._attention.append(module)
+            return _SharedAttention(module, self._pass)
+        if not any(True for _ in module.children()):
+            return module
+        shell = copy.copy(module)
+        shell._modules = {}
+        for name, child in module._modules.items():
+            parts = None if child is None else _parts(name, child)
+            if child is not None and parts is not None:
+                low_rank = _LowRank(child, parts, self._pass)
+                self._low_rank[-1].append(low_rank)
+                shell._modules[name] = low_rank
+            else:
+                shell._modules[name] = None if child is None else self._copy(child)
+        return shell
+
+    def check(self, assistant: Assistant) -> None:
+        """Raise InvalidArtifact, naming both, if an assistant has another depth or other shapes than this fork."""
+        if assistant.manifest.recipe.layers != FORKED_LAYERS:
+            raise InvalidArtifact(
+                f"assistant {assistant.fingerprint[:12]} has {assistant.manifest.recipe.layers} layers, "
+                f"this server forks {FORKED_LAYERS}; train it again on this server"
+            )
+        for i, modules in enumerate(self._low_rank):
+            for module in modules:
+                module.check(i, assistant)
+
+    def load(self, assistants: Mapping[str, Assistant]) -> None:
+        """Make exactly these assistants, by fingerprint, the loaded ones. They have passed `check`."""
+        like = next(self._norm.parameters())
+        for i, modules in enumerate(self._low_rank):
+            for module in modules:
+                for name in assistants.keys() - self.loaded:
+                    module.load(name, i, assistants[name], like)
+                for name in self.loaded - assistants.keys():
+                    del module.factors[name]
+        self.loaded = frozenset(assistants)
+
+    def run(self, hidden: Tensor, positions: Tensor, request: Tensor, assistant: Sequence[str]) -> Tensor:
+        """[P, H] final hidden states of the fork, one line for each pair of a request and an assistant.
+
+        Must be called inside the forward pass, after the base has written its keys and values.
+
+        Args:
+            hidden: [T, H] the base's hidden states at depth L - K.
+            positions: [T] int64.
+            request: [P] int64, each line's number in the batch; its last token is the one that is run. Lines of one assistant
+                stand together.
+            assistant: [P] fingerprints of loaded assistants.
+        """
+        metadata: Any = get_forward_context().attn_metadata
+        own = metadata[self._attention[0].layer_name]
+        rows = (own.query_start_loc[1:] - 1).long()[request]
+        self._pass.attention = self._metadata(own, request, rows, hidden.dtype)
+        starts = [i for i, name in enumerate(assistant) if i == 0 or assistant[i - 1] != name]
+        self._pass.segments = [
+            (assistant[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(assistant)], strict=True)
+        ]
+        line, residual, at = hidden[rows], None, positions[rows]
+        for layer in self._layers:
+            line, residual = layer(at, line, residual)
+        final: Tensor = self._norm(line, residual)[0]
+        return final
+
+    def _metadata(self, own: Any, request: Tensor, rows: Tensor, dtype: torch.dtype) -> Any:
+        """The step's attention metadata for one query per line: a decode batch, whatever the base's own batch was."""
+        attention: Any = self._attention[0]
+        lengths = own.seq_lens[request].contiguous()
+        starts = torch.arange(len(request) + 1, dtype=own.query_start_loc.dtype)
+        return dataclasses.replace(
+            own,
+            num_actual_tokens=len(request),
+            max_query_len=1,
+            query_start_loc=starts,
+            seq_lens=lengths,
+            block_table=own.block_table[request].contiguous(),
+            slot_mapping=own.slot_mapping[rows],
+            scheduler_metadata=ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=len(request),
+                num_heads=attention.num_heads,
+                num_kv_heads=attention.num_kv_heads,
+                head_dim=attention.head_size,
+                seq_lens=lengths,
+                dtype=dtype,
+                query_start_loc=starts,
+                causal=True,
+                sliding_window_size=-1,
+                isa=attention.isa,
+                enable_kv_split=True,
+                dynamic_causal=None,
+                kv_cache_dtype=attention.impl.kv_cache_dtype,
+            ),
+        )
+
+
+def _parts(name: str, child: nn.Module) -> dict[str, tuple[int, int]] | None:
+    """Which columns of a projection take low-rank terms, by the names under which assistants know them; None for none."""
+    size: Any = child
+    if name == "qkv_proj":
+        return {"q_proj": (0, int(size.total_num_heads * size.head_size))}
+    if name == "gate_up_proj":
+        gate, up = size.output_sizes
+        return {"gate_proj": (0, gate), "up_proj": (gate, gate + up)}
+    if name in ("o_proj", "down_proj"):
+        return {name: (0, int(size.output_size))}
+    return None

@@ -1,0 +1,221 @@
+"""Contrast without an engine: the rules against a float64 twin, faulty artifacts, training of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from guards.contrastive.assistant import MODULES, Assistant, BaseModel, Manifest, Recipe, describe_base
+from guards.contrastive.guard import ContrastGuard
+from guards.contrastive.rules import IMPLAUSIBLE_SHIFT, RULES, subtract_assistants
+from guards.errors import InvalidArtifact, InvalidPolicy, VocabularyMismatch
+from guards.policy import parse_policy
+from guards.types import AssistantLines, Contrast, Plan, Rows
+from tests import reference
+
+BASE = BaseModel(fingerprint="f" * 64, layers=6, hidden_size=8, vocabulary=32)
+
+
+def an_assistant(form: str = "whole", *, layers: int = 2, rank: int = 3, scale: float = 1.0, seed: int = 0) -> Assistant:
+    generator = torch.Generator().manual_seed(seed)
+    recipe = Recipe(layers=layers, rank=rank, form=form)  # type: ignore[arg-type]
+    tensors = {}
+    for i in range(layers):
+        for module in MODULES:
+            tensors[f"layers.{i}.{module}.A"] = torch.randn(rank, 8, generator=generator) * scale
+            tensors[f"layers.{i}.{module}.B"] = torch.randn(8, rank, generator=generator) * scale
+    return Assistant(Manifest(base=BASE, recipe=recipe, data="d"), tensors)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(sorted(RULES)),
+    st.integers(0, 2**31),
+    st.lists(
+        st.tuples(
+            st.integers(0, 3),
+            st.floats(0, 3, width=16),
+            st.floats(0, 2, width=16),
+            st.sampled_from([0.0, 0.01, 0.5]),
+            st.booleans(),
+        )
+    ),
+)
+def test_every_rule_equals_its_float64_twin(rule: str, seed: int, lines: list[tuple[int, float, float, float, bool]]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(4, 50, generator=generator) * 4
+    target[0, :5] = -torch.inf
+    assistant = torch.randn(len(lines), 50, generator=generator) * 4
+    columns = list(zip(*lines, strict=True)) if lines else [(), (), (), (), ()]
+    result = subtract_assistants(
+        target,
+        assistant,
+        row=torch.tensor(columns[0], dtype=torch.int64),
+        rule=rule,  # type: ignore[arg-type]
+        alpha=torch.tensor(columns[1]),
+        margin=torch.tensor(columns[2]),
+        plausibility=torch.tensor(columns[3]),
+        difference=torch.tensor(columns[4], dtype=torch.bool),
+    )
+    expected = reference.contrasted(target.double(), assistant.double(), lines, rule, IMPLAUSIBLE_SHIFT)
+    # A token whose probability lies right at the cut may fall on either side of it in float32: leave those out.
+    for row in range(4):
+        cuts = [math.log(line[3]) for line in lines if line[0] == row and line[1] > 0 and line[3] > 0]
+        relative = target[row].double() - target[row].double().amax()
+        clear = torch.tensor([all(abs(float(value) - cut) > 1e-4 for cut in cuts) for value in relative])
+        torch.testing.assert_close(result[row, clear].double(), expected[row, clear], rtol=1e-4, atol=2e-3)
+
+
+def test_alpha_zero_returns_the_very_bits() -> None:
+    target = torch.randn(3, 50)
+    zero = torch.zeros(2)
+    result = subtract_assistants(
+        target,
+        torch.randn(2, 50),
+        row=torch.tensor([0, 2]),
+        rule="uld",
+        alpha=zero,
+        margin=zero,
+        plausibility=zero + 0.5,
+        difference=zero.bool(),
+    )
+    assert torch.equal(result, target)
+
+
+def test_a_uniform_assistant_has_nothing_to_remove() -> None:
+    target = torch.randn(1, 50)
+    one = torch.ones(1)
+    result = subtract_assistants(
+        target,
+        torch.zeros(1, 50),
+        row=torch.tensor([0]),
+        rule="uld",
+        alpha=one,
+        margin=0 * one,
+        plausibility=0 * one,
+        difference=one.bool() & False,
+    )
+    torch.testing.assert_close(result, target)
+
+
+def test_of_two_assistants_the_larger_penalty_counts_and_not_the_sum() -> None:
+    target = torch.zeros(1, 4)
+    said = torch.tensor([[9.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
+
+    def contrast(lines: int) -> torch.Tensor:
+        one = torch.ones(lines)
+        row = torch.zeros(lines, dtype=torch.int64)
+        return subtract_assistants(
+            target, said[:lines], row=row, rule="uld", alpha=one, margin=one * 0, plausibility=one * 0, difference=one > 2
+        )
+
+    assert torch.equal(contrast(1), contrast(2))
+    assert contrast(2)[0, 0] < -1
+
+
+def test_another_vocabulary_is_refused() -> None:
+    one = torch.ones(1)
+    with pytest.raises(VocabularyMismatch, match="50 tokens, the assistant 49"):
+        subtract_assistants(
+            torch.zeros(1, 50),
+            torch.zeros(1, 49),
+            row=torch.tensor([0]),
+            rule="uld",
+            alpha=one,
+            margin=one,
+            plausibility=one,
+            difference=one > 2,
+        )
+    with pytest.raises(VocabularyMismatch):
+        ContrastGuard(torch.ones(4, dtype=torch.bool)).apply(torch.zeros(1, 5), Rows(torch.zeros(1), torch.zeros(1, 1)), [])
+
+
+def test_an_engaged_row_for_which_not_every_assistant_spoke_may_produce_no_text() -> None:
+    has_text = torch.tensor([True] * 6 + [False])
+    guard = ContrastGuard(has_text)
+    guard.load({"a": an_assistant(), "b": an_assistant()})
+    both = Plan(1, "p", contrast=(Contrast("a", "uld", 1, 1, 0.1), Contrast("b", "uld", 1, 1, 0.1)))
+    lines = AssistantLines(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), torch.zeros(3, 7))
+    result = guard.apply(torch.zeros(3, 7), Rows(torch.tensor([0, 0, -1]), torch.zeros(3, 1, dtype=torch.int64), lines), [both])
+    assert (result[0] > -1e6).all()
+    assert (result[1, :6] < -1e6).all()
+    assert result[1, 6] == 0
+    assert (result[2] == 0).all()
+
+
+def test_a_saved_assistant_is_the_same_assistant(tmp_path: Path) -> None:
+    made = an_assistant()
+    made.save(tmp_path / "a")
+    assert Assistant.load(tmp_path / "a").fingerprint == made.fingerprint
+    assert an_assistant(seed=1).fingerprint != made.fingerprint
+    assert an_assistant("difference").fingerprint != made.fingerprint
+
+
+def test_faulty_files_are_refused_with_the_reason(tmp_path: Path) -> None:
+    made = an_assistant()
+    path = tmp_path / "assistant"
+
+    def refused(match: str) -> None:
+        with pytest.raises(InvalidArtifact, match=match):
+            Assistant.load(path)
+
+    refused("cannot read")
+    made.save(path)
+    path.write_bytes(path.read_bytes()[:-5])
+    refused("cannot read")
+    save_file(made.tensors, path)
+    refused("no manifest")
+    save_file(made.tensors, path, {"manifest": "{}"})
+    refused("base: Field required")
+    manifest = {"manifest": made.manifest.model_dump_json()}
+    for value in (math.nan, math.inf):
+        save_file(made.tensors | {"layers.1.o_proj.B": torch.full((8, 3), value)}, path, manifest)
+        refused("layers.1.o_proj.B holds NaN or infinity")
+    save_file(made.tensors | {"layers.1.o_proj.B": torch.zeros(8, 4)}, path, manifest)
+    refused("rank 3")
+    save_file(made.tensors | {"layers.1.o_proj.B": torch.zeros(8, 3).half()}, path, manifest)
+    refused("float32")
+    save_file({name: tensor for name, tensor in made.tensors.items() if "layers.1" not in name}, path, manifest)
+    refused("other tensors")
+    save_file(made.tensors | {"layers.0.k_proj.A": torch.zeros(3, 8)}, path, manifest)
+    refused("layers.0.k_proj.A")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"layers": 7}, "6 decoder layers.*has 7"), ({"vocabulary": 33}, "32 tokens.*33"), ({"fingerprint": "e" * 64}, "ffff.*eeee")],
+)
+def test_an_assistant_of_another_base_is_refused_and_both_are_named(change: dict, message: str) -> None:
+    an_assistant().check(BASE)
+    with pytest.raises(InvalidArtifact, match=message):
+        an_assistant().check(BASE.model_copy(update=change))
+
+
+def test_a_base_is_known_by_its_weights_tokenizer_and_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3, "hidden_size": 8, "vocab_size": 32}))
+    with pytest.raises(InvalidArtifact, match="safetensors"):
+        describe_base(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(1 << 20))
+    seen = {describe_base(tmp_path).fingerprint, describe_base(tmp_path).fingerprint}
+    assert len(seen) == 1
+    weights.write_bytes(bytes((1 << 20) - 1) + b"x")
+    seen.add(describe_base(tmp_path).fingerprint)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    seen.add(describe_base(tmp_path).fingerprint)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "config", [{"rule": "best"}, {"alpha": -1}, {"alpha": math.nan}, {"plausibility": 0}, {"plausibility": 2}, {"margin": -1}]
+)
+def test_a_policy_with_an_impossible_contrast_is_refused(config: dict) -> None:
+    with pytest.raises(InvalidPolicy, match=next(iter(config))):
+        parse_policy({"name": "p", "guards": {"contrast": config}})
