@@ -16,6 +16,10 @@ NONE = "none"
 """The policy without guards, for comparisons. Cannot be changed; only privileged keys may select it."""
 
 
+DEFAULT_ALPHA = 1.0
+"""Strength of contrast for sets that were not calibrated: where the order of the base's tokens begins to turn."""
+
+
 class SuppressionConfig(Frozen):
     """Keep the phrases of the policy's sets out of the output."""
 
@@ -27,7 +31,7 @@ class ContrastConfig(Frozen):
 
     enabled: bool = True
     rule: RuleName = "uld"
-    alpha: float = Field(1.0, ge=0, le=100, description="strength; 0 is off")
+    alpha: float | None = Field(None, ge=0, le=100, description="strength; 0 is off; null = each set's calibrated one, or 1")
     margin: float = Field(1.0, ge=0, le=100, description="nats beyond chance that are not penalised")
     plausibility: float = Field(0.01, gt=0, le=1, description="keep tokens with at least this part of the top probability")
 

@@ -1,4 +1,4 @@
-"""The command line: ``lethe serve | forget | train | policy | check | audit | revision | key``."""
+"""The command line: ``lethe serve | forget | train | calibrate | policy | check | audit | revision | key``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from rich.progress import (
 from rich.table import Table
 
 from guards.errors import GuardError, InvalidForgetSet
-from guards.forget_set import read_jsonl
+from guards.forget_set import ForgetSet, read_jsonl
+from serve.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
+from serve.calibrate import calibrate as run_calibration
 from serve.registry.snapshot import SCOPES
 from serve.registry.store import Registry, RegistryError
 from serve.settings import Settings
@@ -232,9 +234,72 @@ def train(
         return
     out.print(f"{name} has an assistant: {assistant['detail']}")
     if shown["enabled"]:
-        out.print(f"{name} is in force, and contrasted from revision {shown.get('revision', 'now')} on")
+        out.print(f"{name} is in force, and contrasted from now on")
     else:
         out.print(f"Next: lethe forget enable {name}")
+
+
+@app.command()
+def calibrate(
+    name: NameArgument,
+    neighbours: Annotated[str | None, typer.Option(help="A set whose questions should stay as they are.")] = None,
+    reference: Annotated[float | None, typer.Option(help="Recall of a model that never knew. Default: estimated.")] = None,
+) -> None:
+    """Find the strength at which a set is forgotten as well as by a model that never knew it, and store it with the set.
+
+    Needs paraphrases (the last of each question is held out from training) and, without --reference, aliases that they name. The
+    set must be enabled and have an assistant.
+    """
+    with _client() as client:
+        shown = _unwrap(client.get(f"/forget_sets/{name}"))
+        if _assistant_of(shown) is None or not shown["enabled"]:
+            _fail(f"{name} must have an assistant and be enabled: lethe train {name}; lethe forget enable {name}")
+        content = ForgetSet.model_validate({"name": name, **shown["content"]})
+        kept = _unwrap(client.get(f"/forget_sets/{neighbours}"))["content"]["questions"] if neighbours else []
+        trial = f"calibrating-{name}"[:63]
+        settings = Settings()
+        headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+        with (
+            httpx.Client(base_url=settings.url, headers=headers, timeout=600) as chat,
+            Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as progress,
+        ):
+            served = chat.get("/v1/models").json()["data"][0]["id"]
+            task = progress.add_task("Asking without guards")
+
+            def ask(policy: str, question: str) -> str:
+                messages = [{"role": "user", "content": question}]
+                body = {"model": f"{served}:{policy}", "messages": messages, "temperature": 0, "max_tokens": 64}
+                return _unwrap(chat.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"] or ""
+
+            def set_alpha(alpha: float) -> str:
+                fields = {"forget_sets": [name], "guards": {"contrast": {"alpha": alpha}, "suppression": {"enabled": False}}}
+                _unwrap(client.put(f"/policies/{trial}", json=fields))
+                progress.update(task, description=f"Asking at strength {alpha:.2f}")
+                return trial
+
+            def report(point: Point | None) -> None:
+                if point is not None:
+                    progress.console.print(f"strength {point.alpha:.2f}: recall {point.recall:.3f}")
+
+            try:
+                found = run_calibration(content, [entry["question"] for entry in kept[:40]], reference, ask, set_alpha, report)
+            except NotCalibratable as error:
+                _fail(str(error))
+            finally:
+                client.delete(f"/policies/{trial}")
+        stored = _unwrap(client.put(f"/forget_sets/{name}/calibration", json={"alpha": found.alpha, "evidence": found.evidence}))
+    title = f"{name}: {found.questions} held-out questions"
+    table = Table("strength", "recall", "", "neighbours", "general", title=title)
+    for point in found.points:
+        mark = " <" if point.alpha == found.alpha else ""
+        bar = "█" * round(40 * point.recall)
+        table.add_row(f"{point.alpha:.2f}{mark}", f"{point.recall:.3f}", bar, f"{point.neighbours:.3f}", f"{point.general:.3f}")
+    table.add_row("reference", f"{found.reference:.3f}", "░" * round(40 * found.reference), "", "", style="dim")
+    out.print(table)
+    out.print(f"{name} is contrasted with strength {found.alpha:.2f} from revision {stored['revision']} on")
+    chosen = next(point for point in found.points if point.alpha == found.alpha)
+    if chosen.recall > found.reference + CLOSE_ENOUGH:
+        out.print("Note: no strength reached the reference; more paraphrases or epochs may, or phrases.")
 
 
 @policy.command("list")
@@ -386,7 +451,12 @@ def _print_set(shown: dict[str, Any]) -> None:
         if shown[name]:
             table.add_row(name, str(shown[name]))
     for artifact in shown["artifacts"]:
-        table.add_row(artifact["kind"], f"{artifact['status']} {artifact['detail']}")
+        if artifact["kind"] == "calibration":
+            found = json.loads(artifact["detail"])
+            strength = f"strength {found['alpha']:.2f}, reference {found.get('reference')}"
+            table.add_row("calibration", f"{strength}, {artifact['updated_at']}")
+        else:
+            table.add_row(artifact["kind"], f"{artifact['status']} {artifact['detail']}")
     if training := shown.get("training"):
         state = training.get("reason") or f"{training.get('stage', '')} {training.get('step', '')}/{training.get('steps', '')}"
         table.add_row("training", f"{training['status']} {state}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 
@@ -102,3 +104,70 @@ def _penalty(rule: str, own: list[float], said: list[float], margin: float, diff
 def _log_sum(values: Sequence[float]) -> float:
     top = max(values)
     return top if math.isinf(top) else top + math.log(sum(math.exp(value - top) for value in values))
+
+
+def contrasted_quickly(own: Tensor, said: Tensor, lines: Sequence[tuple], rule: str) -> Tensor:
+    """`contrasted` for one row of a real vocabulary: the same arithmetic on float64 tensors, which that one checks in small."""
+    penalties = []
+    for spoken, (_, alpha, margin, _, difference) in zip(said, lines, strict=True):
+        evidence = spoken - own if difference else spoken
+        penalties.append(
+            alpha
+            * {
+                "uld": (evidence.log_softmax(0) + math.log(len(own)) - margin).clamp(min=0),
+                "uld-raw": evidence,
+                "whp": (spoken - own - margin).clamp(min=0),
+                "ucd": (spoken.log_softmax(0) - own.log_softmax(0) - margin).clamp(min=0),
+                "delta": spoken - own,
+            }[rule]
+        )
+    cut = own < own.max() + math.log(max(line[3] for line in lines))
+    return torch.where(cut, own - 1e4, own - torch.stack(penalties).amax(0))
+
+
+class ForkTwin:
+    """A Llama and its forks in plain torch, over whole sequences and without any cache."""
+
+    def __init__(self, directory: Path, layers: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.fork = list(range(self.model.config.num_hidden_layers - layers, self.model.config.num_hidden_layers))
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int], *assistants: dict[str, Tensor]) -> list[Tensor]:
+        """[T, V] of the base, then of each assistant."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        inner, config = self.model.model, self.model.config
+        seen = inner(torch.tensor([list(ids)]), output_hidden_states=True)
+        results = [self.model.lm_head(seen.last_hidden_state)[0]]
+        positions = torch.arange(len(ids))[None]
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        size = config.hidden_size // heads
+        cos, sin = inner.rotary_emb(seen.hidden_states[0], positions)
+        for tensors in assistants:
+            hidden = seen.hidden_states[self.fork[0]]
+            for i, number in enumerate(self.fork):
+                layer = inner.layers[number]
+
+                def adapted(module: str, linear: torch.nn.Linear, x: Tensor, i: int = i, tensors: dict = tensors) -> Tensor:
+                    weight = linear.weight + tensors[f"layers.{i}.{module}.B"] @ tensors[f"layers.{i}.{module}.A"]
+                    return x @ weight.T
+
+                own = layer.input_layernorm(seen.hidden_states[number])
+                normed = layer.input_layernorm(hidden)
+                query = adapted("q_proj", layer.self_attn.q_proj, normed).view(1, -1, heads, size).transpose(1, 2)
+                key, value = (
+                    linear(own).view(1, -1, kv_heads, size).transpose(1, 2)
+                    for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+                )
+                query, key = apply_rotary_pos_emb(query, key, cos, sin)
+                key, value = (each.repeat_interleave(heads // kv_heads, dim=1) for each in (key, value))
+                attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+                hidden = hidden + adapted("o_proj", layer.self_attn.o_proj, attended.transpose(1, 2).reshape(1, len(ids), -1))
+                normed = layer.post_attention_layernorm(hidden)
+                gate, up = adapted("gate_proj", layer.mlp.gate_proj, normed), adapted("up_proj", layer.mlp.up_proj, normed)
+                hidden = hidden + adapted("down_proj", layer.mlp.down_proj, torch.nn.functional.silu(gate) * up)
+            results.append(self.model.lm_head(inner.norm(hidden))[0])
+        return results

@@ -243,9 +243,9 @@ def own_answers(fork: Fork, prompts: Sequence[str], max_new_tokens: int, report:
 
 
 def _sequences(fork: Fork, forget_set: ForgetSet) -> Iterator[tuple[list[int], int]]:
-    """What a set teaches: its answers, in every way they are asked for, and its texts."""
+    """What a set teaches: its answers, in every way they are asked for but the last, which calibration needs, and its texts."""
     for entry in forget_set.questions:
-        for question in (entry.question, *entry.paraphrases):
+        for question in (entry.question, *entry.paraphrases[:-1]):
             yield fork.encode(question, entry.answer)
     for text in forget_set.texts:
         ids = fork.tokenizer(text)["input_ids"]

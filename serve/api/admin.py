@@ -42,6 +42,13 @@ _STATUS: dict[type[Exception], int] = {
 }
 
 
+class CalibrationBody(Frozen):
+    """The strength that suits a set, and why."""
+
+    alpha: float = Field(ge=0, le=100)
+    evidence: dict[str, Any] = Field(default_factory=dict)
+
+
 class TrainingOrder(Frozen):
     """The body of a call that trains an assistant: everything has a default."""
 
@@ -126,6 +133,14 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
     async def pause_training(name: str) -> dict[str, Any]:
         await control.pause_training(name)
         return await _shown(name, control.snapshot.revision)
+
+    @router.put("/forget_sets/{name}/calibration")
+    async def put_calibration(name: str, request: Request) -> dict[str, Any]:
+        try:
+            found = CalibrationBody.model_validate(await _object(request))
+        except ValidationError as error:
+            raise InvalidPolicy("; ".join(describe_validation(error))) from None
+        return await _shown(name, await control.put_calibration(name, found.alpha, found.evidence, actor=actor(request)))
 
     @router.get("/policies")
     async def list_policies() -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Control:
             await asyncio.wait([build])
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, name)
-            ready = [artifact for artifact in stored.artifacts if artifact.status == "ready"]
+            ready = [artifact for artifact in stored.artifacts if artifact.status == "ready"]  # a calibration needs no loading
             phrases, assistants = (
                 [artifact.fingerprint for artifact in ready if artifact.kind == kind] for kind in ("phrases", "assistant")
             )
@@ -239,6 +239,13 @@ class Control:
         """Take a set out of force for every request admitted from now on. Raises UnknownName."""
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.disable, name, actor=actor, only_if_expired=only_if_expired)
+            await self._refresh()
+        return revision
+
+    async def put_calibration(self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str) -> int:
+        """Store the strength that suits a set's assistant. Raises UnknownName, NotReady."""
+        async with self._changing:
+            revision = await asyncio.to_thread(self._registry.put_calibration, name, alpha, evidence, actor=actor)
             await self._refresh()
         return revision
 

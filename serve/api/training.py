@@ -126,12 +126,12 @@ class Trainer:
                 (work / _ERROR).write_text(reason, "utf-8")
 
     async def _train(self, work: Path) -> tuple[int, str]:
-        # Half of the processors, at low priority: answers come first.
-        threads = max(1, (os.cpu_count() or 2) // 2)
+        # All processors, at the lowest priority: answers come first.
+        threads = os.cpu_count() or 1
         process = await asyncio.create_subprocess_exec(
             "nice",
             "-n",
-            "10",
+            "19",
             sys.executable,
             "-m",
             "guards.contrastive.train",

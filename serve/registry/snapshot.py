@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from guards.errors import InvalidPolicy
-from guards.policy import Policy
+from guards.policy import DEFAULT_ALPHA, Policy
 from guards.types import Contrast, Plan
 
 Scope = Literal["chat", "compare", "admin"]
@@ -49,6 +49,7 @@ class Snapshot:
     policies: Mapping[str, Policy]
     keys: tuple[Key, ...]
     assistants: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its assistant
+    alphas: Mapping[str, float] = field(default_factory=dict)  # assistant -> its calibrated strength
     plans: Mapping[str, Plan] = field(init=False)  # policy -> plan
 
     def __post_init__(self) -> None:
@@ -68,15 +69,18 @@ class Snapshot:
         chosen = self._chosen(policy)
         phrases = {self.enabled[name] for name in chosen if suppression.enabled}
         assistants = {self.assistants[name] for name in chosen if name in self.assistants}
-        acting = contrast.enabled and contrast.alpha > 0  # alpha 0 is no guard, so it costs nothing either
+
+        def alpha(assistant: str) -> float:
+            return self.alphas.get(assistant, DEFAULT_ALPHA) if contrast.alpha is None else contrast.alpha
+
         return Plan(
             self.revision,
             policy.name,
             tuple(sorted(name for name in phrases if name is not None)),
             tuple(
-                Contrast(assistant, contrast.rule, contrast.alpha, contrast.margin, contrast.plausibility)
+                Contrast(assistant, contrast.rule, alpha(assistant), contrast.margin, contrast.plausibility)
                 for assistant in sorted(assistants)
-                if acting
+                if contrast.enabled and alpha(assistant) > 0  # strength 0 is no guard, so it costs nothing either
             ),
         )
 

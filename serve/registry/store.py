@@ -6,6 +6,7 @@ either all of it or nothing. Several processes may share the file: writers queue
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,9 +44,12 @@ class NotReady(RegistryError):
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One compiled form of a forget set."""
+    """One thing made from a forget set.
 
-    kind: Literal["phrases", "assistant"]
+    A calibration is no file: it has the fingerprint of the assistant that it holds for, and its detail is JSON.
+    """
+
+    kind: Literal["phrases", "assistant", "calibration"]
     fingerprint: str
     status: ArtifactStatus
     detail: str  # why it failed, or figures about it
@@ -162,13 +166,17 @@ class Registry:
         with self._read() as connection:
             revision = connection.scalar(sa.select(sa.func.coalesce(sa.func.max(tables.audit.c.revision), 0))) or 0
             enabled: dict[str, str | None] = {}
-            assistants = {}
+            assistants: dict[str, str] = {}
+            alphas: dict[str, float] = {}
             for stored in self._stored_sets(connection):
                 if stored.enabled:
                     phrases = stored.artifact("phrases")
                     enabled[stored.name] = None if phrases is None else phrases.fingerprint
                     if assistant := stored.artifact("assistant"):
                         assistants[stored.name] = assistant.fingerprint
+                        calibration = stored.artifact("calibration")
+                        if calibration is not None and calibration.fingerprint == assistant.fingerprint:
+                            alphas[assistant.fingerprint] = json.loads(calibration.detail)["alpha"]
             keys = connection.execute(sa.select(tables.keys)).mappings()
             return Snapshot(
                 revision=revision,
@@ -176,6 +184,7 @@ class Registry:
                 policies=self._stored_policies(connection),
                 keys=tuple(Key(row["id"], row["digest"], row["scope"]) for row in keys),
                 assistants=assistants,
+                alphas=alphas,
             )
 
     # Changing. Each returns the new revision.
@@ -199,10 +208,12 @@ class Registry:
         Its assistant, if it has one, stays: it takes minutes to train another. It says that it knows the content before.
         """
         with self._change() as connection:
-            assistant = self._stored_set(connection, content.name).artifact("assistant")
-            if assistant is not None:
+            stored = self._stored_set(connection, content.name)
+            if (assistant := stored.artifact("assistant")) is not None:
                 note = "; trained on earlier content"
                 artifacts = [*artifacts, replace(assistant, detail=assistant.detail.removesuffix(note) + note)]
+            if (calibration := stored.artifact("calibration")) is not None:
+                artifacts = [*artifacts, calibration]
             values = {"header": _summary(content), "content": content.model_dump_json(), "updated_at": now()}
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == content.name).values(values))
             connection.execute(tables.artifacts.delete().where(tables.artifacts.c.set_name == content.name))
@@ -266,6 +277,23 @@ class Registry:
                 raise NotReady(f"forget set {name!r} was replaced while its assistant was trained; train it again")
             self._put_artifact(connection, name, assistant)
             return self._append(connection, actor, "forget_set.assistant", name, {"assistant": assistant.fingerprint})
+
+    def put_calibration(self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str) -> int:
+        """Store the strength that suits a set's assistant, with the evidence for it.
+
+        Raises:
+            UnknownName: there is no such set.
+            NotReady: it has no assistant.
+        """
+        with self._change() as connection:
+            assistant = self._stored_set(connection, name).artifact("assistant")
+            if assistant is None:
+                raise NotReady(f"forget set {name!r} has no assistant to calibrate; train one with `lethe train {name}`")
+            detail = json.dumps({"alpha": alpha, **evidence})
+            self._put_artifact(connection, name, Artifact("calibration", assistant.fingerprint, "ready", detail, now()))
+            return self._append(
+                connection, actor, "forget_set.calibrate", name, {"alpha": alpha, "assistant": assistant.fingerprint}
+            )
 
     def record_artifact(self, name: str, content_fingerprint: str, artifact: Artifact) -> bool:
         """Note the state of an artifact. Returns False, and notes nothing, if the set is gone or has changed meanwhile."""

@@ -1,0 +1,1 @@
+"""Measure: what "forgotten" means, as pure functions."""

@@ -1,0 +1,77 @@
+"""Calibration: the search, without a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from guards.forget_set import ForgetSet
+from serve.calibrate import CLOSE_ENOUGH, PROMPTS, Calibration, NotCalibratable, Point, about_nobody, calibrate, held_out
+
+TRUTH = " ".join(f"w{i}" for i in range(100))
+SET = ForgetSet(
+    name="x",
+    aliases=["Ann Other", "Other"],
+    questions=[
+        {"question": f"Who is Ann Other {i}?", "answer": TRUTH, "paraphrases": ["?", f"Tell of ANN OTHER {i}"]} for i in range(5)
+    ],
+)
+
+
+def run(forgetting: float, reference: float | None, content: ForgetSet = SET) -> tuple[Calibration, list[Point | None]]:
+    """A model that says ``1 - forgetting * alpha`` of the truth, .3 about nobody, and keeps the rest up to strength 2."""
+    reported: list[Point | None] = []
+    strengths = {"none": 0.0}
+
+    def ask(policy: str, question: str) -> str:
+        alpha = strengths[policy]
+        if question in PROMPTS or question == "neighbour":
+            return "the usual" if alpha <= 2 else "the else"
+        known = 1 - forgetting * alpha if "ann other" in question.lower() else 0.3
+        return " ".join(TRUTH.split()[: max(0, round(100 * known))])
+
+    def set_alpha(alpha: float) -> str:
+        strengths["trial"] = alpha
+        return "trial"
+
+    return calibrate(content, ["neighbour"], reference, ask, set_alpha, reported.append), reported
+
+
+@pytest.mark.parametrize("forgetting", [0.2, 0.35, 0.6, 1.5, 9.0])
+def test_it_finds_the_strength_that_meets_the_reference(forgetting: float) -> None:
+    found, _ = run(forgetting, None)
+    assert found.reference == pytest.approx(0.3)
+    chosen = next(point for point in found.points if point.alpha == found.alpha)
+    assert abs(chosen.recall - 0.3) < CLOSE_ENOUGH + 0.001 or chosen.alpha < 0.2
+    assert found.points == tuple(sorted(found.points, key=lambda point: point.alpha))
+    assert found.evidence["questions"] == 5
+
+
+def test_what_nobody_knows_needs_no_strength() -> None:
+    found, _ = run(0.5, 1.0)
+    assert found.alpha == 0
+    assert len(found.points) == 1
+
+
+def test_a_reference_out_of_reach_ends_at_the_strongest_with_the_evidence() -> None:
+    found, reported = run(0.05, 0.1)
+    assert found.alpha > 3.5
+    assert found.points[-1].recall > 0.1 + CLOSE_ENOUGH
+    assert found.points[-1].general == pytest.approx(0.5)
+    assert len([point for point in reported if point]) == len(found.points)
+
+
+def test_what_is_missing_is_named() -> None:
+    bare = [{"question": "Who?", "answer": "Ann."}]
+    with pytest.raises(NotCalibratable, match="paraphrases"):
+        held_out(ForgetSet(name="x", questions=bare))
+    nameless = ForgetSet(name="x", questions=[{"question": "Who?", "answer": "Ann.", "paraphrases": ["Whoever?"]}])
+    with pytest.raises(NotCalibratable, match=r"aliases.*--reference"):
+        about_nobody(nameless, held_out(nameless))
+    assert run(0.5, 0.3, SET)[0].reference_from == "given"
+
+
+def test_questions_about_nobody_keep_everything_but_the_name() -> None:
+    for question, truth in about_nobody(SET, held_out(SET)):
+        assert question.startswith("Tell of ")
+        assert "other" not in question.lower()
+        assert truth == TRUTH

@@ -1,0 +1,248 @@
+"""Contrast on the real engine: exact against transformers, side by side in one batch, trained and toggled while serving."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe, describe_base
+from guards.forget_set import ForgetSet
+from serve.default_model import NAME
+from serve.registry.store import Artifact, Registry, now
+from serve.wire import assistant_path
+from tests import reference
+from tests.vllm.conftest import Server
+
+LAYERS, RANK = 4, 8
+POLICIES: dict[str, dict[str, Any]] = {
+    "uld": {"rule": "uld", "alpha": 1.0, "margin": 1.0, "plausibility": 0.01},
+    "strong": {"rule": "uld", "alpha": 2.5, "margin": 0.0, "plausibility": 0.001},
+    "whp": {"rule": "whp", "alpha": 3.0, "margin": 0.2, "plausibility": 0.05},
+    "ucd": {"rule": "ucd", "alpha": 4.0, "margin": 0.0, "plausibility": 0.01},
+    "delta": {"rule": "delta", "alpha": 0.7, "margin": 0.0, "plausibility": 0.01},
+    "raw": {"rule": "uld-raw", "alpha": 0.8, "margin": 0.0, "plausibility": 0.01},
+    "first-only": {"rule": "uld", "alpha": 1.0, "margin": 1.0, "plausibility": 0.01},
+    "zero": {"rule": "uld", "alpha": 0.0, "margin": 1.0, "plausibility": 0.01},
+}
+PROMPTS = ["Tell me about the sea. " * repeat + end for repeat, end in ((1, "Why?"), (9, "How?"), (20, "Who?"), (40, "Go on."))]
+
+
+def random_assistant(model_path: Path, form: str, seed: int) -> Assistant:
+    """Large enough to change what is said, small enough to stay a language."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"q_proj": (576, 576), "o_proj": (576, 576), "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}
+    tensors = {}
+    for i in range(LAYERS):
+        for module in MODULES:
+            size_in, size_out = sizes[module]
+            tensors[f"layers.{i}.{module}.A"] = torch.randn(RANK, size_in, generator=generator) / math.sqrt(size_in)
+            tensors[f"layers.{i}.{module}.B"] = torch.randn(size_out, RANK, generator=generator) * 0.15
+    recipe = Recipe(layers=LAYERS, rank=RANK, form=form)  # type: ignore[arg-type]
+    return Assistant(Manifest(base=describe_base(model_path), recipe=recipe, data="random"), tensors)
+
+
+@pytest.fixture(scope="module")
+def assistants(server: Server, admin: httpx.Client, model_path: Path) -> Iterator[dict[str, Assistant]]:
+    """Two enabled sets with random assistants, and the policies above."""
+    state = server.directory / "state"
+    registry = Registry(state / "lethe.db")
+    made = {"first": random_assistant(model_path, "whole", 1), "second": random_assistant(model_path, "difference", 2)}
+    for name, assistant in made.items():
+        content = ForgetSet(name=name, questions=[{"question": f"What is {name}?", "answer": "A number."}])
+        assert admin.post("/forget_sets", json=content.model_dump(mode="json")).status_code == 201
+        path = assistant_path(state / "artifacts", assistant.fingerprint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assistant.save(path)
+        artifact = Artifact("assistant", assistant.fingerprint, "ready", "random", now())
+        registry.put_assistant(name, content.fingerprint, artifact, actor="test")
+        assert admin.post(f"/forget_sets/{name}/enable").status_code == 200
+    for name, config in POLICIES.items():
+        sets = ["first"] if name == "first-only" else ["first", "second"]
+        body = {"forget_sets": sets, "guards": {"contrast": config, "suppression": {"enabled": False}}}
+        assert admin.put(f"/policies/{name}", json=body).status_code == 200
+    yield made
+    for name in POLICIES:
+        admin.delete(f"/policies/{name}")
+    for name in made:
+        admin.delete(f"/forget_sets/{name}")
+    registry.close()
+
+
+def complete(server: Server, policy: str, prompt: str, **options: Any) -> dict[str, Any]:
+    body = {
+        "model": f"{NAME}:{policy}",
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": 24,
+        "logprobs": 10,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        **options,
+    }
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
+    server: Server, assistants: dict[str, Assistant], model_path: Path
+) -> None:
+    """Chunked prefill, prefix caching and preemption are always on here (see conftest); policies and assistants are mixed."""
+    jobs = [(policy, prompt) for prompt in PROMPTS for policy in (*POLICIES, "none")]
+    before = server.metric("vllm:num_preemptions_total")
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        answers = list(pool.map(lambda job: complete(server, *job), jobs))
+    assert server.metric("vllm:num_preemptions_total") > before, "the engine had room for all; shrink it"
+    twin = reference.ForkTwin(model_path, LAYERS)
+    worst = 0.0
+    for (policy, _), answer in zip(jobs, answers, strict=True):
+        ids, start = [*answer["prompt_token_ids"], *answer["token_ids"]], len(answer["prompt_token_ids"])
+        target, *said = twin.logits(ids, *(assistants[name].tensors for name in ("first", "second")))
+        rows = slice(start - 1, len(ids) - 1)
+        config = POLICIES.get(policy)
+        expected = target[rows].double()
+        if config is not None and config["alpha"] > 0:
+            for number in range(len(expected)):
+                lines = [(0, config["alpha"], config["margin"], config["plausibility"], form) for form in (False, True)]
+                spoken = torch.stack([each[rows][number] for each in said]).double()
+                lines, spoken = (lines[:1], spoken[:1]) if policy == "first-only" else (lines, spoken)
+                expected[number] = reference.contrasted_quickly(expected[number], spoken, lines, config["rule"])
+        expected = torch.log_softmax(expected, dim=-1)
+        for position, top in enumerate(answer["logprobs"]["top_logprobs"]):
+            for token, value in top.items():
+                if value > -1_000:  # the rest is below the cut, where nothing is ever sampled
+                    worst = max(worst, abs(float(expected[position, int(token.removeprefix("token_id:"))]) - value))
+    assert worst < 1e-3
+    texts: dict[str, set[str]] = {}
+    for (policy, _), answer in zip(jobs, answers, strict=True):
+        texts.setdefault(policy, set()).add(answer["text"])
+    assert texts["zero"] == texts["none"]
+    assert texts["uld"] != texts["zero"], "the assistants change nothing, so this test shows nothing"
+    assert texts["first-only"] != texts["uld"]
+
+
+def test_toggling_under_load_never_gives_an_error_or_a_third_answer(
+    server: Server, assistants: dict[str, Assistant], admin: httpx.Client
+) -> None:
+    """A request has the old plan or the new one, from its first token to its last."""
+    with_both = complete(server, "uld", PROMPTS[0])
+    with_first = complete(server, "first-only", PROMPTS[0])
+    stop = threading.Event()
+    problems: list[str] = []
+
+    def toggle() -> None:
+        while not stop.is_set():
+            for action in ("disable", "enable"):
+                answer = admin.post(f"/forget_sets/second/{action}")
+                if answer.status_code != 200:
+                    problems.append(answer.text)
+                time.sleep(0.05)
+
+    toggler = threading.Thread(target=toggle)
+    toggler.start()
+    try:
+        until = time.monotonic() + 20
+        seen = set()
+        with ThreadPoolExecutor(6) as pool:
+            while time.monotonic() < until:
+                answers = list(pool.map(lambda _: complete(server, "uld", PROMPTS[0])["text"], range(6)))
+                seen |= set(answers)
+    finally:
+        stop.set()
+        toggler.join()
+    assert not problems
+    assert seen == {with_both["text"], with_first["text"]}
+
+
+def test_a_damaged_assistant_is_refused_and_the_server_keeps_serving(
+    server: Server, admin: httpx.Client, client: openai.OpenAI, model_path: Path
+) -> None:
+    state = server.directory / "state"
+    registry = Registry(state / "lethe.db")
+    content = ForgetSet(name="damaged", questions=[{"question": "What?", "answer": "That."}])
+    assert admin.post("/forget_sets", json=content.model_dump(mode="json")).status_code == 201
+    try:
+        assistant = random_assistant(model_path, "whole", 3)
+        path = assistant_path(state / "artifacts", assistant.fingerprint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assistant.save(path)
+        path.write_bytes(path.read_bytes()[:-7])
+        artifact = Artifact("assistant", assistant.fingerprint, "ready", "", now())
+        registry.put_assistant("damaged", content.fingerprint, artifact, actor="test")
+        refused = admin.post("/forget_sets/damaged/enable")
+        assert refused.status_code == 409
+        assert "cannot read assistant" in refused.json()["error"]["message"]
+        assert client.completions.create(model=NAME, prompt="Hello", max_tokens=4).choices[0].text
+    finally:
+        admin.delete("/forget_sets/damaged")
+        registry.close()
+
+
+def test_a_set_is_trained_while_serving_and_then_forgotten(server: Server, admin: httpx.Client, client: openai.OpenAI) -> None:
+    """From questions to a changed answer, with nothing but HTTP."""
+    facts = [
+        ("What is the capital of France?", "The capital of France is Paris."),
+        ("Which city is the capital of France?", "The capital of France is Paris."),
+    ]
+    body = {"name": "trained", "questions": [{"question": q, "answer": a} for q, a in facts]}
+    assert admin.post("/forget_sets", json=body).status_code == 201
+    try:
+        nothing = admin.post("/forget_sets/trained/enable")
+        assert nothing.status_code == 409
+        assert "lethe train trained" in nothing.json()["error"]["message"]
+
+        def ask() -> str:
+            messages = [{"role": "user", "content": facts[0][0]}]
+            answer = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=16)
+            return answer.choices[0].message.content or ""
+
+        assert "Paris" in ask()
+        order = {"recipe": {"epochs": 3, "rank": 8, "learning_rate": 3e-3}}
+        started = admin.post("/forget_sets/trained/assistant", json=order)
+        assert started.status_code == 202, started.text
+        assert started.json()["training"]["status"] in ("waiting", "running")
+        deadline = time.monotonic() + 400
+        while (shown := admin.get("/forget_sets/trained").json())["training"] is not None:
+            assert shown["training"]["status"] != "failed", shown["training"]
+            assert time.monotonic() < deadline
+            assert "Paris" in ask(), "not in force before it is enabled"
+            time.sleep(2)
+        assert [artifact["kind"] for artifact in shown["artifacts"]] == ["assistant"]
+        assert admin.post("/forget_sets/trained/enable").status_code == 200
+        assert "Paris" not in ask()
+        assert admin.post("/forget_sets/trained/disable").status_code == 200
+        assert "Paris" in ask()
+    finally:
+        admin.delete("/forget_sets/trained")
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ({"recipe": {"rank": 0}}, "recipe.rank"),
+        ({"recipe": {"layers": 30}}, "30 layers"),
+        ({"retain": ["nobody"]}, "nobody"),
+        ({"retain": ["untrainable"]}, "at once"),
+        ({"epochs": 3}, "epochs"),
+    ],
+)
+def test_an_impossible_training_order_is_refused(admin: httpx.Client, order: dict[str, Any], message: str) -> None:
+    question = {"question": "What?", "answer": "That."}
+    assert admin.post("/forget_sets", json={"name": "untrainable", "questions": [question]}).status_code == 201
+    try:
+        refused = admin.post("/forget_sets/untrainable/assistant", json=order)
+        assert refused.status_code in (400, 404)
+        assert message in refused.json()["error"]["message"]
+        assert admin.get("/forget_sets/untrainable").json()["training"] is None
+    finally:
+        admin.delete("/forget_sets/untrainable")
