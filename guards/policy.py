@@ -32,7 +32,7 @@ class ContrastConfig(Frozen):
     enabled: bool = True
     rule: RuleName = "uld"
     alpha: float | None = Field(None, ge=0, le=100, description="strength; 0 is off; null = each set's calibrated one, or 1")
-    margin: float = Field(1.0, ge=0, le=100, description="nats beyond chance that are not penalised")
+    margin: float = Field(4.0, ge=0, le=100, description="nats beyond chance that are not penalised")
     plausibility: float = Field(0.01, gt=0, le=1, description="keep tokens with at least this part of the top probability")
 
 

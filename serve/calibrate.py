@@ -1,9 +1,9 @@
 """Calibration: the strength at which a set is forgotten as well as by a model that never knew it, and no more.
 
 Talks to a running server like any client. Held-out paraphrases (the last one of every question, which training leaves out) are
-asked at one strength after the other; recall falls as strength rises, so bisection finds where it meets the reference. Zero is not the
-aim: a model that has never heard of a person still guesses some words right, and silence would itself tell that something was
-removed.
+asked at one strength after the other; recall falls as strength rises, so bisection finds where it meets the reference. Zero is
+not the aim: a model that has never heard of a person still guesses some words right, and silence would itself tell that something
+was removed.
 
 Covered: greedy answers, by ROUGE-L recall. Not covered: sampled answers (see ``tests/bench/forgetting``) and questions that nobody
 wrote down.

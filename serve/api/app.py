@@ -181,7 +181,14 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
         )
         await control.start()
         try:
-            client = GuardedEngineClient(inner, lambda: control.snapshot, control.phrases, vocabulary, settings.max_choices)
+            client = GuardedEngineClient(
+                inner,
+                lambda: control.snapshot,
+                control.phrases,
+                vocabulary,
+                settings.max_choices,
+                lambda: control.unavailable,
+            )
             tasks = await inner.get_supported_tasks()
             app = build_app(args, tasks, model)
             await init_app_state(client, app.state, args, tasks)

@@ -82,6 +82,8 @@ class Control:
         self._poll: asyncio.Task[None] | None = None
         self._trainer = None if model is None else Trainer(artifacts.with_name("training"), model, self._adopt)
         self._base = base
+        self.unavailable: dict[str, str] = {}
+        """Assistants that are in force and that a worker could not load, and why: their requests are refused."""
         self.snapshot: Snapshot = registry.snapshot()
         _revision.set_function(lambda: self.snapshot.revision)
         _enabled.set_function(lambda: len(self.snapshot.enabled))
@@ -104,7 +106,9 @@ class Control:
             else:
                 self._start_build(stored.name)
         self.snapshot = await asyncio.to_thread(self._registry.snapshot)
-        await self._load_or_refuse(self.snapshot.fingerprints, self.snapshot.assistant_fingerprints)
+        await self._load_or_refuse(self.snapshot.fingerprints)
+        # A foreign assistant (another model is served now) must not keep the server from starting: it could not be replaced.
+        await self._load_or_report([], self.snapshot.assistant_fingerprints)
         if self._trainer is not None:
             self._trainer.resume()
         self._poll = asyncio.create_task(self._keep_fresh())
@@ -358,6 +362,15 @@ class Control:
         for fingerprint, reason in (await self._load(phrases, assistants)).items():
             raise NotReady(f"a worker could not load artifact {fingerprint[:12]}: {reason}")
 
+    async def _load_or_report(self, phrases: Sequence[str], assistants: Sequence[str]) -> None:
+        failures = await self._load(phrases, assistants) if phrases or assistants else {}
+        for fingerprint in assistants:
+            self.unavailable.pop(fingerprint, None)
+        for fingerprint, reason in failures.items():
+            logger.error("lethe: a worker could not load artifact %s: %s", fingerprint, reason)
+            if fingerprint in assistants:
+                self.unavailable[fingerprint] = reason
+
     async def _refresh(self, loaded: Sequence[str] = ()) -> None:
         snapshot = await asyncio.to_thread(self._registry.snapshot)
         before = self.snapshot
@@ -365,8 +378,7 @@ class Control:
         assistants = sorted(set(snapshot.assistant_fingerprints) - set(before.assistant_fingerprints) - set(loaded))
         if phrases or assistants:
             # Also what another process enabled. Rows whose artifact fails to load are closed by the guard.
-            for fingerprint, reason in (await self._load(phrases, assistants)).items():
-                logger.error("lethe: a worker could not load artifact %s: %s", fingerprint, reason)
+            await self._load_or_report(phrases, assistants)
         self.snapshot = snapshot
 
     async def _keep_fresh(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -54,6 +54,7 @@ class GuardedEngineClient:
         snapshot: what is in force now, for calls outside of an admitted request.
         phrases: loads compiled phrases by fingerprint.
         vocabulary: the served model's.
+        unavailable: assistants that a worker could not load, and why.
         max_choices: the most that ``n`` may be, checked again here, where it is what vLLM made of it.
     """
 
@@ -64,8 +65,10 @@ class GuardedEngineClient:
         phrases: Callable[[str], CompiledPhrases],
         vocabulary: Vocabulary,
         max_choices: int,
+        unavailable: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._inner = inner
+        self._unavailable = unavailable
         self._snapshot = snapshot
         self._phrases = phrases
         self._vocabulary = vocabulary
@@ -110,6 +113,10 @@ class GuardedEngineClient:
             artifacts = [self._phrases(fingerprint) for fingerprint in plan.suppression]
         except GuardError as error:
             raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
+        for each in plan.contrast:
+            if each.assistant in self._unavailable():
+                reason = self._unavailable()[each.assistant]
+                raise GracefulHTTPError(f"a guard is not available: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
         outputs = self._inner.generate(prompt, params, request_id, **options)
         if searching_beams and not _constrained(params):
             return _without_banned_candidates(outputs)

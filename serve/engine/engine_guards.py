@@ -27,6 +27,17 @@ from serve.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, load_assistant, load_p
 
 
 @dataclass(frozen=True, slots=True)
+class _Expected:
+    """For whom assistants must speak in this step, P lines; an assistant's lines stand together."""
+
+    assistants: tuple[str, ...]
+    request: Tensor  # [P] int64, number in the batch
+    slot: Tensor  # [P] int64
+    nth: Tensor  # [P] int64, which entry of the plan's contrast
+    last: Tensor  # [P] int64, the request's last token in this step
+
+
+@dataclass(frozen=True, slots=True)
 class _Spoken:
     """What the assistants said in this step, P lines."""
 
@@ -89,6 +100,7 @@ class EngineGuards:
         self.model: weakref.ReferenceType[nn.Module] | None = None
         """The guarded model, set by itself."""
         self._fork: LateFork | None = None
+        self._expected: _Expected | None = None
         self._spoken: _Spoken | None = None
 
     def load(self, plan: Plan) -> None:
@@ -102,15 +114,14 @@ class EngineGuards:
         in_use = (each.assistant for plan in live for each in plan.contrast)
         return failures | self.assistants.ensure(assistants, in_use)
 
-    def run_assistants(self, hidden: Tensor, positions: Tensor) -> None:
-        """Let the assistants speak for the last token of every request that has some. Called inside the forward pass.
-
-        Args:
-            hidden: [T, H] the base's hidden states at the fork's depth; positions: [T].
-        """
-        self._spoken = None
+    def expect_assistants(self) -> None:
+        """Before the forward pass: find out for which requests assistants must speak."""
+        self._spoken, self._expected = None, None
         metadata = get_forward_context().attn_metadata
-        if self._fork is None or self.rows_of_batch is None or not isinstance(metadata, dict):
+        if self._fork is None:
+            return
+        self._fork.expect(None)
+        if not self.slots.engaged or self.rows_of_batch is None or not isinstance(metadata, dict):
             return
         lines = [
             (each.assistant, request, slot, nth)
@@ -122,11 +133,23 @@ class EngineGuards:
         if not lines:
             return
         lines.sort()  # an assistant's lines stand together
-        names, requests, slots, nths = zip(*lines, strict=True)
-        request = torch.tensor(requests)
+        names, *numbers = zip(*lines, strict=True)
+        request, slot, nth = (torch.tensor(each) for each in numbers)
         last = next(iter(metadata.values())).query_start_loc[1:].long()[request] - 1
-        final = self._fork.run(hidden, positions, request, names)
-        self._spoken = _Spoken(torch.tensor(slots), positions[last].long(), torch.tensor(nths), final)
+        self._fork.expect(last)
+        self._expected = _Expected(names, request, slot, nth, last)
+
+    def run_assistants(self, positions: Tensor) -> None:
+        """After the base, still inside the forward pass: let the assistants speak for the last token of those requests.
+
+        Args:
+            positions: [T] int64.
+        """
+        if self._expected is None or self._fork is None:
+            return
+        lines = self._expected
+        at = positions[lines.last]
+        self._spoken = _Spoken(lines.slot, at.long(), lines.nth, self._fork.run(at, lines.request, lines.assistants))
 
     def spoken_for(self, tags: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """What assistants said about the rows that carried ``tags``: P lines of row [P], nth [P] and hidden state [P, H]."""

@@ -5,8 +5,9 @@ the base's own keys and values in its paged cache, and adds each assistant's low
 projections. It writes nothing, so whether a request is contrasted changes neither the cache nor any other request, and it runs only
 for the rows whose logits are about to be read: prefill costs nothing more, and a step without engaged rows costs nothing at all.
 
-Covered: models whose vLLM class hands out auxiliary hidden states, on the CPU attention backend. Not covered, and refused when an
-assistant is loaded: tensor parallelism, other attention backends, CUDA graphs (see DECISIONS.md).
+Covered: models of plain decoder layers with ``(positions, hidden, residual)`` in and ``(hidden, residual)`` out, full attention
+and the usual projections (the Llama, Qwen and Gemma lines among others), on the CPU attention backend. Not covered, and refused
+when an assistant is loaded: tensor parallelism, other attention backends, CUDA graphs (see DECISIONS.md).
 """
 
 from __future__ import annotations
@@ -114,9 +115,9 @@ class LateFork:
             raise Unforkable("assistants run on vLLM's CPU backend only, so far; use phrases on this server")
         find = getattr(model, "get_language_model", None)
         language: Any = find() if find is not None else model
-        inner = getattr(language, "model", None)
-        if inner is None or not hasattr(inner, "_set_aux_hidden_state_layers") or not hasattr(inner, "layers"):
-            raise Unforkable(f"{type(model).__name__} offers no auxiliary hidden states, so assistants cannot be run beside it")
+        inner: Any = getattr(language, "model", None)
+        if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
+            raise Unforkable(f"{type(model).__name__} has no plain stack of decoder layers, so assistants cannot run beside it")
         depth = len(inner.layers) - FORKED_LAYERS
         if depth < 1:
             raise Unforkable(f"the model has {len(inner.layers)} layers; forking the last {FORKED_LAYERS} leaves none below")
@@ -133,7 +134,9 @@ class LateFork:
             raise Unforkable("layers with sliding-window attention cannot be forked yet")
         self._norm = inner.norm
         self.loaded: frozenset[str] = frozenset()
-        inner._set_aux_hidden_state_layers((depth,))  # only now: until here nothing about the base has changed
+        self._rows: Tensor | None = None
+        self._below: Tensor | None = None
+        inner.layers[depth].register_forward_pre_hook(self._tap)  # only now: until here nothing about the base has changed
 
     def _copy(self, module: nn.Module) -> nn.Module:
         """New shells around the same leaves, with attention and the adapted projections replaced."""
@@ -144,6 +147,7 @@ class LateFork:
             return module
         shell = copy.copy(module)
         shell._modules = {}
+        shell._forward_pre_hooks = module._forward_pre_hooks.copy()  # or our own hook on the base would run in the fork as well
         for name, child in module._modules.items():
             parts = None if child is None else _parts(name, child)
             if child is not None and parts is not None:
@@ -176,29 +180,41 @@ class LateFork:
                     del module.factors[name]
         self.loaded = frozenset(assistants)
 
-    def run(self, hidden: Tensor, positions: Tensor, request: Tensor, assistant: Sequence[str]) -> Tensor:
+    def _tap(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Where the base enters its last K layers: keep the rows that the fork will start from.
+
+        They are copied at once, since vLLM's fused norms write into their inputs.
+        """
+        if self._rows is not None:
+            _positions, hidden, residual = args[:3]
+            self._below = hidden[self._rows] if residual is None else hidden[self._rows] + residual[self._rows]
+
+    def expect(self, rows: Tensor | None) -> None:
+        """Say which tokens of the coming forward pass the fork will start from: [P] int64, or None for none."""
+        self._rows, self._below = rows, None
+
+    def run(self, positions: Tensor, request: Tensor, assistant: Sequence[str]) -> Tensor:
         """[P, H] final hidden states of the fork, one line for each pair of a request and an assistant.
 
-        Must be called inside the forward pass, after the base has written its keys and values.
+        Must be called inside the forward pass, after the base has run and written its keys and values.
 
         Args:
-            hidden: [T, H] the base's hidden states at depth L - K.
-            positions: [T] int64.
-            request: [P] int64, each line's number in the batch; its last token is the one that is run. Lines of one assistant
-                stand together.
+            positions: [P] int64, of the tokens that `expect` named: the last of each line's request.
+            request: [P] int64, each line's number in the batch. Lines of one assistant stand together.
             assistant: [P] fingerprints of loaded assistants.
         """
+        if self._below is None or self._rows is None:
+            raise RuntimeError("the base ran without passing its last layers; lethe's fork cannot follow")
         metadata: Any = get_forward_context().attn_metadata
         own = metadata[self._attention[0].layer_name]
-        rows = (own.query_start_loc[1:] - 1).long()[request]
-        self._pass.attention = self._metadata(own, request, rows, hidden.dtype)
+        self._pass.attention = self._metadata(own, request, self._rows, self._below.dtype)
         starts = [i for i, name in enumerate(assistant) if i == 0 or assistant[i - 1] != name]
         self._pass.segments = [
             (assistant[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(assistant)], strict=True)
         ]
-        line, residual, at = hidden[rows], None, positions[rows]
+        line, residual = self._below, None
         for layer in self._layers:
-            line, residual = layer(at, line, residual)
+            line, residual = layer(positions, line, residual)
         final: Tensor = self._norm(line, residual)[0]
         return final
 

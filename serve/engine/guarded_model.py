@@ -53,14 +53,13 @@ class GuardedModel:
 
         The runner cuts rows out of this tensor itself, so a row cannot be mistaken for another.
         """
-        output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
-        if isinstance(output, IntermediateTensors):
-            return output
-        hidden, below = output if isinstance(output, tuple) else (output, None)  # below: asked for by the fork
+        self.lethe.expect_assistants()
+        hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
+        if isinstance(hidden, IntermediateTensors):
+            return hidden
         if lethe_tags is None:
             lethe_tags = self.lethe.tag_tokens(input_ids, positions, hidden.dtype)
-        if below:
-            self.lethe.run_assistants(below[0], positions)
+        self.lethe.run_assistants(positions)
         return torch.cat([hidden, lethe_tags], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:

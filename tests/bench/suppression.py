@@ -20,8 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -35,15 +33,11 @@ from rich.table import Table
 
 from serve.default_model import NAME, default_model
 from serve.settings import Settings
+from tests.bench.load import BATCHES, ENVIRONMENT, OPTIONS, generate, measure, memory_mib
 from tests.vllm.conftest import Server
 
 HERE = Path(__file__).parent
 COUNTS = (1, 1_000, 10_000, 100_000)
-BATCHES = (1, 8, 32)
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
-"""Both engines compute on the same core (only one of them works at a time): on shared machines cores differ by a tenth."""
-OPTIONS = ("--max-model-len=2048", "--max-num-seqs=32", "--disable-uvicorn-access-log")
-PROMPT = "Tell me a long story about the sea, the wind and the people who live there."
 
 
 def phrases(count: int) -> list[str]:
@@ -53,65 +47,6 @@ def phrases(count: int) -> list[str]:
     syllables = ["ba", "ko", "ri", "nu", "te", "la", "mo", "si", "va", "ru", "pe", "do"]
     rare = ["".join(rng.choices(syllables, k=rng.randint(2, 4))) for _ in range(count)]
     return [" ".join([*rng.choices(common, k=rng.randint(1, 3)), word]) for word in rare]
-
-
-@dataclass(frozen=True)
-class Load:
-    """What one load cost."""
-
-    tokens_per_s: float
-    first_token_ms: float  # median over the batch
-    cpu_s: float  # of all the server's processes
-
-
-def generate(server: Server, batch: int, policy: str, tokens: int, nonce: str = "") -> Load:
-    """Send one full batch.
-
-    ``nonce`` starts every prompt, so that no load profits from the prefix cache of an earlier one.
-    """
-
-    def one(number: int) -> tuple[int, float]:
-        body = {
-            "model": NAME + policy,
-            "messages": [{"role": "user", "content": f"{nonce}{number}. {PROMPT}"}],
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        started, first, produced = time.perf_counter(), 0.0, 0
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=600) as response:
-            response.raise_for_status()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    event = json.loads(line.removeprefix("data: "))
-                    if not first and event["choices"] and event["choices"][0]["delta"].get("content"):
-                        first = time.perf_counter() - started
-                    if event.get("usage"):
-                        produced = event["usage"]["completion_tokens"]
-        return produced, first
-
-    before, started = cpu_seconds(server), time.perf_counter()
-    with ThreadPoolExecutor(batch) as pool:
-        results = list(pool.map(one, range(batch)))
-    seconds, used = time.perf_counter() - started, cpu_seconds(server) - before
-    assert all(produced == tokens for produced, _ in results)
-    return Load(batch * tokens / seconds, statistics.median(first for _, first in results) * 1_000, used)
-
-
-def processes(server: Server) -> list[psutil.Process]:
-    assert server.process is not None
-    parent = psutil.Process(server.process.pid)
-    return [parent, *parent.children(recursive=True)]
-
-
-def cpu_seconds(server: Server) -> float:
-    return sum(sum(process.cpu_times()[:2]) for process in processes(server))
-
-
-def memory_mib(server: Server) -> float:
-    return sum(process.memory_info().rss for process in processes(server)) / 2**20
 
 
 def add_sets(server: Server, progress: Progress) -> list[dict[str, Any]]:
@@ -144,43 +79,6 @@ def add_sets(server: Server, progress: Progress) -> list[dict[str, Any]]:
         progress.advance(task)
     admin.put("/policies/default", json={"forget_sets": []}).raise_for_status()
     return figures
-
-
-def measure(plain: Server, guarded: Server, control: Server, rounds: int, progress: Progress) -> list[dict[str, Any]]:
-    """Ratios to plain vLLM, median over the rounds; above 1 is better than plain."""
-    variants = [
-        ("plain", plain, ""),
-        ("plain again", control, ""),
-        ("nothing engaged", guarded, ""),
-        *((f"{count:,} phrases", guarded, f":only-{count}") for count in COUNTS),
-    ]
-    task = progress.add_task("Measuring", total=rounds * len(BATCHES) * len(variants))
-    loads: dict[tuple[str, int], list[Load]] = {}
-    for turn in range(rounds):
-        for batch in BATCHES:
-            # In a new order every turn, so that a drift of the machine favours nobody.
-            for name, server, policy in random.Random(turn).sample(variants, len(variants)):
-                tokens = 64 if batch < 32 else 32
-                loads.setdefault((name, batch), []).append(generate(server, batch, policy, tokens, f"{turn} {name} "))
-                progress.advance(task)
-    rows = []
-    for name, _, _ in variants[1:]:
-        for batch in BATCHES:
-            pairs = list(zip(loads[name, batch], loads["plain", batch], strict=True))
-            throughput = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
-            per_cpu = [theirs.cpu_s / ours.cpu_s for ours, theirs in pairs]
-            rows.append(
-                {
-                    "variant": name,
-                    "batch": batch,
-                    "throughput_ratio": round(statistics.median(throughput), 3),
-                    "throughput_ratio_range": [round(min(throughput), 3), round(max(throughput), 3)],
-                    "per_cpu_second_ratio": round(statistics.median(per_cpu), 3),
-                    "per_cpu_second_ratio_range": [round(min(per_cpu), 3), round(max(per_cpu), 3)],
-                    "first_token_ms_more": round(statistics.median(o.first_token_ms - t.first_token_ms for o, t in pairs), 1),
-                }
-            )
-    return rows
 
 
 def draw(record: dict[str, Any]) -> None:
@@ -233,12 +131,18 @@ def main() -> None:
                 started = time.perf_counter()
                 server.start()
                 server.wait()
-                generate(server, 1, "", 1)
+                generate(server, 1, [""], 1)
                 starting[f"{name}_first_token_after_s"] = round(time.perf_counter() - started, 1)
             sets = add_sets(guarded, progress)
             for server in (plain, guarded, control):
-                generate(server, 8, "", 8)
-            serving = measure(plain, guarded, control, options.rounds, progress)
+                generate(server, 8, [""], 8)
+            variants = [
+                ("plain", plain, [""]),
+                ("plain again", control, [""]),
+                ("nothing engaged", guarded, [""]),
+                *((f"{count:,} phrases", guarded, [f":only-{count}"]) for count in COUNTS),
+            ]
+            serving = measure(variants, options.rounds, progress)
         finally:
             for server in (plain, guarded, control):
                 if server.process is not None:

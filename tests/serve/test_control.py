@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from guards.errors import InvalidArtifact
+from guards.contrastive.assistant import Recipe
+from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet
+from guards.policy import parse_policy
 from guards.suppression.vocabulary import Vocabulary
 from serve.api.control import Control
-from serve.registry.store import NotReady, Registry
+from serve.registry.store import Artifact, NotReady, Registry, now
 from serve.wire import phrases_path
 
 VOCABULARY = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])
@@ -212,5 +214,63 @@ def test_missing_phrases_are_an_error_not_an_empty_list(tmp_path: Path) -> None:
         with pytest.raises(InvalidArtifact, match="cannot be read"):
             control.phrases("0" * 64)
         assert not phrases_path(tmp_path, "0").exists()
+
+    run(tmp_path, scenario)
+
+
+def test_an_assistant_that_no_worker_can_load_does_not_keep_the_server_from_starting(tmp_path: Path) -> None:
+    """It was made for the model that was served before: the set stays in force, its requests are refused, with the reason."""
+    registry = Registry(tmp_path / "lethe.db")
+    content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
+    registry.create_set(content, actor="t")
+    registry.put_assistant("a", content.fingerprint, Artifact("assistant", "foreign", "ready", "", now()), actor="t")
+    registry.enable("a", actor="t")
+
+    async def refuse(_phrases: Any, assistants: Any) -> dict[str, str]:
+        return dict.fromkeys(assistants, "made for another model")
+
+    async def main() -> None:
+        control = Control(registry, VOCABULARY, tmp_path / "artifacts", refuse, 20)
+        await control.start()
+        try:
+            assert [each.assistant for each in control.snapshot.plan("default").contrast] == ["foreign"]
+            assert control.unavailable == {"foreign": "made for another model"}
+        finally:
+            await control.stop()
+            registry.close()
+
+    asyncio.run(main())
+
+
+def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_content(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        registry = Registry(tmp_path / "lethe.db")
+        content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
+        await control.create(content, actor="t")
+        registry.put_assistant("a", content.fingerprint, Artifact("assistant", "made", "ready", "figures", now()), actor="t")
+        registry.put_calibration("a", 1.75, {"reference": 0.3}, actor="t")
+        await control.enable("a", actor="t")
+        await control.replace(ForgetSet(name="a", questions=[{"question": "q", "answer": "b"}]), actor="t")
+        plan = control.snapshot.plan("default")
+        assert [(each.assistant, each.alpha) for each in plan.contrast] == [("made", 1.75)]
+        assistant = registry.forget_set("a").artifact("assistant")
+        assert assistant is not None
+        assert assistant.detail == "figures; trained on earlier content"
+        with pytest.raises(NotReady, match="replaced while"):
+            registry.put_assistant("a", content.fingerprint, assistant, actor="t")
+        await control.put_policy(parse_policy({"name": "p", "guards": {"contrast": {"alpha": 0}}}), actor="t")
+        assert control.snapshot.plan("p").contrast == ()
+        assert not control.snapshot.plan("p").engages_logits
+        registry.close()
+
+    run(tmp_path, scenario)
+
+
+def test_training_is_refused_where_it_cannot_work(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        await control.create(ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}]), actor="t")
+        with pytest.raises(Untrainable, match="no assistant can be trained"):
+            await control.train("a", [], Recipe())
+        assert control.training("a") is None
 
     run(tmp_path, scenario)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -15,15 +14,13 @@ import openai
 import pytest
 import torch
 
-from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe, describe_base
-from guards.forget_set import ForgetSet
+from guards.contrastive.assistant import Assistant
 from serve.default_model import NAME
-from serve.registry.store import Artifact, Registry, now
-from serve.wire import assistant_path
+from serve.registry.store import Registry
 from tests import reference
+from tests.assistants import LAYERS, give, random_assistant
 from tests.vllm.conftest import Server
 
-LAYERS, RANK = 4, 8
 POLICIES: dict[str, dict[str, Any]] = {
     "uld": {"rule": "uld", "alpha": 1.0, "margin": 1.0, "plausibility": 0.01},
     "strong": {"rule": "uld", "alpha": 2.5, "margin": 0.0, "plausibility": 0.001},
@@ -37,20 +34,6 @@ POLICIES: dict[str, dict[str, Any]] = {
 PROMPTS = ["Tell me about the sea. " * repeat + end for repeat, end in ((1, "Why?"), (9, "How?"), (20, "Who?"), (40, "Go on."))]
 
 
-def random_assistant(model_path: Path, form: str, seed: int) -> Assistant:
-    """Large enough to change what is said, small enough to stay a language."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {"q_proj": (576, 576), "o_proj": (576, 576), "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}
-    tensors = {}
-    for i in range(LAYERS):
-        for module in MODULES:
-            size_in, size_out = sizes[module]
-            tensors[f"layers.{i}.{module}.A"] = torch.randn(RANK, size_in, generator=generator) / math.sqrt(size_in)
-            tensors[f"layers.{i}.{module}.B"] = torch.randn(size_out, RANK, generator=generator) * 0.15
-    recipe = Recipe(layers=LAYERS, rank=RANK, form=form)  # type: ignore[arg-type]
-    return Assistant(Manifest(base=describe_base(model_path), recipe=recipe, data="random"), tensors)
-
-
 @pytest.fixture(scope="module")
 def assistants(server: Server, admin: httpx.Client, model_path: Path) -> Iterator[dict[str, Assistant]]:
     """Two enabled sets with random assistants, and the policies above."""
@@ -58,13 +41,7 @@ def assistants(server: Server, admin: httpx.Client, model_path: Path) -> Iterato
     registry = Registry(state / "lethe.db")
     made = {"first": random_assistant(model_path, "whole", 1), "second": random_assistant(model_path, "difference", 2)}
     for name, assistant in made.items():
-        content = ForgetSet(name=name, questions=[{"question": f"What is {name}?", "answer": "A number."}])
-        assert admin.post("/forget_sets", json=content.model_dump(mode="json")).status_code == 201
-        path = assistant_path(state / "artifacts", assistant.fingerprint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        assistant.save(path)
-        artifact = Artifact("assistant", assistant.fingerprint, "ready", "random", now())
-        registry.put_assistant(name, content.fingerprint, artifact, actor="test")
+        give(admin, registry, state, name, assistant)
         assert admin.post(f"/forget_sets/{name}/enable").status_code == 200
     for name, config in POLICIES.items():
         sets = ["first"] if name == "first-only" else ["first", "second"]
@@ -98,7 +75,9 @@ def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
     server: Server, assistants: dict[str, Assistant], model_path: Path
 ) -> None:
     """Chunked prefill, prefix caching and preemption are always on here (see conftest); policies and assistants are mixed."""
-    jobs = [(policy, prompt) for prompt in PROMPTS for policy in (*POLICIES, "none")]
+    # Prompts of their own, so that the prefix cache cannot make room for all.
+    tags = {policy: f"{number}. " for number, policy in enumerate((*POLICIES, "none"))} | {"none": "zero. ", "zero": "zero. "}
+    jobs = [(policy, tags[policy] + prompt) for prompt in PROMPTS for policy in tags]
     before = server.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(len(jobs)) as pool:
         answers = list(pool.map(lambda job: complete(server, *job), jobs))
@@ -169,16 +148,8 @@ def test_a_damaged_assistant_is_refused_and_the_server_keeps_serving(
 ) -> None:
     state = server.directory / "state"
     registry = Registry(state / "lethe.db")
-    content = ForgetSet(name="damaged", questions=[{"question": "What?", "answer": "That."}])
-    assert admin.post("/forget_sets", json=content.model_dump(mode="json")).status_code == 201
     try:
-        assistant = random_assistant(model_path, "whole", 3)
-        path = assistant_path(state / "artifacts", assistant.fingerprint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        assistant.save(path)
-        path.write_bytes(path.read_bytes()[:-7])
-        artifact = Artifact("assistant", assistant.fingerprint, "ready", "", now())
-        registry.put_assistant("damaged", content.fingerprint, artifact, actor="test")
+        give(admin, registry, state, "damaged", random_assistant(model_path, "whole", 3), cut_off=7)
         refused = admin.post("/forget_sets/damaged/enable")
         assert refused.status_code == 409
         assert "cannot read assistant" in refused.json()["error"]["message"]
@@ -206,7 +177,7 @@ def test_a_set_is_trained_while_serving_and_then_forgotten(server: Server, admin
             answer = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=16)
             return answer.choices[0].message.content or ""
 
-        assert "Paris" in ask()
+        assert ask() == "The capital of France is Paris."
         order = {"recipe": {"epochs": 3, "rank": 8, "learning_rate": 3e-3}}
         started = admin.post("/forget_sets/trained/assistant", json=order)
         assert started.status_code == 202, started.text
@@ -219,9 +190,9 @@ def test_a_set_is_trained_while_serving_and_then_forgotten(server: Server, admin
             time.sleep(2)
         assert [artifact["kind"] for artifact in shown["artifacts"]] == ["assistant"]
         assert admin.post("/forget_sets/trained/enable").status_code == 200
-        assert "Paris" not in ask()
+        assert "capital of France is Paris" not in ask(), "what it was trained on is still said"
         assert admin.post("/forget_sets/trained/disable").status_code == 200
-        assert "Paris" in ask()
+        assert ask() == "The capital of France is Paris."
     finally:
         admin.delete("/forget_sets/trained")
 
@@ -246,3 +217,16 @@ def test_an_impossible_training_order_is_refused(admin: httpx.Client, order: dic
         assert admin.get("/forget_sets/untrainable").json()["training"] is None
     finally:
         admin.delete("/forget_sets/untrainable")
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma"])
+def test_other_families_are_forked_by_the_same_mechanism(family: str, tmp_path: Path, model_path: Path) -> None:
+    """On an engine of its own, in a process of its own, with a tiny random model: see families.py."""
+    command = [sys.executable, str(Path(__file__).with_name("families.py")), family, str(tmp_path), str(model_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["failures"] == {}
+    assert found["same"], "an assistant that is the base changed an answer"
+    assert found["worst"] < 1e-3
+    assert found["moved"], "a random assistant changed nothing"

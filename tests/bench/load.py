@@ -1,0 +1,118 @@
+"""What the benchmarks share: loads, their cost, and ratios to the first server's in the same turn."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import psutil
+from rich.progress import Progress
+
+from serve.default_model import NAME
+from tests.vllm.conftest import Server
+
+BATCHES = (1, 8, 32)
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
+"""All engines compute on the same core (only one of them works at a time): on shared machines cores differ by a tenth."""
+OPTIONS = ("--max-model-len=2048", "--max-num-seqs=32", "--disable-uvicorn-access-log")
+PROMPT = "Tell me a long story about the sea, the wind and the people who live there."
+Variant = tuple[str, Server, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one load cost."""
+
+    tokens_per_s: float
+    first_token_ms: float  # median over the batch
+    cpu_s: float  # of all the server's processes
+
+
+def generate(server: Server, batch: int, policies: Sequence[str], tokens: int, nonce: str = "", prompt: str = PROMPT) -> Load:
+    """Send one full batch. Requests take the policies in turn; "" is the server's default.
+
+    ``nonce`` starts every prompt, so that no load profits from the prefix cache of an earlier one.
+    """
+
+    def one(number: int) -> tuple[int, float]:
+        body = {
+            "model": NAME + policies[number % len(policies)],
+            "messages": [{"role": "user", "content": f"{nonce}{number}. {prompt}"}],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        started, first, produced = time.perf_counter(), 0.0, 0
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=600) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    if not first and event["choices"] and event["choices"][0]["delta"].get("content"):
+                        first = time.perf_counter() - started
+                    if event.get("usage"):
+                        produced = event["usage"]["completion_tokens"]
+        return produced, first
+
+    before, started = cpu_seconds(server), time.perf_counter()
+    with ThreadPoolExecutor(batch) as pool:
+        results = list(pool.map(one, range(batch)))
+    seconds, used = time.perf_counter() - started, cpu_seconds(server) - before
+    assert all(produced == tokens for produced, _ in results)
+    return Load(batch * tokens / seconds, statistics.median(first for _, first in results) * 1_000, used)
+
+
+def processes(server: Server) -> list[psutil.Process]:
+    assert server.process is not None
+    parent = psutil.Process(server.process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def cpu_seconds(server: Server) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes(server))
+
+
+def memory_mib(server: Server) -> float:
+    return sum(process.memory_info().rss for process in processes(server)) / 2**20
+
+
+def measure(
+    variants: Sequence[Variant], rounds: int, progress: Progress, tokens: Sequence[int] = (64, 64, 32)
+) -> list[dict[str, Any]]:
+    """Ratios to the first variant (plain vLLM), median over the rounds; above 1 is better than plain."""
+    task = progress.add_task("Measuring", total=rounds * len(BATCHES) * len(variants))
+    loads: dict[tuple[str, int], list[Load]] = {}
+    for turn in range(rounds):
+        for batch in BATCHES:
+            # In a new order every turn, so that a drift of the machine favours nobody.
+            for name, server, policies in random.Random(turn).sample(variants, len(variants)):
+                length = tokens[BATCHES.index(batch)]
+                loads.setdefault((name, batch), []).append(generate(server, batch, policies, length, f"{turn} {name} "))
+                progress.advance(task)
+    rows = []
+    for name, _, _ in variants[1:]:
+        for batch in BATCHES:
+            pairs = list(zip(loads[name, batch], loads["plain", batch], strict=True))
+            throughput = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
+            per_cpu = [theirs.cpu_s / ours.cpu_s for ours, theirs in pairs]
+            rows.append(
+                {
+                    "variant": name,
+                    "batch": batch,
+                    "throughput_ratio": round(statistics.median(throughput), 3),
+                    "throughput_ratio_range": [round(min(throughput), 3), round(max(throughput), 3)],
+                    "per_cpu_second_ratio": round(statistics.median(per_cpu), 3),
+                    "per_cpu_second_ratio_range": [round(min(per_cpu), 3), round(max(per_cpu), 3)],
+                    "first_token_ms_more": round(statistics.median(o.first_token_ms - t.first_token_ms for o, t in pairs), 1),
+                }
+            )
+    return rows
