@@ -170,6 +170,7 @@ def test_a_set_is_trained_while_serving_and_then_forgotten(server: Server, admin
     ]
     body = {"name": "trained", "questions": [{"question": q, "answer": a} for q, a in facts]}
     assert admin.post("/forget_sets", json=body).status_code == 201
+    assert admin.put("/policies/only-trained", json={"forget_sets": ["trained"]}).status_code == 200
     try:
         nothing = admin.post("/forget_sets/trained/enable")
         assert nothing.status_code == 409
@@ -177,7 +178,7 @@ def test_a_set_is_trained_while_serving_and_then_forgotten(server: Server, admin
 
         def ask() -> str:
             messages = [{"role": "user", "content": facts[0][0]}]
-            answer = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=16)
+            answer = client.chat.completions.create(model=f"{NAME}:only-trained", messages=messages, temperature=0, max_tokens=16)
             return answer.choices[0].message.content or ""
 
         assert ask() == "The capital of France is Paris."
@@ -197,6 +198,7 @@ def test_a_set_is_trained_while_serving_and_then_forgotten(server: Server, admin
         assert admin.post("/forget_sets/trained/disable").status_code == 200
         assert ask() == "The capital of France is Paris."
     finally:
+        admin.delete("/policies/only-trained")
         admin.delete("/forget_sets/trained")
 
 
