@@ -408,10 +408,12 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     job = json.loads((arguments.job / "job.json").read_text("utf-8"))
-    last = 0.0
+    last, parent = 0.0, os.getppid()
 
     def report(progress: Progress) -> None:
         nonlocal last
+        if os.getppid() != parent:
+            raise SystemExit("the server is gone; it goes on from the last checkpoint when it starts again")
         if time.monotonic() - last > 0.5 or progress.step == progress.steps:
             last = time.monotonic()
             _replace(arguments.job / "progress.json", lambda path: path.write_text(progress.json(), "utf-8"))

@@ -117,10 +117,10 @@ class EngineGuards:
     def expect_assistants(self) -> None:
         """Before the forward pass: find out for which requests assistants must speak."""
         self._spoken, self._expected = None, None
-        metadata = get_forward_context().attn_metadata
         if self._fork is None:
             return
         self._fork.expect(None)
+        metadata = get_forward_context().attn_metadata
         if not self.slots.engaged or self.rows_of_batch is None or not isinstance(metadata, dict):
             return
         lines = [
