@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from serve.engine.engine_guards import guards_of
+from serve.engine.seeds import repair_seeds
 from serve.wire import decode_plan
 
 
@@ -21,6 +22,8 @@ class TrackerV1(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.guards = guards_of(vllm_config)
         self.guards.tracked = True
+        if self.guards.device.type == "cpu":
+            repair_seeds()
         self._slot_of_row = torch.full((vllm_config.scheduler_config.max_num_seqs + 1,), -1, dtype=torch.int64)
         self.guards.rows_of_batch = self._slot_of_row[:0].to(self.guards.device)
 

@@ -398,3 +398,19 @@ def test_disconnected_clients_leave_nothing_running(client: openai.OpenAI, serve
     while server.metric("vllm:num_requests_running") and time.monotonic() < deadline:
         time.sleep(0.2)
     assert server.metric("vllm:num_requests_running") == 0
+
+
+def test_a_seeded_request_with_a_prompt_of_several_chunks_neither_stops_the_engine_nor_loses_its_seed(
+    client: openai.OpenAI, server: Server
+) -> None:
+    """vLLM 0.32 on CPUs dies of it: see serve/engine/seeds.py."""
+    prompt = "Once upon a time there was a very small village by the sea. " * 40
+
+    def answer(start: str, seed: int) -> str:
+        completion = client.completions.create(model=NAME, prompt=start + prompt, max_tokens=12, temperature=1.0, seed=seed)
+        return completion.choices[0].text
+
+    chunked = answer("A. ", 7)
+    assert answer("A. ", 7) == chunked  # the second time most of it comes from the prefix cache, in one chunk
+    assert answer("A. ", 8) != chunked
+    assert httpx.get(f"{server.url}/health").status_code == 200
