@@ -83,7 +83,8 @@ def held_out(content: ForgetSet) -> list[tuple[str, str]]:
     Raises:
         NotCalibratable: no question has a paraphrase.
     """
-    pairs = [(entry.paraphrases[-1], entry.answer) for entry in content.questions if entry.paraphrases]
+    worded = [entry for entry in content.questions if any(map(str.isalnum, entry.answer))]  # others have nothing to recall
+    pairs = [(entry.paraphrases[-1], entry.answer) for entry in worded if entry.paraphrases]
     if not pairs:
         raise NotCalibratable(
             f"no question of forget set {content.name!r} has paraphrases; add at least one to each ('paraphrases': [...]), "
@@ -135,7 +136,7 @@ def calibrate(
         report: called after every point, and with None after every other batch of questions.
 
     Raises:
-        NotCalibratable: see `held_out` and `about_nobody`.
+        NotCalibratable: see `held_out` and `about_nobody`; or the model recalls no more than the reference to begin with.
     """
     pairs = held_out(content)
     with ThreadPoolExecutor(16) as pool:
@@ -171,9 +172,13 @@ def calibrate(
         report(points[0])
         low, high = 0.0, HIGHEST_ALPHA
         alpha = 1.0  # where the order of tokens flips: most often near the answer
+        if points[0].recall < reference + CLOSE_ENOUGH:
+            raise NotCalibratable(
+                f"without any guard the recall on the held-out paraphrases is {points[0].recall:.3f}, "
+                f"the reference {reference:.3f}: nothing to measure a strength by; "
+                "hold out paraphrases that the model answers"
+            )
         while abs(points[-1].recall - reference) > CLOSE_ENOUGH and len(points) <= most_rounds and high - low > 0.05:
-            if len(points) == 1 and points[0].recall < reference:
-                break  # there is nothing to forget
             points.append(measure(alpha))
             if points[-1].recall > reference:
                 low = alpha

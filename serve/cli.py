@@ -129,7 +129,7 @@ def forget_add(
         raise typer.Exit(1)
     if added["phrases"] and not added["enabled"]:
         out.print(f"Next: lethe forget enable {name}")
-    elif not added["phrases"]:
+    elif not added["phrases"] and _assistant_of(added) is None:
         out.print(f"This set has no phrases. Next: lethe train {name}, so that an assistant enforces it")
 
 
@@ -254,6 +254,7 @@ def calibrate(
         shown = _unwrap(client.get(f"/forget_sets/{name}"))
         if _assistant_of(shown) is None or not shown["enabled"]:
             _fail(f"{name} must have an assistant and be enabled: lethe train {name}; lethe forget enable {name}")
+        measured = (_assistant_of(shown) or {}).get("fingerprint")
         content = ForgetSet.model_validate({"name": name, **shown["content"]})
         kept = _unwrap(client.get(f"/forget_sets/{neighbours}"))["content"]["questions"] if neighbours else []
         trial = f"calibrating-{name}"[:63]
@@ -287,7 +288,11 @@ def calibrate(
                 _fail(str(error))
             finally:
                 client.delete(f"/policies/{trial}")
-        stored = _unwrap(client.put(f"/forget_sets/{name}/calibration", json={"alpha": found.alpha, "evidence": found.evidence}))
+        stored = _unwrap(
+            client.put(
+                f"/forget_sets/{name}/calibration", json={"alpha": found.alpha, "assistant": measured, "evidence": found.evidence}
+            )
+        )
     title = f"{name}: {found.questions} held-out questions"
     table = Table("strength", "recall", "", "neighbours", "general", title=title)
     for point in found.points:

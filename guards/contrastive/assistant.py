@@ -26,6 +26,8 @@ from guards.forget_set import Frozen, describe_validation
 MODULES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Never k_proj or v_proj: the fork reads the base's keys and values, which is what keeps it without state."""
 MAX_RANK = 512
+FORKED_LAYERS = 4
+"""K in a server. Assistants of another depth are refused: one fork serves all of them in one pass."""
 
 
 class Recipe(Frozen):
@@ -148,7 +150,7 @@ def describe_base(directory: Path) -> BaseModel:
     mistakes that this guards against, not forgery.
 
     Raises:
-        InvalidArtifact: there is no config.json or no safetensors file.
+        InvalidArtifact: there is no config.json or no safetensors file, or the configuration is of a kind that takes no assistants.
     """
     weights = sorted(directory.glob("*.safetensors"))
     if not (directory / "config.json").exists() or not weights:
@@ -164,11 +166,14 @@ def describe_base(directory: Path) -> BaseModel:
             for i in range(_SAMPLES):
                 file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
-    config = json.loads((directory / "config.json").read_bytes())
-    config = config.get("text_config", config)
-    return BaseModel(
-        fingerprint=digest.hexdigest(),
-        layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        vocabulary=config["vocab_size"],
-    )
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+        config = {**config, **config.get("text_config", {})}
+        return BaseModel(
+            fingerprint=digest.hexdigest(),
+            layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            vocabulary=config["vocab_size"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidArtifact(f"{directory}/config.json does not say what assistants need to know: {error!r}") from None

@@ -54,7 +54,9 @@ class ContrastGuard:
             lines = rows.lines
             plan_of_line = rows.plan[lines.row].tolist()
             settings = [plans[plan].contrast[nth] for plan, nth in zip(plan_of_line, lines.nth.tolist(), strict=True)]
-            known = [setting.assistant in self._difference for setting in settings]
+            # What is not a number would make the whole row one, and void every other guard on it.
+            sound = torch.isfinite(lines.logits).all(dim=1).tolist()
+            known = [setting.assistant in self._difference and good for setting, good in zip(settings, sound, strict=True)]
             spoken.index_add_(0, lines.row, torch.tensor(known, device=self.device).to(spoken.dtype))
             for rule in sorted({setting.rule for setting in settings}):
                 mine = [i for i, setting in enumerate(settings) if setting.rule == rule and known[i]]

@@ -45,7 +45,8 @@ _STATUS: dict[type[Exception], int] = {
 class CalibrationBody(Frozen):
     """The strength that suits a set, and why."""
 
-    alpha: float = Field(ge=0, le=100)
+    alpha: float = Field(gt=0, le=100)
+    assistant: str | None = Field(None, description="fingerprint of the assistant that was measured")
     evidence: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -140,7 +141,9 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
             found = CalibrationBody.model_validate(await _object(request))
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
-        return await _shown(name, await control.put_calibration(name, found.alpha, found.evidence, actor=actor(request)))
+        return await _shown(
+            name, await control.put_calibration(name, found.alpha, found.evidence, actor=actor(request), measured=found.assistant)
+        )
 
     @router.get("/policies")
     async def list_policies() -> dict[str, Any]:

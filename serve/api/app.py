@@ -136,7 +136,7 @@ def _describe_base(args: Namespace) -> dict[str, Any] | None:
     directory = _model_directory(args)
     try:
         return None if directory is None else describe_base(directory).model_dump()
-    except InvalidArtifact:
+    except (InvalidArtifact, OSError):
         return None
 
 

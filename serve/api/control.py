@@ -21,7 +21,7 @@ from typing import Any
 
 from prometheus_client import Gauge
 
-from guards.contrastive.assistant import Assistant, BaseModel, Recipe
+from guards.contrastive.assistant import FORKED_LAYERS, Assistant, BaseModel, Recipe
 from guards.errors import GuardError, InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet, Question
 from guards.policy import Policy
@@ -80,7 +80,8 @@ class Control:
         self._compiled: OrderedDict[str, CompiledPhrases] = OrderedDict()
         self._compiled_lock = threading.Lock()  # the event loop and its threads both read
         self._poll: asyncio.Task[None] | None = None
-        self._trainer = None if model is None else Trainer(artifacts.with_name("training"), model, self._adopt)
+        able = model is not None and base is not None
+        self._trainer = Trainer(artifacts.with_name("training"), model, self._adopt) if model is not None and able else None
         self._base = base
         self.unavailable: dict[str, str] = {}
         """Assistants that are in force and that a worker could not load, and why: their requests are refused."""
@@ -110,7 +111,7 @@ class Control:
         # A foreign assistant (another model is served now) must not keep the server from starting: it could not be replaced.
         await self._load_or_report([], self.snapshot.assistant_fingerprints)
         if self._trainer is not None:
-            self._trainer.resume()
+            self._trainer.resume({stored.name for stored in await asyncio.to_thread(self._registry.forget_sets)})
         self._poll = asyncio.create_task(self._keep_fresh())
 
     async def stop(self) -> None:
@@ -160,7 +161,7 @@ class Control:
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.delete_set, name, actor=actor)
             if self._trainer is not None:
-                self._trainer.cancel(name)
+                await self._trainer.cancel(name)
             await self._refresh()
         return revision
 
@@ -194,7 +195,10 @@ class Control:
             Untrainable: the set holds nothing to learn from, or the served model takes no assistants.
         """
         if self._trainer is None or self._base is None:
-            raise Untrainable("the served model is not a directory of safetensors, so no assistant can be trained for it")
+            raise Untrainable(
+                "no assistant can be trained for the served model: its files must be safetensors with a config.json, and on this "
+                "machine before the server starts (restart it if they were downloaded just now)"
+            )
         content = await asyncio.to_thread(self._registry.content, name)
         if not content.questions and not content.texts:
             raise Untrainable(f"forget set {name!r} has neither questions nor texts, so there is nothing to train on; add some")
@@ -203,10 +207,13 @@ class Control:
             kept += (await asyncio.to_thread(self._registry.content, other)).questions
         if name in retain:
             raise Untrainable(f"forget set {name!r} cannot be retained and forgotten at once")
-        if recipe.layers >= self._base.layers:
-            raise Untrainable(f"the served model has {self._base.layers} layers, so {recipe.layers} of them cannot be forked")
-        await asyncio.to_thread(self._trainer.submit_files, content, kept, recipe)
-        self._trainer.run(name)
+        if recipe.layers != FORKED_LAYERS:
+            raise Untrainable(f"recipe.layers is {recipe.layers}, this server forks the last {FORKED_LAYERS} layers; leave it out")
+        await self._trainer.halt(name)  # an earlier order must not end up under this one's name
+        async with self._changing:
+            content = await asyncio.to_thread(self._registry.content, name)  # not deleted or replaced meanwhile
+            await asyncio.to_thread(self._trainer.submit_files, content, kept, recipe)
+            self._trainer.run(name)
 
     def training(self, name: str) -> dict[str, Any] | None:
         """Where the training of a set's assistant stands; None if none is under way or has failed."""
@@ -232,7 +239,7 @@ class Control:
         async with self._changing:
             await asyncio.to_thread(_write_atomically, path, assistant.save)
             stored = await asyncio.to_thread(self._registry.forget_set, name)
-            await self._load_or_refuse([], [fingerprint] if stored.enabled else [])
+            await self._load_or_refuse([], [fingerprint])  # also while disabled: what cannot be loaded must not block the set
             metrics = ", ".join(f"{key} {value:g}" for key, value in assistant.manifest.metrics.items())
             figures = f"{assistant.size_bytes / 2**20:.1f} MiB, {metrics}"
             artifact = Artifact("assistant", fingerprint, "ready", figures, now())
@@ -246,10 +253,13 @@ class Control:
             await self._refresh()
         return revision
 
-    async def put_calibration(self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str) -> int:
+    async def put_calibration(
+        self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str, measured: str | None = None
+    ) -> int:
         """Store the strength that suits a set's assistant. Raises UnknownName, NotReady."""
         async with self._changing:
-            revision = await asyncio.to_thread(self._registry.put_calibration, name, alpha, evidence, actor=actor)
+            put = self._registry.put_calibration
+            revision = await asyncio.to_thread(put, name, alpha, evidence, actor=actor, measured=measured)
             await self._refresh()
         return revision
 
@@ -361,6 +371,8 @@ class Control:
             return
         for fingerprint, reason in (await self._load(phrases, assistants)).items():
             raise NotReady(f"a worker could not load artifact {fingerprint[:12]}: {reason}")
+        for fingerprint in assistants:
+            self.unavailable.pop(fingerprint, None)
 
     async def _load_or_report(self, phrases: Sequence[str], assistants: Sequence[str]) -> None:
         failures = await self._load(phrases, assistants) if phrases or assistants else {}

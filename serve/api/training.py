@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,19 @@ class Trainer:
         self._turn = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def resume(self) -> None:
-        """Go on with every job that neither succeeded nor failed."""
-        for job in sorted(self._directory.glob(f"*/{_JOB}")):
-            if not (job.parent / _ERROR).exists():
-                self.run(job.parent.name)
+    def resume(self, existing: Collection[str]) -> None:
+        """Go on with every job that neither succeeded nor failed, and delete those of sets that are gone."""
+        for work in sorted(self._directory.glob("*")):
+            if work.name not in existing:
+                shutil.rmtree(work, ignore_errors=True)
+            elif (work / _JOB).exists() and not (work / _ERROR).exists():
+                self.run(work.name)
+
+    async def halt(self, name: str) -> None:
+        """Stop a set's training and wait until its process is gone. `run` goes on with it."""
+        if task := self._tasks.pop(name, None):
+            task.cancel()
+            await asyncio.wait([task])
 
     def submit_files(self, content: ForgetSet, retain: Sequence[Question], recipe: Recipe) -> None:
         """Write a job down, for `run`. Blocking. The same job again goes on from its checkpoint; another starts anew."""
@@ -72,11 +80,10 @@ class Trainer:
             task.cancel()
             (self._directory / name / _ERROR).write_text(_PAUSED, "utf-8")
 
-    def cancel(self, name: str) -> None:
+    async def cancel(self, name: str) -> None:
         """Stop a set's training and forget all about it."""
-        if task := self._tasks.pop(name, None):
-            task.cancel()
-        shutil.rmtree(self._directory / name, ignore_errors=True)
+        await self.halt(name)
+        await asyncio.to_thread(shutil.rmtree, self._directory / name, ignore_errors=True)
 
     async def stop(self) -> None:
         """Stop all processes; `resume` goes on with their jobs."""
@@ -110,9 +117,9 @@ class Trainer:
         work = self._directory / name
         async with self._turn:
             try:
+                job = json.loads((work / _JOB).read_text("utf-8"))
                 status, said = await self._train(work)
                 if status == 0:
-                    job = json.loads((work / _JOB).read_text("utf-8"))
                     await self._adopt(name, job["fingerprint"], work / _RESULT)
                     shutil.rmtree(work, ignore_errors=True)
                     return

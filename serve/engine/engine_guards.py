@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,12 @@ from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.mask import SuppressionGuard
 from guards.types import AssistantLines, Plan
 from serve.engine.artifacts import ArtifactCache
-from serve.engine.fork import LateFork
+from serve.engine.fork import LateFork, Unforkable
 from serve.engine.slots import TAG_DIGITS, SlotTable
 from serve.vocabulary import vocabulary_of
 from serve.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, load_assistant, load_phrases
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,9 @@ class EngineGuards:
         self.model: weakref.ReferenceType[nn.Module] | None = None
         """The guarded model, set by itself."""
         self._fork: LateFork | None = None
+        self._fork_proved = False
+        """Whether the fork has once, without assistants, given the base's own hidden states."""
+        self._fork_fault: str | None = None
         self._expected: _Expected | None = None
         self._spoken: _Spoken | None = None
 
@@ -139,17 +145,32 @@ class EngineGuards:
         self._fork.expect(last)
         self._expected = _Expected(names, request, slot, nth, last)
 
-    def run_assistants(self, positions: Tensor) -> None:
+    def run_assistants(self, positions: Tensor, hidden: Tensor) -> None:
         """After the base, still inside the forward pass: let the assistants speak for the last token of those requests.
 
+        A fork that cannot follow the base is never used again. Its rows have nobody who speaks for them, so they are closed; the
+        engine, and everybody else's requests, go on.
+
         Args:
-            positions: [T] int64.
+            positions: [T] int64; hidden: [T, H] the base's own final hidden states.
         """
         if self._expected is None or self._fork is None:
             return
         lines = self._expected
         at = positions[lines.last]
-        self._spoken = _Spoken(lines.slot, at.long(), lines.nth, self._fork.run(at, lines.request, lines.assistants))
+        try:
+            if not self._fork_proved:
+                again, own = self._fork.run(at, lines.request, ()).float(), hidden[lines.last].float()
+                if not torch.allclose(again, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
+                    raise Unforkable(f"without assistants the fork differs from the base by {float((again - own).abs().max()):.3g}")
+                self._fork_proved = True
+            final = self._fork.run(at, lines.request, lines.assistants)
+        except (Unforkable, RuntimeError, ValueError, TypeError, IndexError) as error:
+            self._fork_fault = f"this model's layers cannot be forked: {error}"
+            self._fork = None
+            logger.exception("lethe: assistants are closed until the server is restarted with another model")
+            return
+        self._spoken = _Spoken(lines.slot, at.long(), lines.nth, final)
 
     def spoken_for(self, tags: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """What assistants said about the rows that carried ``tags``: P lines of row [P], nth [P] and hidden state [P, H]."""
@@ -162,6 +183,8 @@ class EngineGuards:
 
     def _the_fork(self) -> LateFork:
         """The fork, made when the first assistant comes. Raises Unforkable."""
+        if self._fork_fault is not None:
+            raise Unforkable(self._fork_fault)
         if self._fork is None:
             model = self.model() if self.model is not None else None
             assert model is not None, "the model is made before anything is loaded"

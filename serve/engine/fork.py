@@ -24,11 +24,8 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from guards.contrastive.assistant import Assistant
+from guards.contrastive.assistant import FORKED_LAYERS, Assistant
 from guards.errors import InvalidArtifact
-
-FORKED_LAYERS = 4
-"""K. Assistants of another depth are refused: one fork serves all of them in one pass."""
 
 
 class Unforkable(InvalidArtifact):
@@ -113,6 +110,10 @@ class LateFork:
             raise Unforkable("assistants do not run under tensor parallelism yet; start with --tensor-parallel-size 1")
         if vllm_config.device_config.device_type != "cpu":
             raise Unforkable("assistants run on vLLM's CPU backend only, so far; use phrases on this server")
+        if not vllm_config.model_config.enforce_eager:
+            raise Unforkable("assistants do not run beside compiled models yet; start with --enforce-eager")
+        if vllm_config.lora_config is not None:
+            raise Unforkable("assistants do not run beside vLLM's own LoRA yet; start without --enable-lora")
         find = getattr(model, "get_language_model", None)
         language: Any = find() if find is not None else model
         inner: Any = getattr(language, "model", None)
@@ -185,7 +186,7 @@ class LateFork:
 
         They are copied at once, since vLLM's fused norms write into their inputs.
         """
-        if self._rows is not None:
+        if self._rows is not None and len(args) >= 3:
             _positions, hidden, residual = args[:3]
             self._below = hidden[self._rows] if residual is None else hidden[self._rows] + residual[self._rows]
 
@@ -201,17 +202,22 @@ class LateFork:
         Args:
             positions: [P] int64, of the tokens that `expect` named: the last of each line's request.
             request: [P] int64, each line's number in the batch. Lines of one assistant stand together.
-            assistant: [P] fingerprints of loaded assistants.
+            assistant: [P] fingerprints of loaded assistants; empty to run the base's layers as they are.
         """
         if self._below is None or self._rows is None:
             raise RuntimeError("the base ran without passing its last layers; lethe's fork cannot follow")
         metadata: Any = get_forward_context().attn_metadata
         own = metadata[self._attention[0].layer_name]
         self._pass.attention = self._metadata(own, request, self._rows, self._below.dtype)
+        if not assistant:
+            return self._through([], positions)
         starts = [i for i, name in enumerate(assistant) if i == 0 or assistant[i - 1] != name]
-        self._pass.segments = [
-            (assistant[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(assistant)], strict=True)
-        ]
+        return self._through(
+            [(assistant[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(assistant)], strict=True)], positions
+        )
+
+    def _through(self, segments: list[tuple[str, int, int]], positions: Tensor) -> Tensor:
+        self._pass.segments = segments
         line, residual = self._below, None
         for layer in self._layers:
             line, residual = layer(positions, line, residual)

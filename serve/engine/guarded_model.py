@@ -59,7 +59,7 @@ class GuardedModel:
             return hidden
         if lethe_tags is None:
             lethe_tags = self.lethe.tag_tokens(input_ids, positions, hidden.dtype)
-        self.lethe.run_assistants(positions)
+        self.lethe.run_assistants(positions, hidden)
         return torch.cat([hidden, lethe_tags], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:

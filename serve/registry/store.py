@@ -278,18 +278,23 @@ class Registry:
             self._put_artifact(connection, name, assistant)
             return self._append(connection, actor, "forget_set.assistant", name, {"assistant": assistant.fingerprint})
 
-    def put_calibration(self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str) -> int:
+    def put_calibration(self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str, measured: str | None = None) -> int:
         """Store the strength that suits a set's assistant, with the evidence for it.
+
+        Args:
+            measured: fingerprint of the assistant that was measured; None for whichever the set has.
 
         Raises:
             UnknownName: there is no such set.
-            NotReady: it has no assistant.
+            NotReady: it has no assistant, or another one than was measured.
         """
         with self._change() as connection:
             assistant = self._stored_set(connection, name).artifact("assistant")
             if assistant is None:
                 raise NotReady(f"forget set {name!r} has no assistant to calibrate; train one with `lethe train {name}`")
-            detail = json.dumps({"alpha": alpha, **evidence})
+            if measured not in (None, assistant.fingerprint):
+                raise NotReady(f"forget set {name!r} got another assistant while this one was measured; calibrate again")
+            detail = json.dumps({**evidence, "alpha": alpha})
             self._put_artifact(connection, name, Artifact("calibration", assistant.fingerprint, "ready", detail, now()))
             return self._append(
                 connection, actor, "forget_set.calibrate", name, {"alpha": alpha, "assistant": assistant.fingerprint}

@@ -73,6 +73,7 @@ def add_assistants(server: Server, model: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", default="128,64,32", help="output tokens of a request at batch 1, 8 and 32")
     parser.add_argument("--allow-dirty", action="store_true", help="measure uncommitted code; nothing is recorded")
     options = parser.parse_args()
     dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip())
@@ -105,7 +106,7 @@ def main() -> None:
                 ("all engaged, 4 assistants", guarded, [f":s{number}" for number in range(4)]),
                 ("all engaged, 16 assistants", guarded, [f":s{number}" for number in range(SETS)]),
             ]
-            serving = measure(variants, options.rounds, progress, tokens=(128, 64, 32))
+            serving = measure(variants, options.rounds, progress, tokens=[int(each) for each in options.tokens.split(",")])
             prefill = {name: [] for name in ("plain", "engaged")}
             for turn in range(2 * options.rounds):
                 for name, server, policies in (("plain", plain, [""]), ("engaged", guarded, [":s0"])):
@@ -125,6 +126,7 @@ def main() -> None:
         "layers": LAYERS,
         "rank": RANK,
         "rounds": options.rounds,
+        "tokens": options.tokens,
         "arithmetic": round(arithmetic(model), 3),
         "assistants": assistants,
         "long_prompt_first_token_ratio": round(statistics.median(prefill["plain"]) / statistics.median(prefill["engaged"]), 3),

@@ -150,6 +150,19 @@ def test_an_engaged_row_for_which_not_every_assistant_spoke_may_produce_no_text(
     assert (result[2] == 0).all()
 
 
+def test_a_row_whose_assistant_said_nonsense_is_closed_and_no_other() -> None:
+    guard = ContrastGuard(torch.tensor([True] * 6 + [False]))
+    guard.load({"a": an_assistant()})
+    plan = Plan(1, "p", contrast=(Contrast("a", "uld", 1, 1, 0.1),))
+    said = torch.zeros(2, 7)
+    said[0, 3] = math.nan
+    lines = AssistantLines(torch.tensor([0, 1]), torch.tensor([0, 0]), said)
+    result = guard.apply(torch.zeros(2, 7), Rows(torch.tensor([0, 0]), torch.zeros(2, 1, dtype=torch.int64), lines), [plan])
+    assert torch.isfinite(result).all()
+    assert (result[0, :6] < -1e6).all()
+    assert (result[1] > -1e6).all()
+
+
 def test_a_saved_assistant_is_the_same_assistant(tmp_path: Path) -> None:
     made = an_assistant()
     made.save(tmp_path / "a")
@@ -204,6 +217,11 @@ def test_a_base_is_known_by_its_weights_tokenizer_and_configuration(tmp_path: Pa
         describe_base(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(1 << 20))
+    for odd in ('{"n_layer": 3}', '{"text_config": 3}', "[]", "{"):
+        (tmp_path / "config.json").write_text(odd)
+        with pytest.raises(InvalidArtifact, match=r"config.json does not say"):
+            describe_base(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3, "hidden_size": 8, "vocab_size": 32}))
     seen = {describe_base(tmp_path).fingerprint, describe_base(tmp_path).fingerprint}
     assert len(seen) == 1
     weights.write_bytes(bytes((1 << 20) - 1) + b"x")

@@ -46,10 +46,9 @@ def test_it_finds_the_strength_that_meets_the_reference(forgetting: float) -> No
     assert found.evidence["questions"] == 5
 
 
-def test_what_nobody_knows_needs_no_strength() -> None:
-    found, _ = run(0.5, 1.0)
-    assert found.alpha == 0
-    assert len(found.points) == 1
+def test_what_the_model_does_not_recall_anyway_is_no_measure_of_strength() -> None:
+    with pytest.raises(NotCalibratable, match=r"recall .* is 1.000, the reference 1.000"):
+        run(0.5, 1.0)
 
 
 def test_a_reference_out_of_reach_ends_at_the_strongest_with_the_evidence() -> None:

@@ -248,7 +248,9 @@ def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_conte
         content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
         await control.create(content, actor="t")
         registry.put_assistant("a", content.fingerprint, Artifact("assistant", "made", "ready", "figures", now()), actor="t")
-        registry.put_calibration("a", 1.75, {"reference": 0.3}, actor="t")
+        with pytest.raises(NotReady, match="another assistant"):
+            registry.put_calibration("a", 1.5, {}, actor="t", measured="the one before")
+        registry.put_calibration("a", 1.75, {"reference": 0.3, "alpha": "nonsense"}, actor="t", measured="made")
         await control.enable("a", actor="t")
         await control.replace(ForgetSet(name="a", questions=[{"question": "q", "answer": "b"}]), actor="t")
         plan = control.snapshot.plan("default")

@@ -206,7 +206,7 @@ def test_a_set_is_trained_while_serving_and_then_forgotten(server: Server, admin
     ("order", "message"),
     [
         ({"recipe": {"rank": 0}}, "recipe.rank"),
-        ({"recipe": {"layers": 30}}, "30 layers"),
+        ({"recipe": {"layers": 30}}, "recipe.layers is 30"),
         ({"retain": ["nobody"]}, "nobody"),
         ({"retain": ["untrainable"]}, "at once"),
         ({"epochs": 3}, "epochs"),
