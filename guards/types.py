@@ -42,11 +42,6 @@ class Plan:
     output_start: int | None = None  # index of the first output token; None = the prompt's length
 
     @property
-    def artifacts(self) -> tuple[str, ...]:
-        """Fingerprints of everything that must be loaded before the request's first row."""
-        return self.suppression + tuple(each.assistant for each in self.contrast)
-
-    @property
     def engages_logits(self) -> bool:
         """Whether the engine has anything to do for this request."""
         return bool(self.suppression or self.contrast)

@@ -8,12 +8,11 @@ from pathlib import Path
 import httpx
 import torch
 
-from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe, describe_base
+from guards.contrastive.assistant import FORKED_LAYERS, MODULES, Assistant, Manifest, Recipe, describe_base
 from guards.forget_set import ForgetSet
 from serve.registry.store import Artifact, Registry, now
 from serve.wire import assistant_path
 
-LAYERS = 4
 _SIZES = {"q_proj": (576, 576), "o_proj": (576, 576), "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}
 
 
@@ -21,12 +20,12 @@ def random_assistant(model: Path, form: str = "whole", seed: int = 0, rank: int 
     """Large enough to change what is said, small enough to stay a language."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for i in range(LAYERS):
+    for i in range(FORKED_LAYERS):
         for module in MODULES:
             size_in, size_out = _SIZES[module]
             tensors[f"layers.{i}.{module}.A"] = torch.randn(rank, size_in, generator=generator) / math.sqrt(size_in)
             tensors[f"layers.{i}.{module}.B"] = torch.randn(size_out, rank, generator=generator) * 0.15
-    recipe = Recipe(layers=LAYERS, rank=rank, form=form)  # type: ignore[arg-type]
+    recipe = Recipe(rank=rank, form=form)  # type: ignore[arg-type]
     return Assistant(Manifest(base=describe_base(model), recipe=recipe, data="random"), tensors)
 
 

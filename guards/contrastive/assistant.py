@@ -33,7 +33,7 @@ FORKED_LAYERS = 4
 class Recipe(Frozen):
     """How an assistant is trained. The defaults suit some dozens of questions."""
 
-    layers: int = Field(4, ge=1, le=256, description="K, how many of the base's last layers are forked")
+    layers: int = Field(FORKED_LAYERS, ge=1, le=256, description="K, how many of the base's last layers are forked")
     rank: int = Field(32, ge=1, le=MAX_RANK)
     epochs: int = Field(14, ge=1, le=1_000)
     learning_rate: float = Field(1e-3, gt=0, le=1)

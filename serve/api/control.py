@@ -80,8 +80,9 @@ class Control:
         self._compiled: OrderedDict[str, CompiledPhrases] = OrderedDict()
         self._compiled_lock = threading.Lock()  # the event loop and its threads both read
         self._poll: asyncio.Task[None] | None = None
-        able = model is not None and base is not None
-        self._trainer = Trainer(artifacts.with_name("training"), model, self._adopt) if model is not None and able else None
+        self._trainer = None
+        if model is not None and base is not None:
+            self._trainer = Trainer(artifacts.with_name("training"), model, self._adopt)
         self._base = base
         self.unavailable: dict[str, str] = {}
         """Assistants that are in force and that a worker could not load, and why: their requests are refused."""

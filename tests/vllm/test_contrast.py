@@ -17,11 +17,11 @@ import openai
 import pytest
 import torch
 
-from guards.contrastive.assistant import Assistant
+from guards.contrastive.assistant import FORKED_LAYERS, Assistant
 from serve.default_model import NAME
 from serve.registry.store import Registry
 from tests import reference
-from tests.assistants import LAYERS, give, random_assistant
+from tests.assistants import give, random_assistant
 from tests.vllm.conftest import Server
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
     with ThreadPoolExecutor(len(jobs)) as pool:
         answers = list(pool.map(lambda job: complete(server, *job), jobs))
     assert server.metric("vllm:num_preemptions_total") > before, "the engine had room for all; shrink it"
-    twin = reference.ForkTwin(model_path, LAYERS)
+    twin = reference.ForkTwin(model_path, FORKED_LAYERS)
     worst = 0.0
     for (policy, _), answer in zip(jobs, answers, strict=True):
         ids, start = [*answer["prompt_token_ids"], *answer["token_ids"]], len(answer["prompt_token_ids"])
