@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from guards.policy import GateConfig, StreamConfig
 
 BOUNDARY = -1
 """Stands in ``Rows.suffix`` for "nothing before this can be part of a match": before the first token, or a chat-template
@@ -45,6 +47,24 @@ class Plan:
     def engages_logits(self) -> bool:
         """Whether the engine has anything to do for this request."""
         return bool(self.suppression or self.contrast)
+
+
+@dataclass(frozen=True, slots=True)
+class TextPlan:
+    """What similarity is to do for one request: stays in the API process, since the engine sees no text."""
+
+    gate: GateConfig | None
+    stream: StreamConfig | None
+    asked: Mapping[str, float]  # similarity artifact -> cosine from which a conversation touches its set
+    said: Mapping[str, float]  # the same for a passage of an answer
+    assistants: Mapping[str, tuple[str, ...]]  # similarity artifact -> assistants that it engages
+    sets: Mapping[str, str]  # similarity artifact -> name of its set, for reports
+    missing: tuple[str, ...]  # sets without an artifact: nothing can be said about them
+
+    @property
+    def acts(self) -> bool:
+        """Whether a hit does anything by itself, beyond engaging contrast or being counted."""
+        return bool((self.gate and self.gate.on_hit == "refuse") or (self.stream and self.stream.on_hit != "monitor"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,11 @@ from guards.forget_set import (
     write_jsonl,
 )
 from guards.policy import DEFAULT, parse_policy
+from guards.similarity.calibrate import TooFewExamples
+from guards.similarity.encoder import EncoderUnavailable
 from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
-from serve.api.control import Control
+from serve.api.control import Control, GateOrder
 from serve.registry.store import NameTaken, NotReady, Registry, RegistryError, StoredSet, UnknownName
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
@@ -39,6 +41,8 @@ _STATUS: dict[type[Exception], int] = {
     InvalidPolicy: 400,
     InvalidForgetSet: 400,
     Untrainable: 400,
+    TooFewExamples: 400,
+    EncoderUnavailable: 503,
 }
 
 
@@ -144,6 +148,14 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
         return await _shown(
             name, await control.put_calibration(name, found.alpha, found.evidence, actor=actor(request), measured=found.assistant)
         )
+
+    @router.put("/forget_sets/{name}/gate")
+    async def fit_gate(name: str, request: Request) -> dict[str, Any]:
+        try:
+            order = GateOrder.model_validate(await _object(request) if await request.body() else {})
+        except ValidationError as error:
+            raise InvalidPolicy("; ".join(describe_validation(error))) from None
+        return await _shown(name, await control.fit_gate(name, order, actor=actor(request)))
 
     @router.get("/policies")
     async def list_policies() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from guards.errors import InvalidJson, InvalidPolicy
 from guards.policy import DEFAULT, Policy
 from guards.strict_json import parse_object
-from guards.types import Plan
+from guards.types import Plan, TextPlan
 from serve.api import refusal
 from serve.registry.snapshot import LOOPBACK, Caller, Scope, Snapshot
 from serve.settings import Settings
@@ -85,6 +85,7 @@ class AdmittedRequest:
     caller: Caller
     policy: Policy
     plan: Plan
+    text: TextPlan | None = None
     has_tools: bool = False
     blocked: bool = False  # an output was ended by a guard, so the response must say so
 
@@ -227,7 +228,8 @@ class Admission:
                 limit = f"this server's limit is {MAX_REPETITION:,}"
                 raise Refused(400, f"{name} asks for {too_large:,} repetitions; {limit}", param=name)
         self._check_caps(fields)
-        return AdmittedRequest(caller, snapshot.policies[policy_name], plan, has_tools=bool(fields.get("tools")))
+        text = snapshot.text_plans[policy_name]
+        return AdmittedRequest(caller, snapshot.policies[policy_name], plan, text, has_tools=bool(fields.get("tools")))
 
     def _select_policy(self, fields: dict[str, Any], caller: Caller) -> str:
         model = fields.get("model")

@@ -35,6 +35,7 @@ from serve.api import admin
 from serve.api.admission import Admission, is_loopback
 from serve.api.control import Control
 from serve.api.engine_client import GuardedEngineClient, check_workers, load_artifacts
+from serve.api.similarity import Similarity, default_encoder
 from serve.registry.store import Registry
 from serve.settings import Settings
 from serve.vocabulary import vocabulary_of
@@ -170,11 +171,13 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
         await asyncio.to_thread(vocabulary.warm)
         await check_workers(inner, vocabulary.fingerprint)
         base = args.additional_config[PLAN_KEY][BASE_KEY]
+        similarity = Similarity(settings.encoder or default_encoder(), settings.artifacts_dir)
         control = Control(
             registry,
             vocabulary,
             settings.artifacts_dir,
             load=lambda phrases, assistants: load_artifacts(inner, phrases, assistants),
+            similarity=similarity,
             refresh_ms=settings.refresh_ms,
             model=_model_directory(args),
             base=None if base is None else BaseModel.model_validate(base),
@@ -188,6 +191,7 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
                 vocabulary,
                 settings.max_choices,
                 lambda: control.unavailable,
+                similarity=similarity,
             )
             tasks = await inner.get_supported_tasks()
             app = build_app(args, tasks, model)

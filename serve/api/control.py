@@ -9,24 +9,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import Gauge
+from pydantic import Field
 
 from guards.contrastive.assistant import FORKED_LAYERS, Assistant, BaseModel, Recipe
+from guards.contrastive.train import general_prompts
 from guards.errors import GuardError, InvalidArtifact, Untrainable
-from guards.forget_set import ForgetSet, Question
-from guards.policy import Policy
+from guards.forget_set import ForgetSet, Frozen, Name, Question, Text
+from guards.policy import DEFAULT_SAID, Policy
+from guards.similarity.calibrate import error_curves, fit_said, fit_threshold
+from guards.similarity.index import similarity_path
 from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
 from guards.suppression.vocabulary import Vocabulary
+from serve.api.similarity import Similarity
 from serve.api.training import Trainer
 from serve.registry.snapshot import Snapshot
 from serve.registry.store import Artifact, NotReady, Registry, UnknownName, now
@@ -50,6 +56,19 @@ class Hit:
     end: int
     text: str
     in_force: bool
+    signal: str = "phrase"
+    score: float = 1.0
+    threshold: float = 1.0
+    how: str = "plain"  # how the text had to be read
+
+
+class GateOrder(Frozen):
+    """What calibrating a gate takes: everything has a default."""
+
+    epsilon: float = Field(0.05, gt=0, lt=1, description="P(miss), at most")
+    delta: float = Field(0.01, gt=0, lt=1, description="P(false alarm), at most")
+    neighbours: tuple[Name, ...] = Field((), description="sets whose questions must not open the gate")
+    prompts: tuple[Text, ...] = Field((), max_length=100_000, description="more prompts that must not")
 
 
 class Control:
@@ -66,6 +85,7 @@ class Control:
         vocabulary: Vocabulary,
         artifacts: Path,
         load: Loader,
+        similarity: Similarity,
         refresh_ms: int,
         model: Path | None = None,
         base: BaseModel | None = None,
@@ -74,6 +94,7 @@ class Control:
         self._vocabulary = vocabulary
         self._artifacts = artifacts
         self._load = load
+        self._similarity = similarity
         self._refresh_ms = refresh_ms
         self._changing = asyncio.Lock()
         self._builds: dict[str, asyncio.Task[None]] = {}
@@ -99,9 +120,8 @@ class Control:
             GuardError, NotReady: one cannot be built or loaded.
         """
         await asyncio.to_thread(self._sweep)  # before any build, whose file no row may name yet
+        await self._similarity.start()
         for stored in await asyncio.to_thread(self._registry.forget_sets):
-            if not stored.header["phrases"]:
-                continue
             if stored.enabled:
                 content = await asyncio.to_thread(self._registry.content, stored.name)
                 await self._build(content, keep_enabled=True)
@@ -111,6 +131,7 @@ class Control:
         await self._load_or_refuse(self.snapshot.fingerprints)
         # A foreign assistant (another model is served now) must not keep the server from starting: it could not be replaced.
         await self._load_or_report([], self.snapshot.assistant_fingerprints)
+        await self._load_vectors(self.snapshot)
         if self._trainer is not None:
             self._trainer.resume({stored.name for stored in await asyncio.to_thread(self._registry.forget_sets)})
         self._poll = asyncio.create_task(self._keep_fresh())
@@ -122,6 +143,7 @@ class Control:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._trainer is not None:
             await self._trainer.stop()
+        await self._similarity.stop()
 
     # Changes. Each returns the revision from which it holds.
 
@@ -130,8 +152,7 @@ class Control:
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.create_set, content, self._to_build(content), actor=actor)
             await self._refresh()
-        if content.phrases:
-            self._start_build(content.name)
+        self._start_build(content.name)
         return revision
 
     async def replace(self, content: ForgetSet, *, actor: str) -> int:
@@ -141,19 +162,18 @@ class Control:
             UnknownName, NotReady.
         """
         stored = await asyncio.to_thread(self._registry.forget_set, content.name)
-        if stored.enabled and content.phrases:
-            await self._compile(content)  # before the lock, so that nobody waits for it; what follows finds it done
+        if stored.enabled:
+            await self._make(content)  # before the lock, so that nobody waits for it; what follows finds it done
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, content.name)
             if stored.enabled and not content.phrases and stored.artifact("assistant") is None:
                 raise NotReady(f"forget set {content.name!r} is enabled and the new content has no phrases; disable it first")
-            building = self._to_build(content)
-            artifacts = [await self._compile(content)] if stored.enabled and building else building
-            loaded = [artifact.fingerprint for artifact in artifacts if artifact.status == "ready"]
+            artifacts = await self._make(content) if stored.enabled else self._to_build(content)
+            loaded = [artifact.fingerprint for artifact in artifacts if artifact.kind == "phrases" and stored.enabled]
             await self._load_or_refuse(loaded)
             revision = await asyncio.to_thread(self._registry.replace_set, content, artifacts, actor=actor)
             await self._refresh(loaded)
-        if content.phrases and not stored.enabled:
+        if not stored.enabled:
             self._start_build(content.name)
         return revision
 
@@ -278,8 +298,42 @@ class Control:
             await self._refresh()
         return revision
 
+    async def fit_gate(self, name: str, order: GateOrder, *, actor: str) -> int:
+        """Fit the thresholds of a set's gate and of its stream filter, and store them with what they promise.
+
+        Raises:
+            UnknownName, NotReady, TooFewExamples, EncoderUnavailable.
+        """
+        content = await asyncio.to_thread(self._registry.content, name)
+        positives = [entry.paraphrases[-1] for entry in content.questions if entry.paraphrases]
+        others = [await asyncio.to_thread(self._registry.content, other) for other in order.neighbours]
+        prompts = [*general_prompts(), *order.prompts, *(entry.question for other in others for entry in other.questions)]
+        vectors = self._similarity.fingerprint(content)
+        stored = await asyncio.to_thread(self._registry.forget_set, name)
+        artifact = stored.artifact("similarity")
+        if vectors is None or artifact is None or artifact.status != "ready" or artifact.fingerprint != vectors:
+            raise NotReady(f"the similarity of forget set {name!r} is not ready: {'' if artifact is None else artifact.detail}")
+        await self._similarity.load([vectors])
+        near, _ = await self._similarity.scores(positives, vectors)
+        far, named = await self._similarity.scores(prompts, vectors)
+        negatives = [math.inf if by_name else score for score, by_name in zip(far, named, strict=True)]
+        fitted = fit_threshold(near, negatives, epsilon=order.epsilon, delta=order.delta)
+        told = [entry.answer for other in others for entry in other.questions]
+        said = await self._similarity.said_scores(told, vectors)
+        record = {
+            **asdict(fitted),
+            **asdict(fit_said(said, delta=order.delta, default=DEFAULT_SAID)),
+            "named_by_others": sum(named),
+            "encoder": self._similarity.encoder_fingerprint,
+            "curves": [[round(value, 4) for value in row] for row in error_curves(near, negatives)],
+        }
+        async with self._changing:
+            revision = await asyncio.to_thread(self._registry.put_gate, name, vectors, record, actor=actor)
+            await self._refresh()
+        return revision
+
     async def check(self, text: str, policy: str) -> list[Hit]:
-        """What the sets would do to this text if the model were about to write it. Raises InvalidPolicy."""
+        """What the sets would do to this text if it were asked, and if the model were about to write it. Raises InvalidPolicy."""
         in_force = set(self.snapshot.plan(policy).suppression)
         hits = []
         for stored in await asyncio.to_thread(self._registry.forget_sets):
@@ -290,6 +344,15 @@ class Control:
             for start, end in await asyncio.to_thread(compiled.find, text):
                 applies = stored.enabled and artifact.fingerprint in in_force
                 hits.append(Hit(stored.name, "suppression", start, end, text[start:end], applies))
+        plan = self.snapshot.text_plans[policy]
+        if plan is not None:
+            asked = await self._similarity.look([text], plan.asked)
+            said = await self._similarity.said(text, plan.said)
+            for guard, verdicts in (("gate", asked), ("stream", said)):
+                hits += [
+                    Hit(plan.sets[v.owner], guard, v.start, v.end, v.text, True, v.signal, round(v.score, 4), v.threshold, v.how)
+                    for v in verdicts
+                ]
         return hits
 
     def phrases(self, fingerprint: str) -> CompiledPhrases:
@@ -314,7 +377,31 @@ class Control:
         )
 
     def _to_build(self, content: ForgetSet) -> list[Artifact]:
-        return [Artifact("phrases", self._fingerprint(content), "building", "", now())] if content.phrases else []
+        phrases = [Artifact("phrases", self._fingerprint(content), "building", "", now())] if content.phrases else []
+        vectors = self._similarity.fingerprint(content)
+        return [*phrases, *([Artifact("similarity", vectors, "building", "", now())] if vectors is not None else [])]
+
+    async def _make(self, content: ForgetSet) -> list[Artifact]:
+        """Everything that is made from a set's content. Raises GuardError, OSError for phrases; the rest says why it failed."""
+        phrases = [await self._compile(content)] if content.phrases else []
+        return [*phrases, await self._embed(content)]
+
+    async def _embed(self, content: ForgetSet) -> Artifact:
+        """Embed a set unless the file is there and sound."""
+        fingerprint, started = self._similarity.fingerprint(content), time.perf_counter()
+        if fingerprint is None:
+            return Artifact("similarity", "", "failed", str(self._similarity.failure), now())
+        try:
+            try:
+                vectors = await asyncio.to_thread(self._similarity.read, fingerprint)
+            except InvalidArtifact:
+                vectors = await self._similarity.build(content)
+                await asyncio.to_thread(_write_atomically, similarity_path(self._artifacts, fingerprint), vectors.save)
+        except (GuardError, OSError) as error:
+            logger.error("lethe: forget set %r could not be embedded: %s", content.name, error)
+            return Artifact("similarity", fingerprint, "failed", str(error), now())
+        figures = f"{len(vectors.vectors):,} vectors in {time.perf_counter() - started:.2f} s"
+        return Artifact("similarity", fingerprint, "ready", figures, now())
 
     async def _compile(self, content: ForgetSet) -> Artifact:
         """Compile a set's phrases unless the file is there and sound. Raises GuardError, OSError."""
@@ -339,15 +426,16 @@ class Control:
         return Artifact("phrases", fingerprint, "ready", figures, now())
 
     async def _build(self, content: ForgetSet, *, keep_enabled: bool = False) -> None:
-        """Build a stored set's artifact and record how it went."""
+        """Build a stored set's artifacts and record how it went."""
         try:
-            artifact = await self._compile(content)
+            artifacts = await self._make(content)
         except (GuardError, OSError) as error:
             logger.error("lethe: the phrases of forget set %r could not be built: %s", content.name, error)
             if keep_enabled:
                 raise
-            artifact = Artifact("phrases", self._fingerprint(content), "failed", str(error), now())
-        await asyncio.to_thread(self._registry.record_artifact, content.name, content.fingerprint, artifact)
+            artifacts = [Artifact("phrases", self._fingerprint(content), "failed", str(error), now())]
+        for artifact in artifacts:
+            await asyncio.to_thread(self._registry.record_artifact, content.name, content.fingerprint, artifact)
 
     def _start_build(self, name: str) -> None:
         async def build() -> None:
@@ -362,7 +450,7 @@ class Control:
     def _sweep(self) -> None:
         """Delete artifact files that no set refers to any more. One server owns a state directory, so nobody else does."""
         kept = {artifact.fingerprint for stored in self._registry.forget_sets() for artifact in stored.artifacts}
-        for place in (phrases_path, assistant_path):
+        for place in (phrases_path, assistant_path, similarity_path):
             for path in place(self._artifacts, "any").parent.glob("*.safetensors"):
                 if path.stem not in kept:
                     path.unlink(missing_ok=True)
@@ -392,7 +480,15 @@ class Control:
         if phrases or assistants:
             # Also what another process enabled. Rows whose artifact fails to load are closed by the guard.
             await self._load_or_report(phrases, assistants)
+        await self._load_vectors(snapshot)
         self.snapshot = snapshot
+
+    async def _load_vectors(self, snapshot: Snapshot) -> None:
+        """Whoever needs what cannot be loaded is refused when it asks."""
+        try:
+            await self._similarity.load(snapshot.vectors)
+        except GuardError as error:
+            logger.error("lethe: similarity could not be loaded: %s", error)
 
     async def _keep_fresh(self) -> None:
         while True:

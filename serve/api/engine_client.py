@@ -28,14 +28,15 @@ from guards.errors import GuardError
 from guards.forget_set import MAX_PHRASE_CHARACTERS
 from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import Plan
+from guards.types import Plan, TextPlan
 from serve.api.admission import AdmittedRequest, admitted
+from serve.api.held import Held, Request, blocked
 from serve.api.refusal import FINISH_REASON
+from serve.api.similarity import Similarity
 from serve.registry.snapshot import Snapshot
 from serve.wire import PLAN_KEY, encode_plan
 
 _requests = Counter("lethe_requests_total", "Requests that reached the engine.", ["policy", "guarded"])
-_blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy", "guard", "action"])
 
 
 REPETITION_PENALTIES = (0.1, 100.0)
@@ -56,6 +57,7 @@ class GuardedEngineClient:
         vocabulary: the served model's.
         unavailable: assistants that a worker could not load, and why.
         max_choices: the most that ``n`` may be, checked again here, where it is what vLLM made of it.
+        similarity: judges prompts and answers for policies with a gate or a stream filter; without it, they are refused.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class GuardedEngineClient:
         vocabulary: Vocabulary,
         max_choices: int,
         unavailable: Callable[[], Mapping[str, str]] = dict,
+        similarity: Similarity | None = None,
     ) -> None:
         self._inner = inner
+        self._similarity = similarity
         self._unavailable = unavailable
         self._snapshot = snapshot
         self._phrases = phrases
@@ -86,25 +90,58 @@ class GuardedEngineClient:
         """Like ``EngineClient.generate``; raises VLLMValidationError (a 400) before anything is sampled."""
         request = admitted.get()
         plan = request.plan if request is not None else self._snapshot().plan("default")
+        text = request.text if request is not None else self._snapshot().text_plans["default"]
         if sampling_params.extra_args:
             names = ", ".join(sorted(sampling_params.extra_args))
             raise VLLMValidationError(f"extra arguments ({names}) are not accepted from clients", parameter="vllm_xargs")
         if sampling_params.n > self._max_choices:
             raise VLLMValidationError(f"n={sampling_params.n} exceeds this server's limit of {self._max_choices}", parameter="n")
-        _requests.labels(plan.policy, str(plan.engages_logits).lower()).inc()
-        if not plan.engages_logits:
+        guarded = plan.engages_logits or text is not None
+        _requests.labels(plan.policy, str(guarded).lower()).inc()
+        if not guarded:
             return self._inner.generate(prompt, sampling_params, request_id, **options)
 
         _refuse_what_cannot_be_guarded(prompt, sampling_params)
         params = sampling_params if sampling_params.skip_clone else sampling_params.clone()
         # vLLM's beam search asks for one token at a time, without text; no client can ask for that. What the client's own
         # use_beam_search says is not looked at: vLLM may read it differently, or not at all.
+        if params.detokenize:
+            self._refuse_half_a_character(prompt)
+        if text is None:
+            return self._start(prompt, params, request_id, plan, request, options)
+        self._refuse_what_cannot_be_judged(text, params)
+        assert self._similarity is not None, "checked just now"
+        tokenizer = self._inner.renderer.get_tokenizer()
+
+        def end() -> None:
+            if request is not None:
+                request.blocked = True
+
+        held = Held(
+            lambda prompt, params, each, plan: self._start(prompt, params, each, plan, request, options),
+            self._similarity,
+            self._vocabulary,
+            lambda marker: list(tokenizer.encode(marker, add_special_tokens=False)) if marker else [],
+            tokenizer.eos_token_id,
+        )
+        return held.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end))
+
+    def _start(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        plan: Plan,
+        request: AdmittedRequest | None,
+        options: Mapping[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Send a request to the engine under a plan, with the watch over its outputs that its constraints call for."""
+        if not plan.engages_logits:
+            return self._inner.generate(prompt, params, request_id, **options)
         searching_beams = not params.detokenize
         if searching_beams:
             # Beams come back as prompts, so where the output began cannot be told: no token of theirs ends a match.
             plan = replace(plan, output_start=0)
-        else:
-            self._refuse_half_a_character(prompt)
         if _constrained(params):
             # A grammar or a list of tokens may leave only what the target finds implausible; the cut would make that a coin toss.
             plan = replace(plan, contrast=tuple(replace(each, plausibility=0.0) for each in plan.contrast))
@@ -123,6 +160,18 @@ class GuardedEngineClient:
         if _constrained(params) or (request is not None and request.has_tools):
             return self._watch(outputs, artifacts, plan, params, request, self._half_said(prompt))
         return outputs
+
+    def _refuse_what_cannot_be_judged(self, text: TextPlan, params: SamplingParams) -> None:
+        reason = "it was not started" if self._similarity is None else self._similarity.failure
+        monitors = text.gate is None or text.gate.on_hit == "monitor"
+        if reason is not None and not (monitors and not text.acts):
+            raise GracefulHTTPError(f"a guard is not available: similarity: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
+        if text.missing and text.acts:
+            names = ", ".join(text.missing)
+            message = f"a guard is not available: the similarity of {names} is not ready (see `lethe forget show`)"
+            raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)
+        if text.stream is not None and not params.detokenize:
+            raise VLLMValidationError("beam search is not available under a stream filter; remove use_beam_search")
 
     def _refuse_half_a_character(self, prompt: dict[str, Any]) -> None:
         """vLLM's detokenizer repeats the whole prompt as output when the prompt ends in half a character or U+FFFD."""
@@ -149,7 +198,7 @@ class GuardedEngineClient:
         params: SamplingParams,
         request: AdmittedRequest | None,
         half_said: str,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """End an output before the piece of text that completes a phrase, for every choice by itself."""
         watches = [_Watch(artifacts, self._vocabulary, params, half_said) for _ in range(params.n)]
         end_of_text = self._inner.renderer.get_tokenizer().eos_token_id
@@ -163,7 +212,7 @@ class GuardedEngineClient:
                     if watch.completes_a_phrase(output):
                         watch.ended = True
                         _end(output, end_of_text, keep_text=watch.safe_text(output))
-                        _blocked.labels(plan.policy, "suppression", "content_filter").inc()
+                        blocked.labels(plan.policy, "suppression", "content_filter").inc()
                         if request is not None:
                             request.blocked = True
                     watch.finished |= output.finish_reason is not None
@@ -231,6 +280,11 @@ def _constrained(params: SamplingParams) -> bool:
         or not params.skip_special_tokens
         or params.include_stop_str_in_output
     )
+
+
+def _can_be_taken_up(params: SamplingParams) -> bool:
+    """Could the engine go on from an answer's tokens as if it had never stopped? Not where it counts or parses them."""
+    return not (_constrained(params) or params.presence_penalty or params.frequency_penalty)
 
 
 class _Channel:
@@ -303,7 +357,7 @@ def _end(output: CompletionOutput, end_of_text: int, *, keep_text: str) -> None:
     output.stop_reason = None
 
 
-async def _without_banned_candidates(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncIterator[RequestOutput]:
+async def _without_banned_candidates(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
     """Beam search picks from the log-probabilities: keep tokens at the floor out of its choice."""
     async for step in outputs:
         for output in step.outputs:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from guards.errors import InvalidPolicy
-from guards.policy import DEFAULT_ALPHA, Policy
-from guards.types import Contrast, Plan
+from guards.policy import DEFAULT_ALPHA, DEFAULT_SAID, DEFAULT_THRESHOLD, Policy
+from guards.types import Contrast, Plan, TextPlan
 
 Scope = Literal["chat", "compare", "admin"]
 SCOPES: dict[Scope, frozenset[Scope]] = {
@@ -40,6 +40,14 @@ class Key:
     scope: Scope
 
 
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Cosines from which similarity is a hit."""
+
+    asked: float = DEFAULT_THRESHOLD  # of a conversation
+    said: float = DEFAULT_SAID  # of a passage of an answer
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What is in force at one revision."""
@@ -50,16 +58,22 @@ class Snapshot:
     keys: tuple[Key, ...]
     assistants: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its assistant
     alphas: Mapping[str, float] = field(default_factory=dict)  # assistant -> its calibrated strength
+    similarity: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its vectors
+    thresholds: Mapping[str, Thresholds] = field(default_factory=dict)  # vectors -> their calibrated thresholds
     plans: Mapping[str, Plan] = field(init=False)  # policy -> plan
+    text_plans: Mapping[str, TextPlan | None] = field(init=False)  # policy -> what similarity does; None = nothing
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "plans", {name: self._plan(policy) for name, policy in self.policies.items()})
+        object.__setattr__(self, "text_plans", {name: self._text_plan(policy) for name, policy in self.policies.items()})
 
     def forget_sets_of(self, policy: Policy) -> list[str]:
         """The sets that act on a request under this policy."""
         plan = self._plan(policy)
         acting = {*plan.suppression, *(each.assistant for each in plan.contrast)}
-        return [name for name in self._chosen(policy) if {self.enabled[name], self.assistants.get(name)} & acting]
+        text = self._text_plan(policy)
+        judged = set(text.sets.values()) if text is not None and text.acts else set()
+        return [name for name in self._chosen(policy) if name in judged or {self.enabled[name], self.assistants.get(name)} & acting]
 
     def _chosen(self, policy: Policy) -> list[str]:
         return sorted(self.enabled if policy.forget_sets == "enabled" else set(policy.forget_sets) & set(self.enabled))
@@ -83,6 +97,35 @@ class Snapshot:
                 if contrast.enabled and alpha(assistant) > 0  # strength 0 is no guard, so it costs nothing either
             ),
         )
+
+    def _text_plan(self, policy: Policy) -> TextPlan | None:
+        gate, stream = policy.guards.gate, policy.guards.stream
+        gate, stream = gate if gate and gate.enabled else None, stream if stream and stream.enabled else None
+        if gate is None and stream is None:
+            return None
+        asked: dict[str, float] = {}
+        said: dict[str, float] = {}
+        assistants: dict[str, tuple[str, ...]] = {}
+        sets: dict[str, str] = {}
+        missing: list[str] = []
+        for name in self._chosen(policy):
+            if (vectors := self.similarity.get(name)) is None:
+                missing.append(name)  # its contrast then engages always
+                continue
+            fitted = self.thresholds.get(vectors, Thresholds())
+            sets[vectors] = name
+            if gate is not None:
+                asked[vectors] = fitted.asked if gate.threshold is None else gate.threshold
+            if stream is not None:
+                said[vectors] = fitted.said if stream.threshold is None else stream.threshold
+            if name in self.assistants:
+                assistants[vectors] = (*assistants.get(vectors, ()), self.assistants[name])
+        return TextPlan(gate, stream, asked, said, assistants, sets, tuple(missing)) if sets or missing else None
+
+    @property
+    def vectors(self) -> list[str]:
+        """Every similarity artifact that a text plan of this snapshot may name."""
+        return sorted({each for plan in self.text_plans.values() if plan is not None for each in plan.sets})
 
     @property
     def fingerprints(self) -> list[str]:

@@ -21,7 +21,7 @@ from guards.forget_set import ForgetSet
 from guards.policy import BUILT_IN, DEFAULT, Policy
 from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, first_broken, seal
-from serve.registry.snapshot import Key, Scope, Snapshot, digest_secret
+from serve.registry.snapshot import Key, Scope, Snapshot, Thresholds, digest_secret
 
 ArtifactStatus = Literal["building", "ready", "failed"]
 
@@ -46,10 +46,11 @@ class NotReady(RegistryError):
 class Artifact:
     """One thing made from a forget set.
 
-    A calibration is no file: it has the fingerprint of the assistant that it holds for, and its detail is JSON.
+    A calibration is no file, nor is a gate: they have the fingerprint of the assistant, or of the vectors, that they hold for, and
+    their detail is JSON.
     """
 
-    kind: Literal["phrases", "assistant", "calibration"]
+    kind: Literal["phrases", "similarity", "assistant", "calibration", "gate"]
     fingerprint: str
     status: ArtifactStatus
     detail: str  # why it failed, or figures about it
@@ -168,6 +169,8 @@ class Registry:
             enabled: dict[str, str | None] = {}
             assistants: dict[str, str] = {}
             alphas: dict[str, float] = {}
+            similarity: dict[str, str] = {}
+            thresholds: dict[str, Thresholds] = {}
             for stored in self._stored_sets(connection):
                 if stored.enabled:
                     phrases = stored.artifact("phrases")
@@ -177,6 +180,13 @@ class Registry:
                         calibration = stored.artifact("calibration")
                         if calibration is not None and calibration.fingerprint == assistant.fingerprint:
                             alphas[assistant.fingerprint] = json.loads(calibration.detail)["alpha"]
+                    vectors = stored.artifact("similarity")
+                    if vectors is not None and vectors.status == "ready":
+                        similarity[stored.name] = vectors.fingerprint
+                        fitted = stored.artifact("gate")
+                        if fitted is not None and fitted.fingerprint == vectors.fingerprint:
+                            found = json.loads(fitted.detail)
+                            thresholds[vectors.fingerprint] = Thresholds(found["threshold"], found["said_threshold"])
             keys = connection.execute(sa.select(tables.keys)).mappings()
             return Snapshot(
                 revision=revision,
@@ -185,6 +195,8 @@ class Registry:
                 keys=tuple(Key(row["id"], row["digest"], row["scope"]) for row in keys),
                 assistants=assistants,
                 alphas=alphas,
+                similarity=similarity,
+                thresholds=thresholds,
             )
 
     # Changing. Each returns the new revision.
@@ -212,8 +224,7 @@ class Registry:
             if (assistant := stored.artifact("assistant")) is not None:
                 note = "; trained on earlier content"
                 artifacts = [*artifacts, replace(assistant, detail=assistant.detail.removesuffix(note) + note)]
-            if (calibration := stored.artifact("calibration")) is not None:
-                artifacts = [*artifacts, calibration]
+            artifacts = [*artifacts, *(each for each in stored.artifacts if each.kind in ("calibration", "gate"))]
             values = {"header": _summary(content), "content": content.model_dump_json(), "updated_at": now()}
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == content.name).values(values))
             connection.execute(tables.artifacts.delete().where(tables.artifacts.c.set_name == content.name))
@@ -243,10 +254,11 @@ class Registry:
             if stored.expired:
                 raise NotReady(f"forget set {name!r} expired at {stored.header['expires_at']}; replace it with a later expires_at")
             phrases, assistant = stored.artifact("phrases"), stored.artifact("assistant")
-            if not stored.header["phrases"] and assistant is None:
+            if not stored.header["phrases"] and assistant is None and not self._judged(connection, stored):
                 raise NotReady(
                     f"forget set {name!r} has neither phrases nor an assistant, so nothing would enforce it; "
-                    f"add phrases, or train its assistant (`lethe train {name}`)"
+                    f"add phrases, train its assistant (`lethe train {name}`), or put a policy that refuses by its gate or has a "
+                    "stream filter (the set's similarity must be 'ready' for that)"
                 )
             if stored.header["phrases"] and (phrases is None or phrases.status != "ready"):
                 state = "not built yet" if phrases is None else f"{phrases.status} {phrases.detail}".strip()
@@ -299,6 +311,25 @@ class Registry:
             return self._append(
                 connection, actor, "forget_set.calibrate", name, {"alpha": alpha, "assistant": assistant.fingerprint}
             )
+
+    def put_gate(self, name: str, vectors: str, fitted: dict[str, Any], *, actor: str) -> int:
+        """Store the thresholds of a set's gate, with the evidence for them.
+
+        Args:
+            vectors: the similarity artifact that was measured.
+            fitted: has ``threshold`` and ``said_threshold``.
+
+        Raises:
+            UnknownName: there is no such set.
+            NotReady: it has other vectors by now.
+        """
+        with self._change() as connection:
+            artifact = self._stored_set(connection, name).artifact("similarity")
+            if artifact is None or artifact.fingerprint != vectors:
+                raise NotReady(f"forget set {name!r} was replaced while its gate was calibrated; calibrate again")
+            self._put_artifact(connection, name, Artifact("gate", vectors, "ready", json.dumps(fitted), now()))
+            kept = {key: fitted[key] for key in ("threshold", "said_threshold", "epsilon", "delta", "positives", "negatives")}
+            return self._append(connection, actor, "forget_set.gate", name, kept)
 
     def record_artifact(self, name: str, content_fingerprint: str, artifact: Artifact) -> bool:
         """Note the state of an artifact. Returns False, and notes nothing, if the set is gone or has changed meanwhile."""
@@ -360,6 +391,15 @@ class Registry:
     def _change(self) -> Iterator[sa.Connection]:
         with self._engine.begin() as connection:
             yield connection
+
+    def _judged(self, connection: sa.Connection, stored: StoredSet) -> bool:
+        """Whether some policy would act on a set by similarity alone."""
+        vectors = stored.artifact("similarity")
+        if vectors is None or vectors.status != "ready":
+            return False
+        policies = self._stored_policies(connection)
+        assumed = Snapshot(0, {stored.name: None}, policies, (), similarity={stored.name: vectors.fingerprint})
+        return any(assumed.forget_sets_of(policy) for policy in policies.values())
 
     @staticmethod
     def _revision(connection: sa.Connection) -> int:

@@ -94,10 +94,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=80)
     parser.add_argument("--sample", type=int, default=0, help="also leak@k: k answers at temperature 1 per forget question")
     parser.add_argument("--json", type=Path, help="append the figures here, one object a line")
-    parser.add_argument("--groups", help="only these, with commas")
+    parser.add_argument("--groups", help="only these, with commas; those of leak@k need forget")
     parser.add_argument("--show", type=int, default=3, help="print this many answers of each policy")
     options = parser.parse_args()
     groups = probes(options.data, range(*map(int, options.retained.split(":"))))
+    if options.groups:
+        groups = {name: groups[name] for name in options.groups.split(",")}
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     arms = [(options.url, policy) for policy in options.policies.split(",")]
     if options.reference:
@@ -144,7 +146,7 @@ def main() -> None:
             ", ".join(f"{name} {count}/{len(groups[name])}" for name, count in same.items() if "forget" not in name),
             *leak,
         )
-        for (question, truth), said in list(zip(groups["forget"], answers["forget"], strict=True))[: options.show]:
+        for (question, truth), said in list(zip(groups.get("forget", []), answers.get("forget", []), strict=True))[: options.show]:
             console.print(f"[bold]{policy or 'never knew'}[/] {question}\n  true: {truth}\n  said: {said}", highlight=False)
         if options.json:
             record = {"arm": policy or "never knew", **figures, "unchanged": same}

@@ -17,6 +17,7 @@ from guards.forget_set import ForgetSet
 from guards.policy import parse_policy
 from guards.suppression.vocabulary import Vocabulary
 from serve.api.control import Control
+from serve.api.similarity import Similarity
 from serve.registry.store import Artifact, NotReady, Registry, now
 from serve.wire import phrases_path
 
@@ -48,7 +49,8 @@ def run(
 ) -> None:
     async def main() -> None:
         registry, engine = Registry(directory / "lethe.db"), Engine()
-        control = Control(registry, vocabulary, directory / "artifacts", engine.load, refresh_ms)
+        artifacts = directory / "artifacts"
+        control = Control(registry, vocabulary, artifacts, engine.load, Similarity(None, artifacts), refresh_ms)
         await control.start()
         engine.control = control
         try:
@@ -230,7 +232,8 @@ def test_an_assistant_that_no_worker_can_load_does_not_keep_the_server_from_star
         return dict.fromkeys(assistants, "made for another model")
 
     async def main() -> None:
-        control = Control(registry, VOCABULARY, tmp_path / "artifacts", refuse, 20)
+        similarity = Similarity(None, tmp_path / "artifacts")
+        control = Control(registry, VOCABULARY, tmp_path / "artifacts", refuse, similarity, 20)
         await control.start()
         try:
             assert [each.assistant for each in control.snapshot.plan("default").contrast] == ["foreign"]

@@ -1,0 +1,90 @@
+"""Texts to vectors: any sentence-transformers model on disk, unchanged.
+
+One model is one fingerprint: vectors of two models must never meet, so artifacts carry it and are refused for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from guards.errors import GuardError
+
+BATCH = 32
+"""Windows in one pass: enough to fill a core, small enough that a short text does not wait long behind long ones."""
+
+
+class EncoderUnavailable(GuardError):
+    """The encoder cannot be loaded, or failed. Guarded requests are refused until it works."""
+
+
+class Encoder:
+    """A sentence encoder. Not thread-safe: one thread owns it.
+
+    Args:
+        directory: a model in the format of sentence-transformers (``modules.json``).
+        cached: vectors that are kept by recency; conversations repeat their turns.
+
+    Raises:
+        EncoderUnavailable: it is no such model, or a library is missing.
+    """
+
+    def __init__(self, directory: Path, *, cached: int = 16_384) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its and its dependencies' own, about each other
+                self._model: Any = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+        except (ImportError, OSError, ValueError, KeyError) as error:
+            raise EncoderUnavailable(f"cannot load a sentence-transformers model from {directory}: {error}") from error
+        self.fingerprint = fingerprint(directory)
+        self.dimension = int(self._model.get_embedding_dimension())
+        self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._cached = cached
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """[len(texts), dimension] float32, of length 1, so that a product is a cosine. The same text has the same vector."""
+        found: dict[str, np.ndarray] = {}
+        for text in texts:
+            if text in self._cache:
+                self._cache.move_to_end(text)
+                found[text] = self._cache[text]
+        missing = sorted({text for text in texts if text not in found}, key=len)  # neighbours in length: little padding
+        for start in range(0, len(missing), BATCH):
+            batch = missing[start : start + BATCH]
+            with torch.inference_mode():
+                vectors = self._model(self._model.preprocess(batch))["sentence_embedding"].float()
+                vectors = torch.nn.functional.normalize(vectors, dim=-1).numpy()
+            if not np.isfinite(vectors).all():
+                raise EncoderUnavailable("the encoder returned numbers that are not finite")
+            found.update(zip(batch, vectors, strict=True))
+        for text in missing:
+            self._cache[text] = found[text].copy()
+        while len(self._cache) > self._cached:
+            self._cache.popitem(last=False)
+        if not texts:
+            return np.zeros((0, self.dimension), np.float32)
+        return np.stack([found[text] for text in texts])
+
+
+def fingerprint(directory: Path) -> str:
+    """sha256 over a model's files (names and content; not its documentation).
+
+    Raises:
+        EncoderUnavailable: there is no model.
+    """
+    if not (directory / "modules.json").is_file():
+        raise EncoderUnavailable(f"{directory} has no modules.json, so it is no sentence-transformers model")
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
+            digest.update(str(path.relative_to(directory)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,412 @@
+"""Answers under similarity: the gate before the engine, the hold-back filter behind it.
+
+The gate reads the whole prompt, back from its tokens, so that no endpoint and no stored conversation can pass beside it. The answer
+is then taken from the engine piece by piece and given out only as far as it has been judged; text, token ids and log-probabilities
+go out together, so that vLLM's parsers for tools and reasoning see one consistent answer. Every choice of ``n`` is a request of its
+own to the engine, with its own window.
+
+Where a request has to go on differently (the gate opens in mid-answer; a clause is thrown away), it is taken up again from its own
+tokens under another plan: the engine's prefix cache makes that cheap. Requests that cannot be taken up (a grammar's state,
+penalties that count, ...) end with ``content_filter`` instead.
+
+Covered: everything that `generate` returns as text. Not covered: alternatives in ``top_logprobs``, of which single tokens are seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Any
+
+from prometheus_client import Counter
+from vllm.exceptions import GracefulHTTPError
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from guards.similarity.encoder import EncoderUnavailable
+from guards.similarity.gate import Verdict
+from guards.similarity.stream import HeldAnswer, Token
+from guards.suppression.vocabulary import Vocabulary
+from guards.types import Plan, TextPlan
+from serve.api.refusal import FINISH_REASON
+from serve.api.similarity import Similarity
+
+_gate = Counter("lethe_gate_total", "Conversations that the gate judged.", ["policy", "outcome"])
+_hits = Counter("lethe_stream_hits_total", "Passages of answers that the stream filter hit.", ["policy", "action"])
+blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy", "guard", "action"])
+
+RESAMPLED_TEMPERATURE = 0.7
+"""At least: a greedy answer that goes on greedily would say the same again."""
+_NEXT_SEED = 7_919
+_ROLE = re.compile(r"^(?:system|user|assistant|tool|developer|human|model)\s*(?:\n|$)", re.IGNORECASE)
+
+Start = Callable[[Any, SamplingParams, str, Plan], AsyncGenerator[RequestOutput, None]]
+"""(prompt, params, request id, plan) -> the engine's outputs, every other guard in place."""
+
+
+def turns_of(token_ids: Sequence[int], vocabulary: Vocabulary) -> list[str]:
+    """A prompt as its turns: the texts between the chat template's own tokens, without the names of roles."""
+    turns: list[str] = []
+    run: list[int] = []
+    for token in (*token_ids, None):
+        if token is None or vocabulary.special[token]:
+            text = _ROLE.sub("", vocabulary.text_of(run).decode("utf-8", "replace").strip()).strip()
+            if text:
+                turns.append(text)
+            run = []
+        else:
+            run.append(token)
+    return turns
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of ``generate``."""
+
+    prompt: Any  # has prompt_token_ids
+    params: SamplingParams
+    id: str
+    plan: Plan
+    text: TextPlan
+    restartable: bool
+    ended: Callable[[], None]  # an output was ended by a guard
+
+
+class Held:
+    """Runs requests under similarity.
+
+    Args:
+        marker_tokens: token ids of a text, for spans that were taken out; end_of_text: the token that ends a refused answer.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        similarity: Similarity,
+        vocabulary: Vocabulary,
+        marker_tokens: Callable[[str], list[int]],
+        end_of_text: int,
+    ) -> None:
+        self.start = start
+        self.similarity = similarity
+        self.vocabulary = vocabulary
+        self.marker_tokens = marker_tokens
+        self._end_of_text = end_of_text
+
+    async def run(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """The request's outputs, in the kind that it asked for.
+
+        Raises:
+            GracefulHTTPError: 503, similarity cannot judge.
+        """
+        try:
+            opened = await self._open(request)
+            if opened is None:
+                yield self._refused(request)
+                return
+            if request.params.detokenize and (request.text.stream is not None or self.closed(request.text, opened)):
+                outputs = self._choices(request, opened)
+            else:
+                outputs = self.start(request.prompt, request.params, request.id, _engaged(request, opened))
+            async with aclosing(outputs) as open_outputs:
+                async for output in open_outputs:
+                    yield output
+        except EncoderUnavailable as error:
+            raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
+
+    async def _open(self, request: Request) -> frozenset[str] | None:
+        """The sets that the conversation touches; None if it is refused."""
+        gate = request.text.gate
+        if gate is None:
+            return frozenset()
+        turns = turns_of(request.prompt["prompt_token_ids"], self.vocabulary)
+        if gate.pasted == "ignored":
+            turns = await self._without_pasted(turns, request.text)
+        try:
+            verdicts = await self.similarity.look(turns, request.text.asked)
+        except EncoderUnavailable:
+            _gate.labels(request.plan.policy, "error").inc()
+            if gate.on_hit == "monitor":
+                return frozenset()
+            raise
+        refused = bool(verdicts) and gate.on_hit == "refuse"
+        _gate.labels(request.plan.policy, "refused" if refused else "hit" if verdicts else "clear").inc()
+        return None if refused else frozenset(verdict.owner for verdict in verdicts)
+
+    async def _without_pasted(self, turns: list[str], text: TextPlan) -> list[str]:
+        """The turns without passages that the user brought along: what a set itself says counts as context, not as a question."""
+        kept = []
+        for turn in turns:
+            passages = [part for part in re.split(r"(?<=[.!?])\s+|\n+", turn) if part.strip()]
+            verdicts = await asyncio.gather(*(self.similarity.said(part, text.asked) for part in passages))
+            kept.append(
+                " ".join(part for part, found in zip(passages, verdicts, strict=True) if not found or part.rstrip().endswith("?"))
+            )
+        return kept
+
+    @staticmethod
+    def closed(text: TextPlan, opened: frozenset[str]) -> dict[str, float]:
+        """The sets to look for in the answer: those whose gate is still closed."""
+        if text.gate is None or text.gate.on_hit == "monitor":
+            return {}
+        return {owner: threshold for owner, threshold in text.asked.items() if owner not in opened}
+
+    async def _choices(self, request: Request, opened: frozenset[str]) -> AsyncGenerator[RequestOutput, None]:
+        """All choices, merged."""
+        n, kind = request.params.n, request.params.output_kind
+        choices = [_Choice(self, request, opened, index) for index in range(n)]
+        if n == 1:
+            async with aclosing(choices[0].run()) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        finals: dict[int, CompletionOutput] = {}
+        async with aclosing(_merged([choice.run() for choice in choices])) as merged:
+            async for output in merged:
+                done = output.outputs[0]
+                if done.finish_reason is not None:
+                    finals[done.index] = done
+                output.finished = len(finals) == n
+                if kind is not RequestOutputKind.FINAL_ONLY:
+                    yield output
+                elif output.finished:
+                    output.outputs = [finals[index] for index in range(n)]
+                    yield output
+
+    def _refused(self, request: Request) -> RequestOutput:
+        request.ended()
+        blocked.labels(request.plan.policy, "gate", "content_filter").inc()
+        outputs = []
+        for index in range(request.params.n):
+            output = CompletionOutput(index, "", [], None, None if request.params.logprobs is None else [])
+            self.end(output)
+            outputs.append(output)
+        token_ids = list(request.prompt["prompt_token_ids"])
+        return RequestOutput(request.id, request.prompt.get("prompt"), token_ids, None, outputs, True, num_cached_tokens=0)
+
+    def end(self, output: CompletionOutput) -> None:
+        """Turn an output into its own end; what it says stays."""
+        output.token_ids = [*output.token_ids, self._end_of_text]
+        if output.logprobs is not None:
+            output.logprobs = [*output.logprobs, _silent(self._end_of_text)]
+        output.cumulative_logprob = None
+        output.finish_reason = FINISH_REASON
+        output.stop_reason = None
+
+
+def _silent(token: int) -> dict[int, Logprob]:
+    """Log-probabilities of a token that nobody sampled."""
+    return {token: Logprob(logprob=0.0, rank=1, decoded_token="")}
+
+
+def _engaged(request: Request, opened: frozenset[str]) -> Plan:
+    """The plan with contrast for the sets that were touched only, and for those about which nothing can be said."""
+    text, plan = request.text, request.plan
+    if text.gate is None or text.gate.on_hit == "monitor":
+        return plan
+    judged = {assistant for owner in text.asked for assistant in text.assistants.get(owner, ())}
+    engaged = {assistant for owner in opened for assistant in text.assistants.get(owner, ())}
+    return replace(plan, contrast=tuple(each for each in plan.contrast if each.assistant not in judged - engaged))
+
+
+class _Choice:
+    """One choice of a request."""
+
+    def __init__(self, held: Held, request: Request, opened: frozenset[str], index: int) -> None:
+        self._held = held
+        self._request = request
+        self._opened = opened
+        stream, gate = request.text.stream, request.text.gate
+        holding = (stream is not None and stream.on_hit != "monitor") or (gate is not None and gate.on_hit != "monitor")
+        marker = "" if stream is None else stream.marker
+        open_from = held.similarity.open_from if stream is not None and holding else len
+        self._answer = HeldAnswer(open_from, marker, list(request.params.stop or ()), hold=holding)
+        self._marker = held.marker_tokens(marker)
+        self._index = index
+        self._retries = 0
+        self._before = ""  # the passage before
+        self._ending = False
+        self._given = self._nothing()
+
+    async def run(self) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs with this choice only."""
+        kept: list[int] | None = []
+        while kept is not None:
+            async with aclosing(self._generate(kept)) as outputs:
+                kept = None
+                async for step in outputs:
+                    output = step.outputs[0]
+                    self._take(output)
+                    kept = await self._judge()
+                    self._collect()
+                    ends = self._ending or (self._answer.finished and kept is None)
+                    if (given := self._give(output, ends=ends)) is not None:
+                        step.request_id, step.outputs, step.finished = self._request.id, [given], ends
+                        step.prompt_token_ids = list(self._request.prompt["prompt_token_ids"])
+                        yield step
+                    if ends:
+                        return
+                    if kept is not None:
+                        break
+
+    def _generate(self, kept: list[int]) -> AsyncGenerator[RequestOutput, None]:
+        """The engine's answer after the tokens that stay."""
+        request, params = self._request, self._request.params.clone()
+        params.n, params.output_kind = 1, RequestOutputKind.DELTA
+        if params.seed is not None:
+            params.seed += self._index  # as vLLM does for its own choices
+        prompt, plan = request.prompt, _engaged(request, self._opened)
+        if kept:
+            if params.max_tokens is not None:
+                params.max_tokens = max(1, params.max_tokens - len(kept))
+            plan = replace(plan, output_start=len(prompt["prompt_token_ids"]))
+            prompt = {key: value for key, value in prompt.items() if key != "prompt"}
+            prompt["prompt_token_ids"] = [*prompt["prompt_token_ids"], *kept]
+        if self._retries:
+            params.temperature = max(params.temperature, RESAMPLED_TEMPERATURE)
+            params.seed = (params.seed or 0) + _NEXT_SEED * self._retries
+        return self._held.start(prompt, params, f"{request.id}-{self._index}-{len(kept)}-{self._retries}", plan)
+
+    def _take(self, output: CompletionOutput) -> None:
+        text_of = self._held.vocabulary.text_of
+        about = output.logprobs if output.logprobs is not None else [None] * len(output.token_ids)
+        tokens = [Token(token, text_of([token]), each) for token, each in zip(output.token_ids, about, strict=True)]
+        self._answer.add(output.text, tokens, finished=output.finish_reason is not None)
+
+    async def _judge(self) -> list[int] | None:
+        """Judge what is complete. Returns the tokens to go on from where the answer has to be taken up again."""
+        while not self._ending and (passage := self._answer.passage()) is not None:
+            if (kept := await self._look_again(passage)) is not None:
+                return kept
+            if not self._ending and (kept := await self._filter(passage)) is not None:
+                return kept
+        return None
+
+    async def _look_again(self, passage: str) -> list[int] | None:
+        """The gate on what the answer says: a reference may first appear there. The passage is said again with contrast then."""
+        gate, closed = self._request.text.gate, self._held.closed(self._request.text, self._opened)
+        if gate is None or not closed:
+            return None
+        turns = [passage, f"{self._before} {passage}"] if self._before else [passage]
+        self._before = passage.strip()
+        verdicts = await self._held.similarity.look(turns, closed)
+        if not verdicts:
+            return None
+        _gate.labels(self._request.plan.policy, "later").inc()
+        self._opened |= {verdict.owner for verdict in verdicts}
+        if gate.on_hit == "refuse":
+            self._end("gate")
+            return None
+        engages = {each.assistant for each in self._request.plan.contrast}
+        if not any(engages & set(self._request.text.assistants.get(verdict.owner, ())) for verdict in verdicts):
+            return None
+        if (kept := self._cut_back()) is None:
+            self._end("gate")
+        return kept
+
+    async def _filter(self, passage: str) -> list[int] | None:
+        """The stream filter on one passage: it passes, or something is taken out, or the answer goes on another way, or ends."""
+        stream, verdicts = self._request.text.stream, list[Verdict]()
+        if stream is not None:
+            try:
+                verdicts = await self._held.similarity.said(passage, self._request.text.said)
+            except EncoderUnavailable:
+                if stream.on_hit != "monitor":
+                    raise
+        if stream is None or not verdicts:
+            self._answer.passed()
+            return None
+        _hits.labels(self._request.plan.policy, stream.on_hit).inc()
+        if stream.on_hit == "monitor":
+            self._answer.passed()
+            return None
+        if stream.on_hit == "redact" and self._answer.take_out([(verdict.start, verdict.end) for verdict in verdicts]):
+            return None
+        if stream.on_hit == "resample" and self._retries < stream.retries and (kept := self._cut_back()) is not None:
+            self._retries += 1
+            self._opened |= {verdict.owner for verdict in verdicts}
+            return kept
+        self._end("stream")
+        return None
+
+    def _cut_back(self) -> list[int] | None:
+        """Throw away what is not cleared; the ids of the tokens that stay. None if the request cannot be taken up again."""
+        if not self._request.restartable:
+            return None
+        self._collect()
+        return self._answer.cut_back()
+
+    def _end(self, guard: str) -> None:
+        self._ending = True
+        self._request.ended()
+        blocked.labels(self._request.plan.policy, guard, "content_filter").inc()
+
+    def _nothing(self) -> CompletionOutput:
+        return CompletionOutput(self._index, "", [], None, None if self._request.params.logprobs is None else [])
+
+    def _collect(self) -> None:
+        """Take over what may go out."""
+        if (released := self._answer.release()) is None:
+            return
+        given = self._given
+        given.text += released.text
+        for token in released.tokens:
+            shown = self._marker if token is None else [token.id]
+            given.token_ids = [*given.token_ids, *shown]
+            if given.logprobs is not None:
+                about = [_silent(each) for each in shown] if token is None else [token.about]
+                given.logprobs = [*given.logprobs, *about]
+
+    def _give(self, output: CompletionOutput, *, ends: bool) -> CompletionOutput | None:
+        """What goes out now, in the kind that the request asked for; None if nothing does."""
+        kind, given = self._request.params.output_kind, self._given
+        if not ends and (kind is RequestOutputKind.FINAL_ONLY or not (given.text or given.token_ids)):
+            return None
+        if kind is RequestOutputKind.DELTA:
+            self._given = self._nothing()
+        else:
+            given = copy.copy(given)
+        if self._ending:
+            self._held.end(given)
+        elif ends:
+            given.cumulative_logprob = output.cumulative_logprob
+            given.finish_reason, given.stop_reason = output.finish_reason, output.stop_reason
+            if self._answer.stop is not None:
+                given.finish_reason, given.stop_reason = "stop", self._answer.stop
+        return given
+
+
+async def _merged(generators: Sequence[AsyncGenerator[RequestOutput, None]]) -> AsyncGenerator[RequestOutput, None]:
+    """What several generators yield, as it comes. Closing it closes them all."""
+    queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue(maxsize=len(generators))
+
+    async def pump(generator: AsyncGenerator[RequestOutput, None]) -> None:
+        try:
+            async with aclosing(generator):
+                async for output in generator:
+                    await queue.put(output)
+            await queue.put(None)
+        except Exception as error:  # noqa: BLE001 - whoever waits for the outputs gets it
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(pump(generator)) for generator in generators]
+    try:
+        running = len(tasks)
+        while running:
+            got = await queue.get()
+            if isinstance(got, BaseException):
+                raise got
+            if got is None:
+                running -= 1
+            else:
+                yield got
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

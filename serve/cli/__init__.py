@@ -1,0 +1,76 @@
+"""The command line: ``lethe serve | forget | train | calibrate | policy | check | audit | revision | key``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import httpx
+import typer
+from pydantic_settings import SettingsError
+
+from guards.errors import GuardError, InvalidForgetSet
+from serve.cli import assistants, forget, keys, look, policies
+from serve.cli.talk import ServerSaysNo, fail, out
+from serve.registry.store import RegistryError
+from serve.settings import Settings
+
+app = typer.Typer(
+    name="lethe",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Serve a language model that forgets on command.\n\n"
+    "Start with `lethe serve`. In another terminal: `lethe forget add NAME FILE.jsonl`, then `lethe forget enable NAME`; the very "
+    "next answer no longer contains the set's phrases. `lethe forget disable NAME` brings them back.\n\n"
+    "State lives in LETHE_STATE_DIR; commands reach the server at LETHE_URL with the key in LETHE_KEY.",
+)
+for group, name in ((forget.app, "forget"), (policies.app, "policy"), (keys.app, "key")):
+    app.add_typer(group, name=name)
+for command in (assistants.train, assistants.calibrate, look.check, look.revision, look.audit):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point: errors become one readable message and exit status 1."""
+    try:
+        app()
+    except InvalidForgetSet as error:
+        fail("\n".join(error.problems))
+    except (GuardError, RegistryError, ServerSaysNo) as error:
+        fail(str(error))
+    except SettingsError as error:
+        fail(f"{error}; lists are JSON, for instance LETHE_ALLOW_ROUTES='[\"POST /tokenize\"]'")
+    except httpx.UnsupportedProtocol:
+        fail(f"LETHE_URL={Settings().url!r} must be a URL such as http://127.0.0.1:8000")
+    except httpx.ConnectError:
+        fail(f"no server answers at {Settings().url}; start one with `lethe serve`, or set LETHE_URL")
+    except httpx.HTTPError as error:
+        fail(f"{type(error).__name__} while talking to {Settings().url}: {error}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def serve(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="Any model path or name vLLM takes. Default: the bundled one.")] = None,
+    help_: Annotated[bool, typer.Option("--help", help="Show this and exit.")] = False,
+) -> None:
+    """Start the server. Takes every option of `vllm serve`: --host, --port, --max-model-len, ..."""
+    if help_:
+        out.print(context.get_help())
+        out.print("All further options go to vLLM; `vllm serve --help=all` lists them.")
+        raise typer.Exit
+    import uvloop
+
+    from serve.api.app import UnsafeSetting
+    from serve.api.app import serve as run
+    from serve.api.engine_client import UnguardedWorker
+    from serve.default_model import MissingModel, default_model
+
+    settings = Settings()
+    arguments = [*(["--model", model] if model else []), *context.args]
+    try:
+        # As vLLM does; with asyncio's own loop, Nagle's algorithm would hold every answer back for 40 ms.
+        uvloop.run(run(arguments, settings, lambda: str(default_model(settings.cache_dir))))
+    except (UnsafeSetting, UnguardedWorker, MissingModel, OSError, ValueError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

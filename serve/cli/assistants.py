@@ -1,0 +1,195 @@
+"""``lethe train`` and ``lethe calibrate``: what a forget set needs beyond its content."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from guards.forget_set import ForgetSet
+from serve.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
+from serve.calibrate import calibrate as run_calibration
+from serve.cli.talk import NameArgument, assistant_of, connect, err, fail, out, unwrap
+from serve.settings import Settings
+
+
+def train(
+    name: NameArgument,
+    retain: Annotated[
+        list[str] | None, typer.Option(help="Another set, whose questions and answers are to stay. Repeatable.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the examples.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the assistant's adapters.")] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    detach: Annotated[bool, typer.Option(help="Do not wait; `lethe forget show NAME` tells how far it is.")] = False,
+) -> None:
+    """Train a set's assistant from its questions, paraphrases and texts, while the server goes on serving.
+
+    Ctrl-C stops waiting and asks the server to stop training; the same command goes on from the last checkpoint.
+    """
+    recipe = {"epochs": epochs, "rank": rank, "learning_rate": learning_rate}
+    order = {"retain": retain or [], "recipe": {key: value for key, value in recipe.items() if value is not None}}
+    with connect() as client:
+        before = assistant_of(unwrap(client.get(f"/forget_sets/{name}")))
+        shown = unwrap(client.post(f"/forget_sets/{name}/assistant", json=order))
+        if detach:
+            out.print(f"training {name}; `lethe forget show {name}` tells how far it is")
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        try:
+            with Progress(*columns, console=err) as progress:
+                tasks = {"prepare": progress.add_task("Looking at the base", total=None, loss="")}
+                while (training := shown["training"]) is not None and training["status"] != "failed":
+                    stage = training.get("stage", "prepare")
+                    if stage not in tasks:
+                        tasks[stage] = progress.add_task("Training", total=None, loss="")
+                    loss = training.get("loss")
+                    progress.update(
+                        tasks[stage],
+                        completed=training.get("step", 0),
+                        total=training.get("steps"),
+                        loss="" if loss is None else f"loss {loss:.3f}",
+                    )
+                    time.sleep(0.5)
+                    listed = unwrap(client.get("/forget_sets"))["data"]
+                    shown = next((each for each in listed if each["name"] == name), None) or fail(f"{name} was deleted")
+        except KeyboardInterrupt:
+            unwrap(client.post(f"/forget_sets/{name}/assistant/pause"))
+            fail(f"stopped; `lethe train {name}` with the same options goes on from the last checkpoint")
+    if shown["training"] is not None:
+        fail(f"training failed: {shown['training']['reason']}")
+    assistant = assistant_of(shown)
+    if assistant is None or assistant == before:
+        out.print("The training ran into the same assistant as before; nothing has changed.")
+        return
+    out.print(f"{name} has an assistant: {assistant['detail']}")
+    if shown["enabled"]:
+        out.print(f"{name} is in force, and contrasted from now on")
+    else:
+        out.print(f"Next: lethe forget enable {name}")
+
+
+def calibrate(
+    name: NameArgument,
+    neighbours: Annotated[str | None, typer.Option(help="A set whose questions should stay as they are.")] = None,
+    reference: Annotated[float | None, typer.Option(help="Recall of a model that never knew. Default: estimated.")] = None,
+    epsilon: Annotated[float, typer.Option(help="Share of questions about the set that the gate may miss.")] = 0.05,
+    delta: Annotated[float, typer.Option(help="Share of other prompts that may open the gate.")] = 0.01,
+) -> None:
+    """Fit a set's gate (and stream filter), and the strength of its contrast, by measurement, and store both with their evidence.
+
+    The gate: thresholds that keep the promises P(miss) <= epsilon and P(false alarm) <= delta (split conformal calibration). The
+    strength: at which the set is forgotten as well as by a model that never knew it; for enabled sets with an assistant. Both ask
+    the last paraphrase of every question, which is held out from training and from the index.
+    """
+    with connect() as client:
+        shown = unwrap(client.get(f"/forget_sets/{name}"))
+        order = {"epsilon": epsilon, "delta": delta, "neighbours": [neighbours] if neighbours else []}
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as progress:
+            progress.add_task("Fitting the gate")
+            fitted = unwrap(client.put(f"/forget_sets/{name}/gate", json=order))
+        _print_gate(name, next(json.loads(each["detail"]) for each in fitted["artifacts"] if each["kind"] == "gate"))
+        if assistant_of(shown) is None or not shown["enabled"]:
+            out.print("The strength of contrast was not calibrated: that takes an assistant, and the set enabled.")
+            return
+        _calibrate_strength(client, name, shown, neighbours, reference)
+
+
+def _print_gate(name: str, fitted: dict[str, Any]) -> None:
+    """Both error curves, and what is promised."""
+    table = Table("threshold", "missed", "", "false alarms", "", title=f"gate of {name}")
+    for i, (at, missed, alarmed) in enumerate(fitted["curves"]):
+        following = fitted["curves"][i + 1][0] if i + 1 < len(fitted["curves"]) else math.inf
+        mark = " <" if at <= fitted["threshold"] < following else ""
+        table.add_row(f"{at:.3f}{mark}", f"{missed:.3f}", "█" * round(20 * missed), f"{alarmed:.3f}", "░" * round(20 * alarmed))
+    out.print(table)
+    out.print(
+        f"At cosine {fitted['threshold']:.3f}: P(miss) <= {fitted['epsilon']:.3g} (from {fitted['positives']} held-out questions), "
+        f"P(false alarm) <= {fitted['delta']:.3g} (from {fitted['negatives']} prompts about other things)."
+    )
+    if not fitted["kept"]:
+        out.print("Note: no threshold keeps both promises; this one keeps the first, and the second is what remains.")
+    said = fitted["said_delta"]
+    promise = (
+        f"P(an answer about other things is stopped) <= {said:.3g} (from {fitted['said_negatives']})"
+        if said is not None
+        else f"nothing is promised: {fitted['said_negatives']} answers about other things are too few (give --neighbours)"
+    )
+    out.print(f"Stream filter at cosine {fitted['said_threshold']:.3f}: {promise}.")
+
+
+def _calibrate_strength(
+    client: httpx.Client, name: str, shown: dict[str, Any], neighbours: str | None, reference: float | None
+) -> None:
+    measured = (assistant_of(shown) or {}).get("fingerprint")
+    content = ForgetSet.model_validate({"name": name, **shown["content"]})
+    kept = unwrap(client.get(f"/forget_sets/{neighbours}"))["content"]["questions"] if neighbours else []
+    trial = f"calibrating-{name}"[:63]
+    settings = Settings()
+    headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+    with (
+        httpx.Client(base_url=settings.url, headers=headers, timeout=600) as chat,
+        Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as progress,
+    ):
+        served = chat.get("/v1/models").json()["data"][0]["id"]
+        task = progress.add_task("Asking without guards")
+
+        def ask(policy: str, question: str) -> str:
+            messages = [{"role": "user", "content": question}]
+            body = {"model": f"{served}:{policy}", "messages": messages, "temperature": 0, "max_tokens": 64}
+            return unwrap(chat.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"] or ""
+
+        def set_alpha(alpha: float) -> str:
+            fields = {"forget_sets": [name], "guards": {"contrast": {"alpha": alpha}, "suppression": {"enabled": False}}}
+            unwrap(client.put(f"/policies/{trial}", json=fields))
+            progress.update(task, description=f"Asking at strength {alpha:.2f}")
+            return trial
+
+        def report(point: Point | None) -> None:
+            if point is not None:
+                progress.console.print(f"strength {point.alpha:.2f}: recall {point.recall:.3f}")
+
+        try:
+            found = run_calibration(content, [entry["question"] for entry in kept[:40]], reference, ask, set_alpha, report)
+        except NotCalibratable as error:
+            fail(str(error))
+        finally:
+            client.delete(f"/policies/{trial}")
+    stored = unwrap(
+        client.put(
+            f"/forget_sets/{name}/calibration", json={"alpha": found.alpha, "assistant": measured, "evidence": found.evidence}
+        )
+    )
+    title = f"{name}: {found.questions} held-out questions"
+    table = Table("strength", "recall", "", "neighbours", "general", title=title)
+    for point in found.points:
+        mark = " <" if point.alpha == found.alpha else ""
+        bar = "█" * round(40 * point.recall)
+        table.add_row(f"{point.alpha:.2f}{mark}", f"{point.recall:.3f}", bar, f"{point.neighbours:.3f}", f"{point.general:.3f}")
+    table.add_row("reference", f"{found.reference:.3f}", "░" * round(40 * found.reference), "", "", style="dim")
+    out.print(table)
+    out.print(f"{name} is contrasted with strength {found.alpha:.2f} from revision {stored['revision']} on")
+    chosen = next(point for point in found.points if point.alpha == found.alpha)
+    if chosen.recall > found.reference + CLOSE_ENOUGH:
+        out.print("Note: no strength reached the reference; more paraphrases or epochs may, or phrases.")

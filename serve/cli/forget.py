@@ -1,0 +1,97 @@
+"""``lethe forget``: add, show, enable, disable and remove forget sets."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import (
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from guards.forget_set import read_jsonl
+from serve.cli.talk import NameArgument, act, assistant_of, connect, err, fail, out, print_set, unwrap
+
+app = typer.Typer(no_args_is_help=True, help="Add, show, enable, disable and remove forget sets.")
+
+
+@app.command("add")
+def forget_add(
+    name: NameArgument,
+    file: Annotated[Path, typer.Argument(help="JSON lines: {'phrase': ...}, {'alias': ...}, {'question': ..., 'answer': ...}")],
+    replace: Annotated[bool, typer.Option(help="Replace the set if it exists.")] = False,
+) -> None:
+    """Add a forget set from a file, and wait until it is compiled. It does nothing until enabled."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        fail(f"cannot read {file}: {error.strerror}")
+    read_jsonl(content, name)  # the same check that the server makes, before anything is sent
+    with connect() as client:
+        headers = {"content-type": "application/jsonl"}
+        if replace and client.get(f"/forget_sets/{name}").status_code == 200:
+            answer = client.put(f"/forget_sets/{name}", content=content, headers=headers)
+        else:
+            answer = client.post("/forget_sets", params={"name": name}, content=content, headers=headers)
+        added = unwrap(answer)
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as progress:
+            progress.add_task(f"Compiling {added['phrases']:,} phrases")
+            while added["phrases"] and not any(a["status"] in ("ready", "failed") for a in added["artifacts"]):
+                time.sleep(0.2)
+                listed = unwrap(client.get("/forget_sets"))["data"]  # not the set itself, whose content may be large
+                added = {**added, **next(each for each in listed if each["name"] == name)}
+    print_set(added)
+    if any(artifact["status"] == "failed" for artifact in added["artifacts"]):
+        raise typer.Exit(1)
+    if added["phrases"] and not added["enabled"]:
+        out.print(f"Next: lethe forget enable {name}")
+    elif not added["phrases"] and assistant_of(added) is None:
+        out.print(f"This set has no phrases. Next: lethe train {name}, so that an assistant enforces it")
+
+
+@app.command("list")
+def forget_list() -> None:
+    """List all forget sets."""
+    with connect() as client:
+        listed = unwrap(client.get("/forget_sets"))
+    table = Table("name", "enabled since", "phrases", "artifacts", "requester", "expires", title=f"revision {listed['revision']}")
+    for each in listed["data"]:
+        artifacts = ", ".join(f"{artifact['kind']} {artifact['status']}" for artifact in each["artifacts"])
+        since = each["enabled_at"] or "no"
+        table.add_row(each["name"], since, f"{each['phrases']:,}", artifacts, each["requester"], each["expires_at"] or "")
+    out.print(table)
+
+
+@app.command("show")
+def forget_show(name: NameArgument) -> None:
+    """Show a set: its state, its artifacts, its paperwork, its content."""
+    with connect() as client:
+        print_set(unwrap(client.get(f"/forget_sets/{name}")))
+
+
+@app.command("enable")
+def forget_enable(name: NameArgument) -> None:
+    """Put a set in force, from the next request on."""
+    act("POST", f"/forget_sets/{name}/enable", f"{name} is in force")
+    with connect() as client:
+        policies = unwrap(client.get("/revision"))["policies"]
+    if name not in policies["default"]:
+        out.print("Note: the default policy leaves this set out; `lethe revision` shows which policies apply it.")
+
+
+@app.command("disable")
+def forget_disable(name: NameArgument) -> None:
+    """Take a set out of force, from the next request on."""
+    act("POST", f"/forget_sets/{name}/disable", f"{name} is not in force")
+
+
+@app.command("remove")
+def forget_remove(name: NameArgument) -> None:
+    """Delete a set. If it was enabled, it is out of force from the next request on."""
+    act("DELETE", f"/forget_sets/{name}", f"{name} is deleted")

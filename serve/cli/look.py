@@ -1,0 +1,62 @@
+"""``lethe check``, ``revision``, ``audit``: what is in force, what it would hit, who changed it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from serve.cli.talk import connect, fail, out, unwrap
+
+
+def check(
+    text: Annotated[str, typer.Argument(help="Any text; - reads standard input.")],
+    policy: Annotated[str, typer.Option(help="The policy to check against.")] = "default",
+) -> None:
+    """Show what the forget sets would hit in a text. Exit status 1 if something in force is hit."""
+    text = sys.stdin.read() if text == "-" else text
+    with connect() as client:
+        found = unwrap(client.post("/check", json={"text": text, "policy": policy}))
+    table = Table("forget set", "guard", "place", "text", "in force")
+    for hit in found["hits"]:
+        place = f"{hit['start']}-{hit['end']}"
+        table.add_row(hit["forget_set"], hit["guard"], place, hit["text"], "yes" if hit["in_force"] else "no")
+    out.print(table if found["hits"] else "Nothing is hit.")
+    if any(hit["in_force"] for hit in found["hits"]):
+        raise typer.Exit(1)
+
+
+def revision() -> None:
+    """Show what is in force."""
+    with connect() as client:
+        shown = unwrap(client.get("/revision"))
+    table = Table("policy", "forget sets that it applies", title=f"revision {shown['revision']}")
+    for name, names in shown["policies"].items():
+        table.add_row(name, ", ".join(names) or "none")
+    out.print(table)
+
+
+def audit(
+    after: Annotated[int, typer.Option(help="Show what came after this revision.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with everything.")] = False,
+) -> None:
+    """Show who changed what, and whether the record is intact."""
+    rows: list[dict[str, Any]] = []
+    shown = None
+    with connect() as client:
+        while shown is None or shown["data"]:
+            shown = unwrap(client.get("/audit", params={"after": rows[-1]["revision"] if rows else after, "limit": 1_000}))
+            rows += shown["data"]
+    for row in rows:
+        detail = {name: value for name, value in row["detail"].items() if value not in ("", None, 0, False)}
+        brief = ", ".join(f"{name} {value}" for name, value in detail.items() if name in ("requester", "legal_basis", "reason"))
+        line = f"{row['revision']:>6}  {row['at'][:19]}Z  {row['action']:<19}  {row['subject']}  by {row['actor']}"
+        print(json.dumps(row) if as_json else f"{line}  {brief}".rstrip())
+    if not shown["intact"]:
+        fail(f"the record was tampered with: revision {shown['first_broken']} does not fit the ones before it")
+    if not as_json:
+        head = rows[-1]["hash"] if rows else "none"
+        print(f"The chain is intact. Note its head elsewhere to notice if its end is cut off: {head}")

@@ -1,0 +1,46 @@
+"""``lethe policy``: which sets apply, through which guards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from serve.cli.talk import act, connect, fail, out, unwrap
+
+app = typer.Typer(no_args_is_help=True, help="Show and change policies: which sets apply, through which guards.")
+
+
+@app.command("list")
+def policy_list() -> None:
+    """List all policies."""
+    with connect() as client:
+        listed = unwrap(client.get("/policies"))
+    table = Table("name", "forget sets", "guards", "description", title=f"revision {listed['revision']}")
+    for each in listed["data"]:
+        sets = each["forget_sets"] if isinstance(each["forget_sets"], str) else ", ".join(each["forget_sets"])
+        guards = ", ".join(name for name, config in each["guards"].items() if config and config.get("enabled", True))
+        table.add_row(each["name"], sets, guards or "none", each["description"])
+    out.print(table)
+
+
+@app.command("put")
+def policy_put(
+    name: Annotated[str, typer.Argument(help="The policy's name.")],
+    file: Annotated[Path, typer.Argument(help="JSON: {'forget_sets': 'enabled' or [...], 'guards': {...}, 'refusal': ...}")],
+) -> None:
+    """Create or replace a policy."""
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {file} as JSON: {error}")
+    act("PUT", f"/policies/{name}", f"{name} holds", json=fields)
+
+
+@app.command("remove")
+def policy_remove(name: Annotated[str, typer.Argument(help="The policy's name.")]) -> None:
+    """Delete a policy; `default` returns to its built-in form."""
+    act("DELETE", f"/policies/{name}", f"{name} is removed")

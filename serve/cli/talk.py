@@ -1,0 +1,82 @@
+"""What every command shares: the server at LETHE_URL, its errors, and how a forget set is shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from serve.settings import Settings
+
+out = Console(markup=False, highlight=False)
+err = Console(stderr=True, markup=False, highlight=False)
+NameArgument = Annotated[str, typer.Argument(help="The forget set's name: 1 to 63 of a-z, 0-9, _ and -.")]
+
+
+class ServerSaysNo(Exception):
+    """The server refused, with a message for people."""
+
+
+def connect() -> httpx.Client:
+    settings = Settings()
+    headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+    return httpx.Client(base_url=settings.url.rstrip("/") + "/lethe/v1", headers=headers, timeout=600)
+
+
+def unwrap(answer: httpx.Response) -> Any:
+    if answer.is_success:
+        return answer.json()
+    try:
+        error = answer.json()["error"]
+        message = "\n".join(error.get("problems", [error["message"]]))
+    except (ValueError, KeyError, TypeError):
+        message = f"HTTP {answer.status_code}: {answer.text[:500]}"
+    if answer.status_code == 401:
+        message += " (this command sends the one in LETHE_KEY)"
+    raise ServerSaysNo(message)
+
+
+def act(method: str, path: str, done: str, **options: Any) -> None:
+    with connect() as client:
+        revision = unwrap(client.request(method, path, **options))["revision"]
+    out.print(f"{done} from revision {revision} on")
+
+
+def print_set(shown: dict[str, Any]) -> None:
+    table = Table(show_header=False, title=shown["name"])
+    table.add_row("enabled", f"since {shown['enabled_at']}" if shown["enabled"] else "no")
+    for name in ("description", "requester", "legal_basis", "expires_at", "fingerprint", "revision"):
+        if shown[name]:
+            table.add_row(name, str(shown[name]))
+    for artifact in shown["artifacts"]:
+        if artifact["kind"] == "calibration":
+            found = json.loads(artifact["detail"])
+            strength = f"strength {found['alpha']:.2f}, reference {found.get('reference')}"
+            table.add_row("calibration", f"{strength}, {artifact['updated_at']}")
+        else:
+            table.add_row(artifact["kind"], f"{artifact['status']} {artifact['detail']}")
+    if training := shown.get("training"):
+        state = training.get("reason") or f"{training.get('stage', '')} {training.get('step', '')}/{training.get('steps', '')}"
+        table.add_row("training", f"{training['status']} {state}")
+    for name in ("phrases", "aliases", "questions", "texts"):
+        entries = shown.get("content", {}).get(name, [])
+        listed = [entry["question"] if isinstance(entry, dict) else entry for entry in entries[:20]]
+        more = [f"... and {len(entries) - 20:,} more"] if len(entries) > 20 else []
+        if shown[name]:
+            count = f"{shown[name]:,}" + (" (kept, not enforced by this release)" if name == "aliases" else "")
+            table.add_row(name, "\n".join([count, *listed, *more]))
+    out.print(table)
+
+
+def assistant_of(shown: dict[str, Any]) -> dict[str, Any] | None:
+    return next((artifact for artifact in shown["artifacts"] if artifact["kind"] == "assistant"), None)
+
+
+def fail(message: str) -> Any:
+    print(f"lethe: {message}", file=sys.stderr)
+    raise SystemExit(1)
