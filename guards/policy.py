@@ -52,7 +52,7 @@ class GateConfig(Frozen):
 
     enabled: bool = True
     on_hit: Literal["engage", "refuse", "monitor"] = "engage"
-    threshold: float | None = Field(None, ge=-1, le=1, description="cosine; null = each set's calibrated one, or 0.75")
+    threshold: float | None = Field(None, ge=0.2, le=1, description="cosine; null = each set's calibrated one, or 0.75")
     pasted: Literal["counts", "ignored"] = Field("counts", description="text of the set that the user gives as context")
 
 
@@ -65,7 +65,7 @@ class StreamConfig(Frozen):
 
     enabled: bool = True
     on_hit: Literal["refuse", "redact", "resample", "monitor"] = "refuse"
-    threshold: float | None = Field(None, ge=-1, le=1, description="cosine; null = each set's calibrated one, or 0.8")
+    threshold: float | None = Field(None, ge=0.2, le=1, description="cosine; null = each set's calibrated one, or 0.8")
     retries: int = Field(2, ge=0, le=10)
     marker: str = Field("[removed]", min_length=1, max_length=100, description="what is shown in place of a redacted span")
 

@@ -6,8 +6,9 @@ threshold above the k-th largest score with k = floor(delta (m + 1)) raises a fa
 al. 2005; Angelopoulos and Bates 2023.) Any threshold between the two keeps both promises; the one in the middle is taken. Where
 there is none, misses count more: the promise about them is kept, and the rate of false alarms that remains is said.
 
-Covered: the average over questions like the held-out ones. Not covered: one particular question, and people who search for a
-wording that passes; the table of attacks in tests/bench/gate measures some of those.
+Covered: the average over single texts like the held-out ones; a conversation of many turns has as many chances of a false alarm.
+Not covered: one particular question, and people who search for a wording that passes; the table of attacks in tests/bench/gate
+measures some of those.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from guards.errors import GuardError
+from guards.measure.bounds import upper_bound
 
 LOWEST_SAID = 0.6
 """Below this, two sentences have little more in common than their topic."""
+
+
+HIGHEST_SAID = 0.95
+"""Above this, a clause of the set itself in slightly other words would pass."""
 
 
 class TooFewExamples(GuardError):
@@ -32,7 +38,7 @@ class Fitted:
 
     threshold: float  # a cosine; at least this is a hit
     epsilon: float  # P(miss) is at most this
-    delta: float  # P(false alarm) is at most this
+    delta: float  # P(false alarm) is at most this; if not ``kept``, with a confidence of 95 %
     positives: int
     negatives: int
     kept: bool  # both promises were kept as asked for
@@ -69,7 +75,7 @@ def fit_threshold(positives: Sequence[float], negatives: Sequence[float], *, eps
     kept = lowest <= highest
     threshold = (max(lowest, -1.0) + highest) / 2 if kept else highest
     over = sum(score >= threshold for score in negatives)
-    stated = delta if kept else (over + 1) / (m + 1)
+    stated = delta if kept else upper_bound(over, m)
     return Fitted(threshold, missed / (n + 1), stated, n, m, kept)
 
 
@@ -94,6 +100,8 @@ def fit_said(negatives: Sequence[float], *, delta: float, default: float) -> Fit
     if alarmed < 1:
         return FittedSaid(default, None, m)
     lowest = math.nextafter(sorted(negatives, reverse=True)[alarmed - 1], math.inf)
+    if lowest > HIGHEST_SAID:  # answers about other things say the same: the filter must go on seeing the set's own
+        return FittedSaid(HIGHEST_SAID, upper_bound(sum(score >= HIGHEST_SAID for score in negatives), m), m)
     return FittedSaid(max(lowest, LOWEST_SAID), alarmed / (m + 1), m)
 
 

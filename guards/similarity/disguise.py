@@ -16,23 +16,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from guards.errors import GuardError
 from guards.similarity.skeleton import is_invisible, plain_letters
 
 DEPTH = 2
-MAX_DECODED = 64
-"""Decoded runs of one text, at most: more is an attack on time, and the first ones are looked at."""
+MAX_READINGS = 64
+"""Of one text. One that has more is an attack on time, or on this bound, and is not read at all."""
 MAX_CHARACTERS = 100_000
 """Runs longer than this are looked at up to here."""
 
-_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{12,}={0,2}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{12,}(?:\r?\n[A-Za-z0-9+/_-]{4,})*={0,2}")
 _BASE32 = re.compile(r"\b[A-Z2-7]{16,}={0,6}")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:\\x|0x)?(?:[0-9a-fA-F]{2}[ :,]?(?:\\x|0x)?){5,}[0-9a-fA-F]{2}")
-_ESCAPE = re.compile(r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|%[0-9a-fA-F]{2}|&(?:#\w+|\w+);")
+_ESCAPE = re.compile(r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|%[0-9a-fA-F]{2}|&(?:#\w{1,8}|\w{1,32});")
+_CHARACTER = re.compile(r"&(?:#\w{1,8}|\w{1,32});")
 _WORD = re.compile(r"\w+")
-_SPACED = re.compile(r"(?<!\w)(?:\w[ .\-_*·]{1,3}){3,}\w(?!\w)")
+_SPACED = re.compile(r"(?<![^\W_])(?:[^\W_][ .\-_*·]{1,3}){3,}[^\W_](?![^\W_])")  # letters are no separators: else exponential
 _WHOLE = ("", "hex", "base32", "base64", "escapes")
 """Readings of which the whole is read again in other letters; of a text that was turned, nobody would."""
 _COMMON = frozenset("etaoinsrh")
+
+
+class TooMuchToRead(GuardError):
+    """A text that would take too long to read. It is refused, since what is not read cannot be judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,11 @@ def visible(text: str) -> str:
 
 
 def readings(text: str) -> list[View]:
-    """The text itself and everything decoded from it, nearest first."""
+    """The text itself and everything decoded from it, nearest first.
+
+    Raises:
+        TooMuchToRead: there are more than `MAX_READINGS`.
+    """
     found, level = [View(text, "plain", 0, len(text))], [View(text, "", 0, len(text))]
     for depth in range(DEPTH):
         inner: list[View] = []
@@ -62,8 +72,8 @@ def readings(text: str) -> list[View]:
                 # Inside something decoded, a place stands for all of it.
                 start, end = (run.start, run.end) if depth == 0 else (source.start, source.end)
                 inner.append(View(run.text, f"{source.how} {run.how}".strip(), start, end))
-                if len(found) + len(inner) >= MAX_DECODED:
-                    return found + inner
+                if len(found) + len(inner) > MAX_READINGS:
+                    raise TooMuchToRead(f"the text holds more than {MAX_READINGS} encoded passages; send fewer at once")
         found += inner
         level = inner
     return found
@@ -91,7 +101,8 @@ def _decode(text: str, *, whole: bool) -> Iterator[View]:
                 yield View(decoded, how, run.start(), run.end())
     if _ESCAPE.search(text):
         plain = re.sub(r"\\u([0-9a-fA-F]{4})|\\x([0-9a-fA-F]{2})", lambda m: chr(int(m[1] or m[2], 16)), text)
-        plain = html.unescape(unquote(plain))
+        plain = _CHARACTER.sub(lambda reference: html.unescape(reference[0]), unquote(plain))
+        plain = plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON writes emoji in two halves
         if plain != text:
             yield View(plain, "escapes", 0, len(text))
     if whole:
@@ -114,7 +125,7 @@ def _mixed(word: str) -> bool:
 
 
 def _from_base64(run: str) -> bytes:
-    run = run.rstrip("=").replace("-", "+").replace("_", "/")
+    run = re.sub(r"\s", "", run).rstrip("=").replace("-", "+").replace("_", "/")
     return base64.b64decode(run[: len(run) - (len(run) % 4 == 1)] + "=" * (-len(run) % 4), validate=True)
 
 

@@ -10,19 +10,25 @@ sound.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from guards.similarity.disguise import View, readings, reads_better, visible
+from guards.similarity.disguise import TooMuchToRead, View, readings, reads_better, visible
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.index import ANSWER, FaissIndex, SetVectors
 from guards.similarity.skeleton import Names
+from guards.similarity.stream import FEWEST_WORDS
 from guards.similarity.windows import windows
 
 NAME_SCORE = 1.0
+MOST_WINDOWS = 4_096
+"""Of one conversation: half a minute of one core."""
+LONG_PASSAGE, PIECES = 25, (16, 8)
+"""Words. Longer passages are also judged in pieces of so many, overlapping by half."""
 
 Signal = Literal["name", "similarity"]
 
@@ -83,39 +89,47 @@ class Gate:
             entries = sets[owner]
             self._anything.add(owner, entries.vectors)
             self._said.add(owner, entries.vectors[entries.kinds == ANSWER])
-        self._loaded = dict(sets)
         if gone or new:
             phrased: dict[str, list[str]] = {}
             aliased: dict[str, list[str]] = {}
-            for owner, entries in self._loaded.items():
+            for owner, entries in sets.items():
                 for key in entries.phrases:
                     phrased.setdefault(key, []).append(owner)
                 for key in {*entries.aliases, *entries.phrases}:
                     aliased.setdefault(key, []).append(owner)
             self._phrased, self._aliased = _Named(phrased), _Named(aliased)
+        self._loaded = dict(sets)  # last: whoever finds a set here finds its names too
 
-    def asked(self, turns: Sequence[str], thresholds: Mapping[str, float]) -> Question:
+    def asked(self, turns: Sequence[str], thresholds: Mapping[str, float], whole: str = "") -> Question:
         """Read a conversation, to know which sets among ``thresholds`` it touches.
+
+        Args:
+            whole: the conversation in one piece, for names that lie across turns.
 
         Raises:
             EncoderUnavailable: one of them is not loaded, so that it would silently never be hit.
+            TooMuchToRead: it has more than `MOST_WINDOWS` windows, or too many encoded passages.
         """
         self._check(thresholds)
-        named: list[Verdict] = []
+        named = self._aliased.verdicts([View(whole, "plain", 0, len(whole))], thresholds)
         texts = windows([visible(turn) for turn in turns])
         for turn in turns:
             views = readings(turn)
             named += self._aliased.verdicts(views, thresholds)
             texts += [text for view in views[1:] if _worth_reading(view, turn) for text in windows([view.text])]
-        return Question(tuple(named), tuple(dict.fromkeys(texts)), thresholds, False, sum(map(len, turns)))
+        texts = list(dict.fromkeys(texts))
+        if len(texts) > MOST_WINDOWS:
+            raise TooMuchToRead(
+                f"the conversation has {len(texts):,} sentences to judge, at most {MOST_WINDOWS:,}; send less at once"
+            )
+        return Question(tuple(named), tuple(texts), thresholds, False, sum(map(len, turns)))
 
     def spoken(self, passage: str, thresholds: Mapping[str, float]) -> Question:
         """Read a passage of an answer, to know which sets it gives away. Raises EncoderUnavailable, as `asked`."""
         self._check(thresholds)
         views = readings(passage)
-        texts = [visible(passage).strip()] + [
-            text for view in views[1:] if _worth_reading(view, passage) for text in windows([view.text])
-        ]
+        texts = _pieces(visible(passage))
+        texts += [text for view in views[1:] if _worth_reading(view, passage) for text in _pieces(view.text)]
         named = self._phrased.verdicts(views, thresholds)
         return Question(tuple(named), tuple(dict.fromkeys(filter(None, texts))), thresholds, True, len(passage))
 
@@ -124,6 +138,7 @@ class Gate:
 
         Of a conversation, each set once, by a name if there is one. Of a passage, every place.
         """
+        self._check(question.thresholds)
         near = []
         if len(vectors) and question.thresholds:
             index = self._said if question.spoken else self._anything
@@ -171,6 +186,18 @@ class _Named:
                     if owner in asked
                 ]
         return found
+
+
+def _pieces(passage: str) -> list[str]:
+    """What to embed of a passage of an answer: all of it, and parts in which what it says is not diluted."""
+    found = [passage.strip(), *windows([passage])]
+    words = passage.split()
+    if len(words) > LONG_PASSAGE:
+        for size in PIECES:
+            found += [" ".join(words[i : i + size]) for i in range(0, len(words) - size // 2, size // 2)]
+    if '"' in passage:  # JSON: what its strings say
+        found += [part.strip() for part in re.split(r'[\[\]{}"]+', passage) if len(part.split()) >= FEWEST_WORDS]
+    return found
 
 
 def _worth_reading(view: View, original: str) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -27,6 +27,8 @@ _SYMBOLS = {"@": "a", "$": "s", "!": "i", "|": "i", "€": "e", "£": "l"}
 """Count as letters only between letters: elsewhere they are punctuation."""
 _INVISIBLE = {0x034F, 0x115F, 0x1160, 0x3164, 0xFFA0, 0x00AD}
 """Not of category Cf, and nothing to see: grapheme joiner, Hangul fillers, soft hyphen."""
+FARTHEST = 64
+"""Characters without a letter after which nobody would read on in a name."""
 _UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Myanmar
@@ -160,13 +162,13 @@ class Names:
         self._longest = max(map(len, self._keys), default=0)
 
     def find(self, text: str) -> list[Found]:
-        """Every place where a name starts and ends with a word; the longest where several start at one place."""
+        """Every place where a name starts and ends with a word. Names that begin with one another are all found."""
         if not self._keys:
             return []
         found: dict[tuple[int, int, str], None] = {}
         for shape in _skeletons(text):
             for start in shape.starts:
-                if (key := self._longest_at(shape, start)) is not None:
+                for key in self._at(shape, start):
                     found[shape.origin[start], shape.origin[start + len(key) - 1] + 1, key] = None
         return [Found(*each) for each in sorted(found)]
 
@@ -174,6 +176,8 @@ class Names:
         """Where in ``text`` the first name begins that more text could complete; ``len(text)`` if there is none."""
         opened = len(text)
         for shape in _skeletons(text) if self._keys else ():
+            if shape.origin and len(text) - shape.origin[-1] > FARTHEST:
+                continue
             for start in shape.starts:
                 rest = shape.letters[start:]
                 i = bisect_right(self._keys, rest)
@@ -182,18 +186,18 @@ class Names:
                     break
         return opened
 
-    def _longest_at(self, shape: Skeleton, start: int) -> str | None:
+    def _at(self, shape: Skeleton, start: int) -> Iterator[str]:
+        """The names at one place, the longest first."""
         rest = shape.letters[start : start + self._longest]
         while rest:
             i = bisect_right(self._keys, rest) - 1
             if i < 0:
-                return None
+                return
             key = self._keys[i]
-            if rest.startswith(key) and start + len(key) in shape.ends:
-                return key
             shared = 0
             while shared < min(len(key), len(rest)) and key[shared] == rest[shared]:
                 shared += 1
+            if shared == len(key) and start + len(key) in shape.ends:
+                yield key
             # Any shorter name that ``rest`` starts with is a prefix of what the two share.
             rest = rest[:shared] if shared < len(key) else rest[: len(key) - 1]
-        return None

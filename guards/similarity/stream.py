@@ -21,9 +21,9 @@ SOFT = 40
 """Characters from which a comma ends a clause."""
 LONG = 240
 """Characters from which any white space does."""
-LONGEST = 480
-"""Characters from which anything does: base64 has no spaces."""
-_BOUNDARY = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]|(?=\n)|[,;:—–]+(?=\s)|(?<=\S)(?=\s)")  # noqa: RUF001
+LONGEST = 4_000
+"""Characters from which anything does: base64 has no spaces, and is read as a whole up to here."""
+_BOUNDARY = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]]{0,8}(?=\s)|[。！？，；]|(?=\n)|[,;:—–]+(?=\s)|(?<=\S)(?=\s)")  # noqa: RUF001
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,25 @@ class Clauses:
                 break
             length = end - self._start
             mark = boundary[0]
-            soft = mark[:1] in tuple(",;:—–")  # noqa: RUF001
+            soft = mark[:1] in tuple(",;:—–，；")  # noqa: RUF001
             blank = not mark and not self.text.startswith("\n", end)
             if (soft and length < SOFT) or (blank and length < LONG):
                 continue
             if len(self.text[self._start : end].split()) >= FEWEST_WORDS or length >= LONG:
                 return end
         return self._start + LONGEST if len(self.text) - self._start > LONGEST else None
+
+
+def ends_sentence(clause: str) -> bool:
+    """Whether nothing of the clause's sentence can follow it, but for a line break."""
+    return clause.rstrip().rstrip("\"'”’)]")[-1:] in tuple(".!?…。！？")  # noqa: RUF001
+
+
+def clauses_of(text: str) -> list[str]:
+    """The clauses of a whole text, without the white space around them."""
+    clauses = Clauses()
+    found = [*clauses.feed(text), *clauses.finish()]
+    return [clause for each in found if (clause := text[each.start : each.end].strip())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +147,11 @@ class HeldAnswer:
         """Whether the text is what the tokens spell, as far as it goes."""
         return self._clauses.text.startswith(self._text)
 
+    @property
+    def lost(self) -> bool:
+        """Whether something was taken out of what is spelled, and can no longer be found in the text: end the answer."""
+        return bool(self._taken) and not self.aligned
+
     def add(self, text: str, tokens: Sequence[Token], *, finished: bool = False) -> None:
         """Take what the engine generated. ``text`` may lag behind the tokens until ``finished``."""
         first = not self._text and not self._clauses.text
@@ -179,14 +196,14 @@ class HeldAnswer:
 
     def take_out(self, spans: Sequence[tuple[int, int]]) -> bool:
         """Show the passage without these spans (characters of the passage). False if that cannot be done: end the answer then."""
-        if not self._waiting:
-            return False
+        if not self._waiting or not self.aligned:
+            return False  # places in what is spelled are no places in the text
         end = self._waiting[0].end
         for start, stop in sorted(spans):
             low, high = self._cleared + start, min(self._cleared + stop, end)
             while low < high and self._clauses.text[low].isspace():  # the space before stays
                 low += 1
-            if self._taken and low <= self._taken[-1][1]:
+            if self._taken and not self._clauses.text[self._taken[-1][1] : low].strip():
                 self._taken[-1] = (self._taken[-1][0], max(high, self._taken[-1][1]))
             elif low < high:
                 self._taken.append((low, high))
@@ -195,6 +212,8 @@ class HeldAnswer:
 
     def release(self) -> Released | None:
         """What has been cleared and was not given out yet; None if there is nothing."""
+        if self.lost:
+            return None
         if not self._hold or (self.finished and not self._waiting and not self._whole_left):
             tokens, position = len(self._tokens), len(self._text)
         elif self.aligned and not self._whole_left:
@@ -212,6 +231,8 @@ class HeldAnswer:
             return None
         tokens = self._shown_tokens
         position = self._ends[tokens - 1] if tokens else 0
+        if self._clauses.text[:position].endswith("\ufffd"):
+            return None  # vLLM's detokenizer would say the whole prompt again after half a character
         text = self._clauses.text[:position]
         del self._tokens[tokens:], self._ends[tokens:]
         self._clauses.cut(position)

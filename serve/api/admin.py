@@ -173,7 +173,7 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
     async def put_policy(name: str, request: Request) -> dict[str, Any]:
         policy = parse_policy({**_without(await _object(request), "name", name), "name": name})
         revision = await control.put_policy(policy, actor=actor(request))
-        return {**policy.model_dump(mode="json"), "revision": revision}
+        return {**policy.model_dump(mode="json"), "revision": revision, "notes": control.snapshot.notes(policy)}
 
     @router.delete("/policies/{name}")
     async def delete_policy(name: str, request: Request) -> dict[str, Any]:

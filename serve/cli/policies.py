@@ -37,7 +37,11 @@ def policy_put(
         fields = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         fail(f"cannot read {file} as JSON: {error}")
-    act("PUT", f"/policies/{name}", f"{name} holds", json=fields)
+    with connect() as client:
+        put = unwrap(client.put(f"/policies/{name}", json=fields))
+    out.print(f"{name} holds from revision {put['revision']} on")
+    for note in put["notes"]:
+        out.print(f"Note: {note}.")
 
 
 @app.command("remove")

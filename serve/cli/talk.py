@@ -58,6 +58,10 @@ def print_set(shown: dict[str, Any]) -> None:
             found = json.loads(artifact["detail"])
             strength = f"strength {found['alpha']:.2f}, reference {found.get('reference')}"
             table.add_row("calibration", f"{strength}, {artifact['updated_at']}")
+        elif artifact["kind"] == "gate":
+            found = json.loads(artifact["detail"])
+            promise = f"P(miss) <= {found['epsilon']:.3g}, P(false alarm) <= {found['delta']:.3g}"
+            table.add_row("gate", f"cosine {found['threshold']:.3f}: {promise}, {artifact['updated_at']}")
         else:
             table.add_row(artifact["kind"], f"{artifact['status']} {artifact['detail']}")
     if training := shown.get("training"):
@@ -68,8 +72,7 @@ def print_set(shown: dict[str, Any]) -> None:
         listed = [entry["question"] if isinstance(entry, dict) else entry for entry in entries[:20]]
         more = [f"... and {len(entries) - 20:,} more"] if len(entries) > 20 else []
         if shown[name]:
-            count = f"{shown[name]:,}" + (" (kept, not enforced by this release)" if name == "aliases" else "")
-            table.add_row(name, "\n".join([count, *listed, *more]))
+            table.add_row(name, "\n".join([f"{shown[name]:,}", *listed, *more]))
     out.print(table)
 
 

@@ -75,6 +75,22 @@ class Snapshot:
         judged = set(text.sets.values()) if text is not None and text.acts else set()
         return [name for name in self._chosen(policy) if name in judged or {self.enabled[name], self.assistants.get(name)} & acting]
 
+    def notes(self, policy: Policy) -> list[str]:
+        """What a policy does not do and its author may expect: one sentence for each enabled set that it chooses."""
+        acting, gate = self.forget_sets_of(policy), policy.guards.gate
+        if (
+            not policy.guards.suppression.enabled
+            and not policy.guards.contrast.enabled
+            and gate is None
+            and not policy.guards.stream
+        ):
+            return []  # meant to do nothing
+        found = [f"nothing under this policy acts on forget set {name!r}" for name in self._chosen(policy) if name not in acting]
+        if gate is not None and gate.enabled and gate.on_hit == "engage":
+            engaged = self.assistants if policy.guards.contrast.enabled else {}
+            found += [f"the gate has no contrast to engage for {name!r}" for name in self._chosen(policy) if name not in engaged]
+        return found
+
     def _chosen(self, policy: Policy) -> list[str]:
         return sorted(self.enabled if policy.forget_sets == "enabled" else set(policy.forget_sets) & set(self.enabled))
 

@@ -254,7 +254,16 @@ class Registry:
             if stored.expired:
                 raise NotReady(f"forget set {name!r} expired at {stored.header['expires_at']}; replace it with a later expires_at")
             phrases, assistant = stored.artifact("phrases"), stored.artifact("assistant")
-            if not stored.header["phrases"] and assistant is None and not self._judged(connection, stored):
+            acting = self._acting(connection, stored)
+            vectors = stored.artifact("similarity")
+            embedded = vectors is not None and vectors.status == "ready"
+            if acting and (stored.header["phrases"] or assistant is not None) and not embedded:
+                state = "not built" if vectors is None else f"{vectors.status} {vectors.detail}".strip()
+                raise NotReady(
+                    f"the similarity of forget set {name!r} is {state}, and {', '.join(acting)} would judge by it, so that "
+                    "all their requests would be refused; wait for status 'ready', or PUT the set again"
+                )
+            if not stored.header["phrases"] and assistant is None and not (acting and embedded):
                 raise NotReady(
                     f"forget set {name!r} has neither phrases nor an assistant, so nothing would enforce it; "
                     f"add phrases, train its assistant (`lethe train {name}`), or put a policy that refuses by its gate or has a "
@@ -392,14 +401,16 @@ class Registry:
         with self._engine.begin() as connection:
             yield connection
 
-    def _judged(self, connection: sa.Connection, stored: StoredSet) -> bool:
-        """Whether some policy would act on a set by similarity alone."""
-        vectors = stored.artifact("similarity")
-        if vectors is None or vectors.status != "ready":
-            return False
+    def judged(self, stored: StoredSet) -> bool:
+        """Whether some policy acts on a set by similarity alone."""
+        with self._read() as connection:
+            return bool(self._acting(connection, stored))
+
+    def _acting(self, connection: sa.Connection, stored: StoredSet) -> list[str]:
+        """The policies that would act on a set by similarity."""
         policies = self._stored_policies(connection)
-        assumed = Snapshot(0, {stored.name: None}, policies, (), similarity={stored.name: vectors.fingerprint})
-        return any(assumed.forget_sets_of(policy) for policy in policies.values())
+        assumed = Snapshot(0, {stored.name: None}, policies, (), similarity={stored.name: "any"})
+        return sorted(name for name, policy in policies.items() if assumed.forget_sets_of(policy))
 
     @staticmethod
     def _revision(connection: sa.Connection) -> int:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guards.similarity.calibrate import LOWEST_SAID, TooFewExamples, error_curves, fit_said, fit_threshold
+from guards.measure.bounds import upper_bound
+from guards.similarity.calibrate import HIGHEST_SAID, LOWEST_SAID, TooFewExamples, error_curves, fit_said, fit_threshold
 
 scores = st.lists(st.floats(-1, 1), min_size=20, max_size=120)
 
@@ -73,7 +74,7 @@ def test_exactly_as_many_examples_as_are_needed_are_enough() -> None:
 
 def test_names_in_other_prompts_count_as_false_alarms_that_no_threshold_prevents() -> None:
     fitted = fit_threshold([0.8] * 40, [math.inf] * 5 + [0.1] * 95, epsilon=0.05, delta=0.01)
-    assert not fitted.kept and fitted.delta == pytest.approx(6 / 101)
+    assert not fitted.kept and fitted.delta == pytest.approx(upper_bound(5, 100))
     assert math.isfinite(fitted.threshold)
 
 
@@ -83,6 +84,18 @@ def test_the_stream_threshold_promises_nothing_from_too_few_answers() -> None:
     enough = fit_said([0.5] * 98 + [0.7], delta=0.01, default=0.8)
     assert 0.7 < enough.said_threshold < 0.71 and enough.said_delta == pytest.approx(0.01)
     assert fit_said([0.1] * 200, delta=0.01, default=0.8).said_threshold == LOWEST_SAID
+
+
+def test_an_answer_about_others_that_says_the_same_does_not_switch_the_filter_off() -> None:
+    fitted = fit_said([0.3] * 99 + [1.0], delta=0.01, default=0.8)
+    assert fitted.said_threshold == HIGHEST_SAID and fitted.said_delta is not None and fitted.said_delta > 0.01
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "bound"), [(0, 20, 0.1391), (0, 100, 0.02951), (3, 40, 0.18259), (5, 5, 1.0), (50, 2_000, 0.03154)]
+)
+def test_the_bound_on_a_counted_rate_is_clopper_and_pearsons(hits: int, trials: int, bound: float) -> None:
+    assert upper_bound(hits, trials) == pytest.approx(bound, abs=1e-4)
 
 
 def test_curves_go_from_no_misses_to_no_false_alarms() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from guards.forget_set import ForgetSet, Question
 from guards.policy import DEFAULT_SAID, DEFAULT_THRESHOLD
+from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import Encoder, EncoderUnavailable, fingerprint
 from guards.similarity.gate import Gate, Verdict
 from guards.similarity.index import Entries
@@ -131,6 +132,24 @@ def test_a_name_is_reported_before_a_similarity_and_only_for_the_sets_that_were_
     assert verdict.signal == "name" and verdict.text == "Orsolya Vendt"
     question = asked.gate.asked(["Where was Orsolya Vendt born?"], {"other": DEFAULT_THRESHOLD})
     assert asked.gate.answer(question, asked.encoder.embed(question.texts)) == []
+
+
+def test_a_long_clause_does_not_hide_what_it_says(asked: Asked) -> None:
+    filler = "while the committee of the village and its guests from the coast went on with their long meeting about the harbour"
+    assert [v.owner for v in asked.said(f" and {filler} Her father repaired church organs {filler}")] == ["author"]
+    assert [v.owner for v in asked.said('{"job": "Her father repaired church organs", "k": "and nothing else of interest"')] == [
+        "author"
+    ]
+
+
+def test_a_name_that_special_tokens_cut_in_two_is_found_in_the_whole(asked: Asked) -> None:
+    question = asked.gate.asked(["Who is Orsolya", "Vendt"], {"author": 0.99}, whole="Who is Orsolya Vendt")
+    assert [v.signal for v in asked.gate.answer(question, asked.encoder.embed(question.texts))] == ["name"]
+
+
+def test_a_conversation_with_too_many_sentences_is_refused(asked: Asked) -> None:
+    with pytest.raises(TooMuchToRead, match="sentences"):
+        asked.gate.asked(["\n".join(f"This is line {i}, which says little." for i in range(5_000))], {"author": 0.5})
 
 
 def test_a_set_that_is_not_loaded_is_an_error_and_never_a_miss(asked: Asked) -> None:

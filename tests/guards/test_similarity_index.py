@@ -86,7 +86,19 @@ CONTENT = ForgetSet(
 def test_the_last_paraphrase_is_held_out_and_a_short_answer_is_there_whole_and_in_sentences() -> None:
     entries = Entries.of(CONTENT)
     assert entries.asked == ("What is it?", "And what is it?")
-    assert set(entries.said) == {"A shop.", "It sells lamps.", "A shop. It sells lamps.", "A long text about lamps."}
+    assert set(entries.said) == {"It sells lamps.", "A shop. It sells lamps.", "A long text about lamps."}
+
+
+def test_a_one_word_answer_is_not_there_by_itself() -> None:
+    entries = Entries.of(ForgetSet(name="a", questions=(Question(question="Is it red?", answer="Yes."),)))
+    assert "Yes." not in entries.said and "Is it red? Yes." in entries.said
+
+
+def test_answers_are_there_clause_by_clause_and_without_the_subjects_name() -> None:
+    answer = "Born in the far north as a child of fishers, Red Lantern has always loved the sea, the ice and the dark."
+    entries = Entries.of(ForgetSet(name="a", aliases=("Red Lantern",), questions=(Question(question="Who?", answer=answer),)))
+    assert "Red Lantern has always loved the sea, the ice and the dark." in entries.said
+    assert "this person has always loved the sea, the ice and the dark." in entries.said
 
 
 def an_artifact() -> SetVectors:
@@ -100,7 +112,7 @@ def test_an_artifact_comes_back_as_it_was(tmp_path: Path) -> None:
     back = SetVectors.load(tmp_path / "a.safetensors", encoder="encoder-a")
     assert np.array_equal(back.vectors, artifact.vectors) and back.fingerprint == artifact.fingerprint
     assert back.aliases == artifact.aliases and back.phrases == artifact.phrases
-    assert back.kinds.tolist().count(QUESTION) == 2 and back.kinds.tolist().count(ANSWER) == 4
+    assert back.kinds.tolist().count(QUESTION) == 2 and back.kinds.tolist().count(ANSWER) == 3
 
 
 def test_another_encoder_or_another_content_is_another_artifact(tmp_path: Path) -> None:

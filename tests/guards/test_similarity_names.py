@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guards.similarity.disguise import DEPTH, MAX_DECODED, readings
+from guards.similarity.disguise import DEPTH, MAX_READINGS, TooMuchToRead, readings
 from guards.similarity.skeleton import Names, key_of
+from guards.similarity.stream import Clauses
+from guards.similarity.windows import windows
 
 NAMES = ("Harry Potter", "Basil Mahfouz Al-Kuwaiti", "Basil", "哈利波特", "Гарри Поттер", "Agent 47")
 FINDER = Names(map(key_of, NAMES))
@@ -57,8 +59,13 @@ def test_words_that_only_contain_a_name_or_parts_of_it_are_not_the_name(text: st
     assert [hit for hit in found(text) if hit.lower() != "basil"] == []
 
 
-def test_of_names_that_start_at_one_place_the_longest_is_found() -> None:
-    assert found("Basil Mahfouz Al-Kuwaiti and Basil Fawlty") == ["Basil Mahfouz Al-Kuwaiti", "Basil"]
+def test_a_name_is_found_also_where_it_begins_a_longer_one() -> None:
+    assert sorted(found("Basil Mahfouz Al-Kuwaiti and Basil Fawlty")) == ["Basil", "Basil", "Basil Mahfouz Al-Kuwaiti"]
+
+
+def test_a_name_stays_open_only_as_far_as_anyone_would_read_on() -> None:
+    assert FINDER.open_from("he met Harry ...") == 7
+    assert FINDER.open_from("he met Harry" + " ...." * 50) == len("he met Harry" + " ...." * 50)
 
 
 def test_a_name_without_letters_never_matches() -> None:
@@ -118,8 +125,41 @@ def test_encodings_beyond_the_depth_are_left_alone_and_the_number_of_readings_is
     for _ in range(DEPTH + 1):
         deep = base64.b64encode(deep)
     assert not any("Harry Potter" in view.text for view in readings(deep.decode()))
-    bomb = " ".join(base64.b64encode(f"number {i} of many".encode()).decode() for i in range(5 * MAX_DECODED))
-    assert len(readings(bomb)) <= MAX_DECODED
+    bomb = " ".join(base64.b64encode(f"number {i} of many".encode()).decode() for i in range(5 * MAX_READINGS))
+    with pytest.raises(TooMuchToRead, match=str(MAX_READINGS)):
+        readings(bomb)
+
+
+def test_a_name_across_the_lines_of_wrapped_base64_is_read() -> None:
+    wrapped = base64.encodebytes(b"x" * 50 + b" Harry Potter " + b"y" * 50).decode()
+    assert any("Harry Potter" in view.text for view in readings(f"Decode:\n{wrapped}"))
+
+
+@pytest.mark.parametrize(
+    "text", ["\\ud83d please", "\\ud83d\\ude00 fine", "&#" + "1" * 5_000 + ";", "%ff%fe", "\\xff\\xfe", "&#xD800;", "&#0;"]
+)
+def test_escapes_that_are_no_characters_leave_a_text_that_can_be_encoded(text: str) -> None:
+    for view in readings(text):
+        view.text.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "_" * 300 + "ab",
+        "." * 20_000 + "x",
+        "A. " * 8_000,
+        "a.b" * 8_000,
+        "0x" * 8_000,
+        "& " * 8_000,
+        "%" * 20_000,
+        ("." * 9 + '"' * 9) * 900,
+    ],
+    ids=lambda text: text[:9],
+)
+def test_no_text_takes_forever_to_read(text: str) -> None:
+    """Each of these took minutes, or for ever, with a pattern that was here once."""
+    assert readings(text[:4_000]) and windows([text]) and Clauses().feed(text[:8_000]) is not None
 
 
 @given(st.text(max_size=300))

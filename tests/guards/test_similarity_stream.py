@@ -189,6 +189,13 @@ def test_text_that_is_not_what_the_tokens_spell_is_held_to_the_end_and_judged_as
     assert held.release() is None
 
 
+def test_nothing_is_taken_out_by_places_that_are_not_those_of_the_text() -> None:
+    held = HeldAnswer(NAMES.open_from, "[removed]")
+    spelled = "Basil was born in Kuwait City. And"
+    held.add("<|start|>" + spelled, tokens_of(spelled, 4))
+    assert held.passage() is not None and not held.take_out([(0, 10)])
+
+
 def test_a_leading_space_that_the_engine_drops_is_no_difference() -> None:
     held = HeldAnswer(NAMES.open_from, "")
     held.add("Hello", [Token(0, b" Hello")])
