@@ -42,6 +42,7 @@ class Plan:
     suppression: tuple[str, ...] = ()  # fingerprints of CompiledPhrases artifacts
     contrast: tuple[Contrast, ...] = ()
     output_start: int | None = None  # index of the first output token; None = the prompt's length
+    forced: tuple[int, ...] = ()  # what is sampled, whatever the logits say: to read off how likely it was
 
     @property
     def engages_logits(self) -> bool:

@@ -33,6 +33,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "suppression": list(plan.suppression),
         "contrast": [astuple(each) for each in plan.contrast],
         "output_start": plan.output_start,
+        "forced": list(plan.forced),
     }
 
 
@@ -46,7 +47,8 @@ def decode_plan(extra_args: Mapping[str, Any] | None) -> Plan | None:
         return None
     fields = extra_args[PLAN_KEY]
     contrast = tuple(Contrast(*each) for each in fields["contrast"])
-    return Plan(fields["revision"], fields["policy"], tuple(fields["suppression"]), contrast, fields["output_start"])
+    suppression, forced = tuple(fields["suppression"]), tuple(fields["forced"])
+    return Plan(fields["revision"], fields["policy"], suppression, contrast, fields["output_start"], forced)
 
 
 def load_phrases(artifacts: Path, fingerprint: str) -> CompiledPhrases:

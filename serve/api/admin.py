@@ -31,6 +31,7 @@ from guards.similarity.encoder import EncoderUnavailable
 from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
 from serve.api.control import Control, GateOrder
+from serve.api.scoring import ScoreOrder, Scorer, Unscorable
 from serve.registry.store import NameTaken, NotReady, Registry, RegistryError, StoredSet, UnknownName
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
@@ -43,6 +44,7 @@ _STATUS: dict[type[Exception], int] = {
     Untrainable: 400,
     TooFewExamples: 400,
     EncoderUnavailable: 503,
+    Unscorable: 400,
 }
 
 
@@ -80,7 +82,7 @@ class _Route(APIRoute):
         return handle_errors
 
 
-def attach(app: FastAPI, control: Control, registry: Registry) -> None:
+def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer) -> None:
     """Add the admin routes to vLLM's app."""
     router = APIRouter(prefix=ADMIN_PREFIX, route_class=_Route, tags=["lethe"])
 
@@ -206,6 +208,14 @@ def attach(app: FastAPI, control: Control, registry: Registry) -> None:
             raise InvalidPolicy(f"text has {len(text):,} characters, at most {MAX_TEXT_CHARACTERS:,} are checked at once; split it")
         hits = await control.check(text, policy)
         return {"revision": control.snapshot.revision, "policy": policy, "hits": [asdict(hit) for hit in hits]}
+
+    @router.post("/score")
+    async def score(request: Request) -> dict[str, Any]:
+        try:
+            order = ScoreOrder.model_validate(await _object(request))
+        except ValidationError as error:
+            raise InvalidPolicy("; ".join(describe_validation(error))) from None
+        return {"revision": control.snapshot.revision, "policy": order.policy, "scores": await scorer.score(order)}
 
     async def _shown(name: str, revision: int) -> dict[str, Any]:
         stored = await asyncio.to_thread(registry.forget_set, name)

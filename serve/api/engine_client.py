@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from http import HTTPStatus
@@ -126,6 +127,42 @@ class GuardedEngineClient:
         )
         return held.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end))
 
+    async def score(self, prompt: Sequence[int], continuation: Sequence[int], policy: str) -> list[float]:
+        """How likely a continuation is under a policy: log-probabilities as sampling at temperature 1 would use them.
+
+        The engine is made to say the continuation; each token's log-probability is that of the combined distribution (base,
+        assistants, masks) after the ones before it. A gate judges the prompt once; a stream filter does not judge at all.
+
+        Args:
+            prompt, continuation: token ids, at least one of each.
+
+        Raises:
+            InvalidPolicy: there is no such policy.
+            GuardError: a guard is not available, or this engine cannot be made to say anything (Model Runner V2).
+        """
+        snapshot = self._snapshot()
+        plan, text = snapshot.plan(policy), snapshot.text_plans[policy]
+        params = SamplingParams(temperature=0, max_tokens=len(continuation), ignore_eos=True, logprobs=0, skip_special_tokens=False)
+        inputs = {"type": "token", "prompt_token_ids": list(prompt)}
+        request_id = f"score-{uuid.uuid4().hex}"
+        if text is not None and text.gate is not None:
+            assert self._similarity is not None
+            held = Held(self._no_start, self._similarity, self._vocabulary, lambda _: [], 0)
+            plan = await held.plan_of(Request(inputs, params, request_id, plan, text, False, lambda: None))
+        plan = replace(plan, forced=tuple(continuation))
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        async for step in self._start(inputs, params, request_id, plan, None, {}):
+            output = step.outputs[0]
+            if list(output.token_ids) != list(continuation):
+                raise GuardError("this engine's tokens cannot be forced (Model Runner V2); score on a server with Model Runner V1")
+            assert output.logprobs is not None, "they were asked for"
+            return [entry[token].logprob for token, entry in zip(continuation, output.logprobs, strict=True)]
+        raise GuardError("the engine ended the request without an answer; try again")
+
+    @staticmethod
+    def _no_start(*_: object) -> AsyncGenerator[RequestOutput, None]:
+        raise AssertionError("only the gate is asked")
+
     def _start(
         self,
         prompt: Any,
@@ -136,13 +173,13 @@ class GuardedEngineClient:
         options: Mapping[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Send a request to the engine under a plan, with the watch over its outputs that its constraints call for."""
-        if not plan.engages_logits:
+        if not plan.engages_logits and not plan.forced:
             return self._inner.generate(prompt, params, request_id, **options)
         searching_beams = not params.detokenize
         if searching_beams:
             # Beams come back as prompts, so where the output began cannot be told: no token of theirs ends a match.
             plan = replace(plan, output_start=0)
-        if _constrained(params):
+        if _constrained(params) and not plan.forced:
             # A grammar or a list of tokens may leave only what the target finds implausible; the cut would make that a coin toss.
             plan = replace(plan, contrast=tuple(replace(each, plausibility=0.0) for each in plan.contrast))
         params.extra_args = {PLAN_KEY: encode_plan(plan)}
@@ -157,6 +194,8 @@ class GuardedEngineClient:
         outputs = self._inner.generate(prompt, params, request_id, **options)
         if searching_beams and not _constrained(params):
             return _without_banned_candidates(outputs)
+        if plan.forced:
+            return outputs  # nobody is shown it
         if _constrained(params) or (request is not None and request.has_tools):
             return self._watch(outputs, artifacts, plan, params, request, self._half_said(prompt))
         return outputs

@@ -135,6 +135,12 @@ class Held:
         except EncoderUnavailable as error:
             raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
 
+    async def plan_of(self, request: Request) -> Plan:
+        """The plan that the gate would give a request; one that it would refuse is engaged. Raises EncoderUnavailable."""
+        opened = await self._open(request)
+        everything = Opened(frozenset(request.text.asked), frozenset())
+        return _engaged(request, everything if opened is None else opened)
+
     async def _open(self, request: Request) -> Opened | None:
         """What the conversation touches; None if it is refused for it."""
         gate, text = request.text.gate, request.text

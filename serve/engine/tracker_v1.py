@@ -1,7 +1,8 @@
-"""The V1 model runner's tracker (CPU, and GPUs in eager mode): a logits processor that touches no logits.
+"""The V1 model runner's tracker (CPU, and GPUs in eager mode): a logits processor that touches no client's logits.
 
 vLLM tells processors about every request that enters, leaves or moves in the batch, before each forward pass. That is all that
-is needed to know which batch row belongs to which slot.
+is needed to know which batch row belongs to which slot. Only requests whose plan forces their tokens (`GuardedEngineClient.score`)
+have theirs replaced, after vLLM has taken their log-probabilities.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ class TrackerV1(LogitsProcessor):
             repair_seeds()
         self._slot_of_row = torch.full((vllm_config.scheduler_config.max_num_seqs + 1,), -1, dtype=torch.int64)
         self.guards.rows_of_batch = self._slot_of_row[:0].to(self.guards.device)
+        self._forced: dict[int, tuple[tuple[int, ...], list[int]]] = {}  # row -> what it is made to say, what it has said
 
     def is_argmax_invariant(self) -> bool:
         # "True" would let vLLM skip this processor when every request samples greedily.
         return False
 
     def apply(self, logits: Tensor) -> Tensor:
+        for row, (tokens, output) in self._forced.items():
+            if row < len(logits) and len(output) < len(tokens):
+                logits[row] = -torch.inf
+                logits[row, tokens[len(output)]] = 0.0
         return logits
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -42,6 +48,8 @@ class TrackerV1(LogitsProcessor):
         for row, params, prompt, output in batch_update.added:
             self._vacate(row)
             plan = decode_plan(params.extra_args)
+            if plan is not None and plan.forced:
+                self._forced[row] = plan.forced, output
             if plan is not None and plan.engages_logits:
                 self.guards.load(plan)
                 self._slot_of_row[row] = self.guards.slots.admit(plan, prompt, output)
@@ -53,9 +61,15 @@ class TrackerV1(LogitsProcessor):
                 self._vacate(target)
                 self._slot_of_row[source] = -1
             self._slot_of_row[target] = moving
+            there = self._forced.pop(target, None)
+            if (here := self._forced.pop(source, None)) is not None:
+                self._forced[target] = here
+            if there is not None and direction is MoveDirectionality.SWAP:
+                self._forced[source] = there
         self.guards.rows_of_batch = self._slot_of_row[: batch_update.batch_size].to(self.guards.device, copy=True)
 
     def _vacate(self, row: int) -> None:
+        self._forced.pop(row, None)
         slot = int(self._slot_of_row[row])
         if slot >= 0:
             self.guards.slots.release(slot)

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from guards.measure.truth import Answered, forget_quality, forget_truth, probability
+
 GENERAL = [
     "What do bees eat?",
     "Write a limerick about a frog.",
@@ -80,6 +82,16 @@ def ask(url: str, model: str, question: str, max_tokens: int, **sampling: Any) -
     return [choice["message"]["content"] or "" for choice in answer.json()["choices"]]
 
 
+def scored(url: str, policy: str, row: dict[str, Any]) -> Answered:
+    """How likely the true, the reworded and the wrong answers to a question are, through the server's own distribution."""
+    answers = [row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]]
+    body = {"policy": policy or "none", "question": row["question"], "continuations": answers}
+    response = httpx.post(f"{url}/lethe/v1/score", json=body, timeout=600)
+    response.raise_for_status()
+    losses = [-each["logprob"] / each["tokens"] for each in response.json()["scores"]]
+    return Answered(losses[0], losses[1], tuple(losses[2:]), 0.0)
+
+
 def main() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -93,6 +105,7 @@ def main() -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=80)
     parser.add_argument("--sample", type=int, default=0, help="also leak@k: k answers at temperature 1 per forget question")
+    parser.add_argument("--truth", action="store_true", help="also truth ratios on the forget questions, and forget quality")
     parser.add_argument("--json", type=Path, help="append the figures here, one object a line")
     parser.add_argument("--groups", help="only these, with commas; those of leak@k need forget")
     parser.add_argument("--show", type=int, default=3, help="print this many answers of each policy")
@@ -109,6 +122,7 @@ def main() -> None:
         Table("arm", *groups, "unchanged", *(["leak@k"] if options.sample else [])),
     )
     first: dict[str, list[str]] = {}
+    truths: dict[str, list[Answered]] = {}
     for url, policy in arms:
         served = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
         model = f"{served}:{policy}" if policy else served
@@ -136,6 +150,11 @@ def main() -> None:
                     for (_, truth), every in zip(groups["forget"], pool.map(sampled, groups["forget"]), strict=True)
                 ]
                 figures["leak@k"] = sum(best) / len(best)
+            if options.truth:
+                rows = read(options.data / "forget01_perturbed.json")
+                found = list(pool.map(lambda row, url=url, policy=policy: scored(url, policy, row), rows))
+                truths[policy or "never knew"] = found
+                figures |= {"forget truth": forget_truth(found), "probability": sum(map(probability, found)) / len(found)}
         first = first or answers
         same = {group: sum(a == b for a, b in zip(answers[group], first[group], strict=True)) for group in groups}
         shown = [f"{figures[group]:.3f}" for group in groups]
@@ -153,6 +172,12 @@ def main() -> None:
             with options.json.open("a") as file:
                 file.write(json.dumps(record) + "\n")
     console.print(table)
+    for policy, found in truths.items():
+        true = sum(map(probability, found)) / len(found)
+        line = f"{policy}: probability of the true answer {true:.3f}, truth {forget_truth(found):.3f}"
+        if "never knew" in truths:
+            line += f", forget quality p = {forget_quality(found, truths['never knew']):.3g}"
+        console.print(line, highlight=False)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from guards.contrastive.assistant import FORKED_LAYERS, Assistant
 from serve.default_model import NAME
@@ -74,6 +75,23 @@ def complete(server: Server, policy: str, prompt: str, **options: Any) -> dict[s
     return response.json()["choices"][0]
 
 
+def expected_logprobs(
+    twin: reference.ForkTwin, assistants: dict[str, Assistant], policy: str, ids: list[int], start: int
+) -> torch.Tensor:
+    """[len(ids) - start, V] what transformers says of the tokens from ``start`` on."""
+    target, *said = twin.logits(ids, *(assistants[name].tensors for name in ("first", "second")))
+    rows = slice(start - 1, len(ids) - 1)
+    config = POLICIES.get(policy)
+    expected = target[rows].double()
+    if config is not None and config["alpha"] > 0:
+        for number in range(len(expected)):
+            lines = [(0, config["alpha"], config["margin"], config["plausibility"], form) for form in (False, True)]
+            spoken = torch.stack([each[rows][number] for each in said]).double()
+            lines, spoken = (lines[:1], spoken[:1]) if policy == "first-only" else (lines, spoken)
+            expected[number] = reference.contrasted_quickly(expected[number], spoken, lines, config["rule"])
+    return torch.log_softmax(expected, dim=-1)
+
+
 def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
     server: Server, assistants: dict[str, Assistant], model_path: Path
 ) -> None:
@@ -89,17 +107,7 @@ def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
     worst = 0.0
     for (policy, _), answer in zip(jobs, answers, strict=True):
         ids, start = [*answer["prompt_token_ids"], *answer["token_ids"]], len(answer["prompt_token_ids"])
-        target, *said = twin.logits(ids, *(assistants[name].tensors for name in ("first", "second")))
-        rows = slice(start - 1, len(ids) - 1)
-        config = POLICIES.get(policy)
-        expected = target[rows].double()
-        if config is not None and config["alpha"] > 0:
-            for number in range(len(expected)):
-                lines = [(0, config["alpha"], config["margin"], config["plausibility"], form) for form in (False, True)]
-                spoken = torch.stack([each[rows][number] for each in said]).double()
-                lines, spoken = (lines[:1], spoken[:1]) if policy == "first-only" else (lines, spoken)
-                expected[number] = reference.contrasted_quickly(expected[number], spoken, lines, config["rule"])
-        expected = torch.log_softmax(expected, dim=-1)
+        expected = expected_logprobs(twin, assistants, policy, ids, start)
         for position, top in enumerate(answer["logprobs"]["top_logprobs"]):
             for token, value in top.items():
                 if value > -1_000:  # the rest is below the cut, where nothing is ever sampled
@@ -111,6 +119,49 @@ def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
     assert texts["zero"] == texts["none"]
     assert texts["uld"] != texts["zero"], "the assistants change nothing, so this test shows nothing"
     assert texts["first-only"] != texts["uld"]
+
+
+def test_a_given_answer_is_scored_as_sampling_would_use_it_and_nobody_beside_it_is_made_to_say_it(
+    server: Server, admin: httpx.Client, assistants: dict[str, Assistant], model_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    question, answers = "Who keeps the lighthouse?", ["An old man with a dog keeps it.", "The sea.", "Nobody. \n\nzyx 42 é"]
+    policies = ["none", "uld", "raw", "first-only", "delta"]
+    beside = complete(server, "uld", PROMPTS[1])["text"]
+
+    def score(policy: str) -> list[dict[str, Any]]:
+        answer = admin.post("/score", json={"policy": policy, "question": question, "continuations": answers})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["scores"]
+
+    with ThreadPoolExecutor(12) as pool:
+        others = [pool.submit(complete, server, "uld", PROMPTS[1]) for _ in range(6)]
+        scores = dict(zip(policies, pool.map(score, policies), strict=True))
+        assert {other.result()["text"] for other in others} == {beside}
+    twin = reference.ForkTwin(model_path, FORKED_LAYERS)
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    for policy, found in scores.items():
+        for text, each in zip(answers, found, strict=True):
+            tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            expected = expected_logprobs(twin, assistants, policy, [*prompt, *tokens], len(prompt))
+            assert each["tokens"] == len(tokens)
+            for position, (token, value) in enumerate(zip(tokens, each["logprobs"], strict=True)):
+                true = float(expected[position, token])
+                assert abs(true - value) < 1e-3 or (true < -1_000 and value < -1_000), (policy, text, position)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"question": "Who?", "continuations": ["a " * 2_000]}, 400),
+        ({"question": "Who?", "continuations": []}, 400),
+        ({"question": "Who?", "continuations": ["x"], "policy": "unknown"}, 400),
+        ({"question": "Who?", "continuations": ["x"], "logits": True}, 400),
+    ],
+)
+def test_an_order_to_score_that_cannot_be_carried_out_says_why(admin: httpx.Client, body: dict[str, Any], status: int) -> None:
+    assert admin.post("/score", json=body).status_code == status
 
 
 def test_toggling_under_load_never_gives_an_error_or_a_third_answer(
@@ -133,7 +184,7 @@ def test_toggling_under_load_never_gives_an_error_or_a_third_answer(
     toggler = threading.Thread(target=toggle)
     toggler.start()
     try:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         seen = set()
         with ThreadPoolExecutor(6) as pool:
             while time.monotonic() < until:
