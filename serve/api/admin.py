@@ -32,13 +32,14 @@ from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
 from serve.api.control import Control, GateOrder
 from serve.api.scoring import ScoreOrder, Scorer, Unscorable
-from serve.registry.store import NameTaken, NotReady, Registry, RegistryError, StoredSet, UnknownName
+from serve.registry.store import NameTaken, NotReady, Registry, RegistryError, StoredSet, Stripped, UnknownName
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
 _STATUS: dict[type[Exception], int] = {
     UnknownName: 404,
     NameTaken: 409,
     NotReady: 409,
+    Stripped: 409,
     InvalidPolicy: 400,
     InvalidForgetSet: 400,
     Untrainable: 400,
@@ -103,7 +104,10 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer) -
 
     @router.get("/forget_sets/{name}")
     async def show_forget_set(name: str, request: Request) -> Response:
-        content = await asyncio.to_thread(registry.content, name)
+        try:
+            content = await asyncio.to_thread(registry.content, name)
+        except Stripped:
+            return JSONResponse(await _shown(name, control.snapshot.revision))
         if any(kind in request.headers.get("accept", "") for kind in JSON_LINES):
             return PlainTextResponse(write_jsonl(content), media_type=JSON_LINES[0])
         shown = await _shown(name, control.snapshot.revision)
@@ -125,6 +129,10 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer) -
     @router.post("/forget_sets/{name}/disable")
     async def disable_forget_set(name: str, request: Request) -> dict[str, Any]:
         return await _shown(name, await control.disable(name, actor=actor(request)))
+
+    @router.post("/forget_sets/{name}/strip")
+    async def strip_forget_set(name: str, request: Request) -> dict[str, Any]:
+        return await _shown(name, await control.strip(name, actor=actor(request)))
 
     @router.post("/forget_sets/{name}/assistant", status_code=202)
     async def train_assistant(name: str, request: Request) -> dict[str, Any]:

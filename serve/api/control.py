@@ -124,6 +124,8 @@ class Control:
         await asyncio.to_thread(self._sweep)  # before any build, whose file no row may name yet
         await self._similarity.start()
         for stored in await asyncio.to_thread(self._registry.forget_sets):
+            if stored.stripped:
+                continue  # there is nothing to rebuild from; whoever needs what is missing is told
             if stored.enabled:
                 content = await asyncio.to_thread(self._registry.content, stored.name)
                 await self._build(content, keep_enabled=True)
@@ -178,6 +180,19 @@ class Control:
             await self._refresh(loaded)
         if not stored.enabled:
             self._start_build(content.name)
+        return revision
+
+    async def strip(self, name: str, *, actor: str) -> int:
+        """Drop a set's texts for good; it stays in force by what was made from them. Raises UnknownName, NotReady."""
+        training = self.training(name)
+        if training is not None and training["status"] != "failed":
+            raise NotReady(f"the assistant of forget set {name!r} is being trained; wait until it is ready")
+        async with self._changing:
+            if self._trainer is not None:
+                await self._trainer.cancel(name)  # a job holds a copy of the texts
+            revision = await asyncio.to_thread(self._registry.strip_set, name, actor=actor)
+            await asyncio.to_thread(self._registry.forget_deleted_pages)
+            await self._refresh()
         return revision
 
     async def delete(self, name: str, *, actor: str) -> int:

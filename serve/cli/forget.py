@@ -91,6 +91,20 @@ def forget_disable(name: NameArgument) -> None:
     act("POST", f"/forget_sets/{name}/disable", f"{name} is not in force")
 
 
+@app.command("strip")
+def forget_strip(
+    name: NameArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Drop a set's texts for good and keep only what was made from them: embeddings, names as letters, compiled phrases, assistant.
+
+    It stays in force. Its content cannot be shown, trained or embedded again; `lethe forget add --replace` brings a new one.
+    """
+    if not yes:
+        typer.confirm(f"Drop the texts of {name}? This cannot be undone", abort=True)
+    act("POST", f"/forget_sets/{name}/strip", f"the texts of {name} are gone")
+
+
 @app.command("remove")
 def forget_remove(name: NameArgument) -> None:
     """Delete a set. If it was enabled, it is out of force from the next request on."""

@@ -67,6 +67,8 @@ def print_set(shown: dict[str, Any]) -> None:
     if training := shown.get("training"):
         state = training.get("reason") or f"{training.get('stage', '')} {training.get('step', '')}/{training.get('steps', '')}"
         table.add_row("training", f"{training['status']} {state}")
+    if shown.get("stripped_at"):
+        table.add_row("texts dropped", shown["stripped_at"])
     for name in ("phrases", "aliases", "questions", "texts"):
         entries = shown.get("content", {}).get(name, [])
         listed = [entry["question"] if isinstance(entry, dict) else entry for entry in entries[:20]]

@@ -23,6 +23,8 @@ from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, first_broken, seal
 from serve.registry.snapshot import Key, Scope, Snapshot, Thresholds, digest_secret
 
+STRIPPED = ""
+"""The stored content of a set whose texts were dropped."""
 ArtifactStatus = Literal["building", "ready", "failed"]
 
 
@@ -36,6 +38,10 @@ class UnknownName(RegistryError):
 
 class NameTaken(RegistryError):
     """A forget set of that name exists."""
+
+
+class Stripped(RegistryError):
+    """The set's texts are gone, as somebody asked."""
 
 
 class NotReady(RegistryError):
@@ -71,6 +77,11 @@ class StoredSet:
     @property
     def enabled(self) -> bool:
         return self.enabled_at is not None
+
+    @property
+    def stripped(self) -> bool:
+        """Whether its texts were dropped."""
+        return bool(self.header.get("stripped_at"))
 
     @property
     def expired(self) -> bool:
@@ -143,6 +154,10 @@ class Registry:
             content = connection.scalar(sa.select(tables.forget_sets.c.content).where(tables.forget_sets.c.name == name))
             if content is None:
                 raise _unknown_set(name)
+            if content == STRIPPED:
+                raise Stripped(
+                    f"the texts of forget set {name!r} were dropped, only what was made from them is kept; PUT the set to change it"
+                )
             return ForgetSet.model_validate_json(content)
 
     def stored_keys(self) -> list[StoredKey]:
@@ -231,6 +246,32 @@ class Registry:
             for artifact in artifacts:
                 self._put_artifact(connection, content.name, artifact)
             return self._append(connection, actor, "forget_set.replace", content.name, _audited(_summary(content)))
+
+    def strip_set(self, name: str, *, actor: str) -> int:
+        """Drop a set's texts for good and keep what was made from them. A stripped set stays as it is.
+
+        Raises:
+            UnknownName: there is no such set.
+            NotReady: something that its texts are needed for is not ready.
+        """
+        with self._change() as connection:
+            stored = self._stored_set(connection, name)
+            if stored.stripped:
+                return self._revision(connection)
+            unready = [artifact.kind for artifact in stored.artifacts if artifact.status != "ready"]
+            if unready or stored.artifact("similarity") is None:
+                raise NotReady(
+                    f"forget set {name!r} is not embedded, or its {', '.join(unready) or 'similarity'} is not ready; wait"
+                )
+            header = {**stored.header, "description": "", "stripped_at": now()}
+            row = tables.forget_sets.c.name == name
+            connection.execute(tables.forget_sets.update().where(row).values(content=STRIPPED, header=header))
+            return self._append(connection, actor, "forget_set.strip", name, {})
+
+    def forget_deleted_pages(self) -> None:
+        """Move the write-ahead log into the file and empty it: what was deleted is then nowhere on disk (see ``secure_delete``)."""
+        with self._engine.connect() as connection:
+            connection.connection.dbapi_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # type: ignore[union-attr]
 
     def delete_set(self, name: str, *, actor: str) -> int:
         """Raises UnknownName."""
@@ -505,7 +546,7 @@ def _audited(header: dict[str, Any]) -> dict[str, Any]:
 def _configure(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # we begin transactions ourselves
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
