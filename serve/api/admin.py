@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import Field, ValidationError
 
@@ -32,6 +33,7 @@ from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
 from serve.api.control import Control, GateOrder
 from serve.api.scoring import ScoreOrder, Scorer, Unscorable
+from serve.api.side_by_side import CompareOrder, Incomparable, SideBySide
 from serve.registry.store import NameTaken, NotReady, Registry, RegistryError, StoredSet, Stripped, UnknownName
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
@@ -46,6 +48,7 @@ _STATUS: dict[type[Exception], int] = {
     TooFewExamples: 400,
     EncoderUnavailable: 503,
     Unscorable: 400,
+    Incomparable: 400,
 }
 
 
@@ -83,7 +86,7 @@ class _Route(APIRoute):
         return handle_errors
 
 
-def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer) -> None:
+def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, side_by_side: SideBySide) -> None:
     """Add the admin routes to vLLM's app."""
     router = APIRouter(prefix=ADMIN_PREFIX, route_class=_Route, tags=["lethe"])
 
@@ -224,6 +227,22 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer) -
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
         return {"revision": control.snapshot.revision, "policy": order.policy, "scores": await scorer.score(order)}
+
+    @router.post("/compare")
+    async def compare(request: Request) -> Response:
+        try:
+            order = CompareOrder.model_validate(await _object(request))
+        except ValidationError as error:
+            raise InvalidPolicy("; ".join(describe_validation(error))) from None
+        side_by_side.check(order)
+        events = side_by_side.events(order, request.scope["lethe.caller"])
+        if order.stream:
+            lines = (f"event: {kind}\ndata: {json.dumps(fields)}\n\n" async for kind, fields in events)
+            return StreamingResponse(lines, media_type="text/event-stream")
+        async for kind, fields in events:
+            if kind == "done":
+                return JSONResponse(fields)
+        raise AssertionError("a comparison ends with everything")
 
     async def _shown(name: str, revision: int) -> dict[str, Any]:
         stored = await asyncio.to_thread(registry.forget_set, name)

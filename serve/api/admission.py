@@ -12,7 +12,7 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -49,6 +49,8 @@ ALLOWED = {
     "GET /load",
     "GET /metrics",
 }
+COMPARING = {f"POST {ADMIN_PREFIX}/compare"}
+"""Of our own routes, those that keys which may choose policies may use; all others are for operators."""
 REFUSED_FIELDS = (
     "vllm_xargs",
     "extra_args",
@@ -80,7 +82,7 @@ _NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", {}, [])
 
 @dataclass
 class AdmittedRequest:
-    """What admission decided. Constant from here on, but for ``blocked``, which the choke point sets."""
+    """What admission decided. Constant from here on, but for ``blocked`` and ``fired``, which the choke point sets."""
 
     caller: Caller
     policy: Policy
@@ -88,6 +90,7 @@ class AdmittedRequest:
     text: TextPlan | None = None
     has_tools: bool = False
     blocked: bool = False  # an output was ended by a guard, so the response must say so
+    fired: list[str] = field(default_factory=list)  # what guards did, as "guard action", in order
 
 
 admitted: ContextVar[AdmittedRequest | None] = ContextVar("admitted", default=None)
@@ -158,7 +161,8 @@ class Admission:
             await self._app(scope, receive, send)
             return
         admin = path.startswith(ADMIN_PREFIX + "/")
-        caller, snapshot = self._identify(headers, "admin" if admin else None)
+        needed: Scope | None = None if not admin else "compare" if f"{method} {path}" in COMPARING else "admin"
+        caller, snapshot = self._identify(headers, needed)
         if not admin and f"{method} {_generic(path)}" not in self._allowed:
             raise Refused(
                 403,
@@ -169,7 +173,7 @@ class Admission:
         if method in ("POST", "PUT"):
             body = await _read(receive, self._settings.max_admin_body_bytes if admin else self._settings.max_body_bytes)
             # A body may take its time; what counts is what is in force, and who the caller is, once it is here.
-            caller, snapshot = self._identify(headers, "admin" if admin else None)
+            caller, snapshot = self._identify(headers, needed)
             if not admin:
                 fields = _parse(body)
                 request = self._check_fields(fields, caller, snapshot)

@@ -36,6 +36,7 @@ from serve.api.admission import Admission, is_loopback
 from serve.api.control import Control
 from serve.api.engine_client import GuardedEngineClient, check_workers, load_artifacts
 from serve.api.scoring import Scorer
+from serve.api.side_by_side import SideBySide
 from serve.api.similarity import Similarity, default_encoder
 from serve.registry.store import Registry
 from serve.settings import Settings
@@ -198,7 +199,10 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
             app = build_app(args, tasks, model)
             await init_app_state(client, app.state, args, tasks)
             _list_policies_as_models(app, control)
-            admin.attach(app, control, registry, Scorer(client, inner.renderer.get_tokenizer(), model.max_model_len))
+            scorer = Scorer(client, inner.renderer.get_tokenizer(), model.max_model_len)
+            chat = app.state.openai_serving_chat
+            side_by_side = SideBySide(chat, args.served_model_name[0], lambda: control.snapshot)
+            admin.attach(app, control, registry, scorer, side_by_side)
             # Outermost, around every middleware that vLLM or a plugin of its brought along.
             app.middleware_stack = Admission(
                 app.middleware_stack or app.build_middleware_stack(),

@@ -98,6 +98,8 @@ class GuardedEngineClient:
         if sampling_params.n > self._max_choices:
             raise VLLMValidationError(f"n={sampling_params.n} exceeds this server's limit of {self._max_choices}", parameter="n")
         guarded = plan.engages_logits or text is not None
+        if request is not None and text is None:
+            request.fired += [name for name, acts in (("suppression", plan.suppression), ("contrast", plan.contrast)) if acts]
         _requests.labels(plan.policy, str(guarded).lower()).inc()
         if not guarded:
             return self._inner.generate(prompt, sampling_params, request_id, **options)
@@ -125,7 +127,8 @@ class GuardedEngineClient:
             lambda marker: list(tokenizer.encode(marker, add_special_tokens=False)) if marker else [],
             tokenizer.eos_token_id,
         )
-        return held.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end))
+        fired = request.fired.append if request is not None else _ignore
+        return held.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end, fired))
 
     async def score(self, prompt: Sequence[int], continuation: Sequence[int], policy: str) -> list[float]:
         """How likely a continuation is under a policy: log-probabilities as sampling at temperature 1 would use them.
@@ -148,7 +151,7 @@ class GuardedEngineClient:
         if text is not None and text.gate is not None:
             assert self._similarity is not None
             held = Held(self._no_start, self._similarity, self._vocabulary, lambda _: [], 0)
-            plan = await held.plan_of(Request(inputs, params, request_id, plan, text, False, lambda: None))
+            plan = await held.plan_of(Request(inputs, params, request_id, plan, text, False, lambda: None, _ignore))
         plan = replace(plan, forced=tuple(continuation))
         params.output_kind = RequestOutputKind.FINAL_ONLY
         async for step in self._start(inputs, params, request_id, plan, None, {}):
@@ -254,6 +257,7 @@ class GuardedEngineClient:
                         blocked.labels(plan.policy, "suppression", "content_filter").inc()
                         if request is not None:
                             request.blocked = True
+                            request.fired.append("suppression content_filter")
                     watch.finished |= output.finish_reason is not None
                     kept.append(output)
                 finished = all(watch.finished for watch in watches)
@@ -319,6 +323,10 @@ def _constrained(params: SamplingParams) -> bool:
         or not params.skip_special_tokens
         or params.include_stop_str_in_output
     )
+
+
+def _ignore(_: str) -> None:
+    """Outside of a client's request, nobody asks what a guard did."""
 
 
 def _can_be_taken_up(params: SamplingParams) -> bool:

@@ -80,6 +80,7 @@ class Request:
     text: TextPlan
     restartable: bool
     ended: Callable[[], None]  # an output was ended by a guard
+    fired: Callable[[str], None]  # a guard did something
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,8 @@ class Held:
                 return Opened(frozenset(), frozenset())
             raise
         refused = bool(verdicts) and gate.on_hit == "refuse"
+        if verdicts:
+            request.fired(f"gate {gate.on_hit}")
         _gate.labels(request.plan.policy, "refused" if refused else "hit" if verdicts else "clear").inc()
         return None if refused else Opened(frozenset(verdict.owner for verdict in verdicts), brought)
 
@@ -340,6 +343,7 @@ class _Choice:
         if not verdicts:
             return None
         _gate.labels(self._request.plan.policy, "later").inc()
+        self._request.fired(f"gate {gate.on_hit} later")
         self._opened = self._opened.also(verdict.owner for verdict in verdicts)
         if gate.on_hit == "refuse":
             self._end("gate")
@@ -367,6 +371,7 @@ class _Choice:
             self._answer.passed()
             return None
         _hits.labels(self._request.plan.policy, stream.on_hit).inc()
+        self._request.fired(f"stream {stream.on_hit}")
         if stream.on_hit == "monitor":
             self._answer.passed()
             return None

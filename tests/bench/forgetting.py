@@ -122,7 +122,7 @@ def main() -> None:
         Table("arm", *groups, "unchanged", *(["leak@k"] if options.sample else [])),
     )
     first: dict[str, list[str]] = {}
-    truths: dict[str, list[Answered]] = {}
+    by_arm: dict[str, list[Answered]] = {}
     for url, policy in arms:
         served = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
         model = f"{served}:{policy}" if policy else served
@@ -153,7 +153,7 @@ def main() -> None:
             if options.truth:
                 rows = read(options.data / "forget01_perturbed.json")
                 found = list(pool.map(lambda row, url=url, policy=policy: scored(url, policy, row), rows))
-                truths[policy or "never knew"] = found
+                by_arm[policy or "never knew"] = found
                 figures |= {"forget truth": forget_truth(found), "probability": sum(map(probability, found)) / len(found)}
         first = first or answers
         same = {group: sum(a == b for a, b in zip(answers[group], first[group], strict=True)) for group in groups}
@@ -172,11 +172,11 @@ def main() -> None:
             with options.json.open("a") as file:
                 file.write(json.dumps(record) + "\n")
     console.print(table)
-    for policy, found in truths.items():
+    for policy, found in by_arm.items():
         true = sum(map(probability, found)) / len(found)
         line = f"{policy}: probability of the true answer {true:.3f}, truth {forget_truth(found):.3f}"
-        if "never knew" in truths:
-            line += f", forget quality p = {forget_quality(found, truths['never knew']):.3g}"
+        if "never knew" in by_arm:
+            line += f", forget quality p = {forget_quality(found, by_arm['never knew']):.3g}"
         console.print(line, highlight=False)
 
 

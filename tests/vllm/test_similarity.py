@@ -258,6 +258,18 @@ def test_an_answer_under_a_grammar_cannot_go_on_another_way_and_ends(client: ope
     assert answer.finish_reason == "content_filter" and "Hogwarts" not in (answer.message.content or "")
 
 
+def test_what_a_tool_is_called_with_is_judged_too(client: openai.OpenAI) -> None:
+    parameters = {"type": "object", "properties": {"note": {"const": SAID}}, "required": ["note"]}
+    tool = {"type": "function", "function": {"name": "write", "parameters": parameters}}
+    choice = {"type": "function", "function": {"name": "write"}}
+    for policy, kept in (("none", True), ("stream-refuse", False)):
+        answer = ask(client, policy, "Write it down.", max_tokens=60, tools=[tool], tool_choice=choice).choices[0]
+        calls = "".join(call.function.arguments for call in answer.message.tool_calls or [])
+        assert ("Hogwarts" in calls) == kept, (policy, calls)
+    pieces = ask(client, "stream-refuse", "Write it down.", max_tokens=60, tools=[tool], tool_choice=choice, stream=True)
+    assert "Hogwarts" not in "".join(str(chunk.choices) for chunk in pieces)
+
+
 def test_a_text_that_cannot_be_read_is_refused_and_those_beside_it_are_not(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError, match="encoded"):
         ask(client, "gate-refuse", "SGVsbG8gd29ybGQ= " * 70, max_tokens=2)

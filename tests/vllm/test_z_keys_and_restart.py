@@ -79,6 +79,15 @@ def test_scopes_decide_who_may_choose_a_policy(server: Server, keys: dict[str, s
     assert "compare" in refused.json()["error"]["message"]
     assert ask("compare", f"{NAME}:none").status_code == 200
     assert ask("compare", f"{NAME}:missing").status_code == 404
+
+    def compare(scope: str) -> int:
+        headers = {"authorization": f"Bearer {keys[scope]}"}
+        order = {"question": FRANCE, "max_tokens": 4}
+        return httpx.post(f"{server.url}/lethe/v1/compare", json=order, headers=headers, timeout=60).status_code
+
+    assert [compare(scope) for scope in ("chat", "compare", "admin")] == [403, 200, 200]
+    score = httpx.post(f"{server.url}/lethe/v1/score", json={}, headers={"authorization": f"Bearer {keys['compare']}"})
+    assert score.status_code == 403
     assert ask("chat", "other").status_code == 404
     assert models("chat") == [NAME]
     assert models("compare") == [NAME, f"{NAME}:default", f"{NAME}:none"]
