@@ -22,9 +22,13 @@ class Answered:
     recall: float  # ROUGE-L recall of what was said
 
 
-def truth_ratio(answered: Answered) -> float:
-    """How likely the wrong answers are beside the right one: below 1 for whoever knows, about 1 or more for whoever does not."""
-    return math.exp(answered.paraphrased - statistics.fmean(answered.perturbed))
+def log_truth_ratio(answered: Answered) -> float:
+    """How likely the wrong answers are beside the right one, in nats: below 0 for whoever knows, about 0 or more for whoever does
+    not.
+
+    Its logarithm, since a guard that cuts implausible tokens makes given answers unlikely beyond what a float can hold.
+    """
+    return answered.paraphrased - statistics.fmean(answered.perturbed)
 
 
 def probability(answered: Answered) -> float:
@@ -34,18 +38,19 @@ def probability(answered: Answered) -> float:
 
 def normalised_probability(answered: Answered) -> float:
     """The same, as a share among the true and the wrong answers: for questions with a choice."""
-    true = math.exp(-answered.true)
-    return true / (true + sum(math.exp(-each) for each in answered.perturbed))
+    nearest = min(answered.true, *answered.perturbed)  # so that nothing vanishes in a float
+    true = math.exp(nearest - answered.true)
+    return true / (true + sum(math.exp(nearest - each) for each in answered.perturbed))
 
 
 def forget_truth(group: Sequence[Answered]) -> float:
     """1 where right and wrong answers are equally likely, towards 0 the more either is."""
-    return statistics.fmean(min(ratio, 1 / ratio) for ratio in map(truth_ratio, group))
+    return statistics.fmean(math.exp(-abs(log_ratio)) for log_ratio in map(log_truth_ratio, group))
 
 
 def retained_truth(group: Sequence[Answered]) -> float:
     """Towards 1 the more the right answers are likelier."""
-    return statistics.fmean(max(0.0, 1 - ratio) for ratio in map(truth_ratio, group))
+    return statistics.fmean(-math.expm1(min(0.0, log_ratio)) for log_ratio in map(log_truth_ratio, group))
 
 
 def forget_quality(served: Sequence[Answered], never_knew: Sequence[Answered]) -> float:
@@ -55,7 +60,8 @@ def forget_quality(served: Sequence[Answered], never_knew: Sequence[Answered]) -
     """
     from scipy.stats import ks_2samp
 
-    return float(ks_2samp([truth_ratio(each) for each in served], [truth_ratio(each) for each in never_knew]).pvalue)
+    # The test looks at order alone, which a logarithm keeps.
+    return float(ks_2samp([log_truth_ratio(each) for each in served], [log_truth_ratio(each) for each in never_knew]).pvalue)
 
 
 def model_utility(retain: Sequence[Answered], real_authors: Sequence[Answered], world_facts: Sequence[Answered]) -> float:

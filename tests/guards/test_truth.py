@@ -14,11 +14,11 @@ from guards.measure.truth import (
     Answered,
     forget_quality,
     forget_truth,
+    log_truth_ratio,
     model_utility,
     normalised_probability,
     probability,
     retained_truth,
-    truth_ratio,
 )
 
 LOGS = Path(__file__).parents[3] / "shared" / "data" / "tofu_eval_logs"
@@ -61,11 +61,13 @@ def test_shares_stay_shares(group: list[Answered]) -> None:
     for value in (forget_truth(group), retained_truth(group)):
         assert 0 <= value <= 1
     for each in group:
-        assert 0 < probability(each) <= 1 and 0 < normalised_probability(each) < 1 and truth_ratio(each) > 0
+        assert 0 < probability(each) <= 1 and 0 < normalised_probability(each) <= 1 and math.isfinite(log_truth_ratio(each))
 
 
 def test_whoever_finds_right_and_wrong_equally_likely_has_a_ratio_of_one() -> None:
     even = Answered(1.0, 2.0, (2.0, 2.0), 0.5)
-    assert truth_ratio(even) == 1.0 and forget_truth([even]) == 1.0 and retained_truth([even]) == 0.0
+    assert log_truth_ratio(even) == 0.0 and forget_truth([even]) == 1.0 and retained_truth([even]) == 0.0
     knows = Answered(0.1, 0.1, (3.0, 5.0), 1.0)
-    assert truth_ratio(knows) == pytest.approx(math.exp(0.1 - 4))
+    assert log_truth_ratio(knows) == pytest.approx(0.1 - 4)
+    cut = Answered(9_000.0, 9_000.0, (3.0, 5.0), 0.0)
+    assert forget_truth([cut]) == 0.0 and retained_truth([cut]) == 0.0 and probability(cut) == 0.0
