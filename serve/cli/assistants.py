@@ -18,12 +18,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from guards.forget_set import ForgetSet
 from serve.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
 from serve.calibrate import calibrate as run_calibration
-from serve.cli.talk import NameArgument, assistant_of, connect, err, fail, out, unwrap
+from serve.cli.talk import NameArgument, assistant_of, connect, err, fail, folding_table, out, unwrap
 from serve.settings import Settings
 
 
@@ -118,7 +117,7 @@ def calibrate(
 
 def _print_gate(name: str, fitted: dict[str, Any]) -> None:
     """Both error curves, and what is promised."""
-    table = Table("threshold", "missed", "", "false alarms", "", title=f"gate of {name}")
+    table = folding_table("threshold", "missed", "", "false alarms", "", title=f"gate of {name}")
     for i, (at, missed, alarmed) in enumerate(fitted["curves"]):
         following = fitted["curves"][i + 1][0] if i + 1 < len(fitted["curves"]) else math.inf
         mark = " <" if at <= fitted["threshold"] < following else ""
@@ -182,7 +181,7 @@ def _calibrate_strength(
         )
     )
     title = f"{name}: {found.questions} held-out questions"
-    table = Table("strength", "recall", "", "neighbours", "general", title=title)
+    table = folding_table("strength", "recall", "", "neighbours", "general", title=title)
     for point in found.points:
         mark = " <" if point.alpha == found.alpha else ""
         bar = "█" * round(40 * point.recall)

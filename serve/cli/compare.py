@@ -9,7 +9,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from serve.cli.talk import connect, err, fail, out, unwrap
+from serve.cli.talk import connect, err, fail, folding_table, out, unwrap
 
 
 def compare(
@@ -53,7 +53,7 @@ def compare(
 
 
 def _growing(said: dict[str, str]) -> Table:
-    table = Table("policy", "answer")
+    table = folding_table("policy", "answer")
     for name, text in said.items():
         table.add_row(name, text)
     return table
@@ -61,7 +61,7 @@ def _growing(said: dict[str, str]) -> Table:
 
 def _show(done: dict[str, Any]) -> None:
     first = done["arms"][0]["policy"]
-    table = Table(
+    table = folding_table(
         "policy", "answer", "end", "guards", "first token", "all", f"differs from {first}", title=f"revision {done['revision']}"
     )
     for arm in done["arms"]:

@@ -13,10 +13,9 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 
 from guards.forget_set import read_jsonl
-from serve.cli.talk import NameArgument, act, assistant_of, connect, err, fail, out, print_set, unwrap
+from serve.cli.talk import NameArgument, act, assistant_of, connect, err, fail, folding_table, out, print_set, unwrap
 
 app = typer.Typer(no_args_is_help=True, help="Add, show, enable, disable and remove forget sets.")
 
@@ -60,7 +59,9 @@ def forget_list() -> None:
     """List all forget sets."""
     with connect() as client:
         listed = unwrap(client.get("/forget_sets"))
-    table = Table("name", "enabled since", "phrases", "artifacts", "requester", "expires", title=f"revision {listed['revision']}")
+    table = folding_table(
+        "name", "enabled since", "phrases", "artifacts", "requester", "expires", title=f"revision {listed['revision']}"
+    )
     for each in listed["data"]:
         artifacts = ", ".join(f"{artifact['kind']} {artifact['status']}" for artifact in each["artifacts"])
         since = each["enabled_at"] or "no"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from serve.cli.talk import err, fail, out
+from serve.cli.talk import err, fail, folding_table, out
 from serve.registry.snapshot import SCOPES
 from serve.registry.store import Registry
 from serve.settings import Settings
@@ -31,7 +30,7 @@ def key_create(
 @app.command("list")
 def key_list() -> None:
     """List all keys (not their secrets)."""
-    table = Table("id", "scope", "label", "created")
+    table = folding_table("id", "scope", "label", "created")
     for each in _registry().stored_keys():
         table.add_row(each.id, each.scope, each.label, each.created_at)
     out.print(table)

@@ -7,9 +7,8 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from serve.cli.talk import connect, fail, out, unwrap
+from serve.cli.talk import connect, fail, folding_table, out, unwrap
 
 
 def check(
@@ -20,7 +19,7 @@ def check(
     text = sys.stdin.read() if text == "-" else text
     with connect() as client:
         found = unwrap(client.post("/check", json={"text": text, "policy": policy}))
-    table = Table("forget set", "guard", "signal", "score", "place", "text", "in force")
+    table = folding_table("forget set", "guard", "signal", "score", "place", "text", "in force")
     for hit in found["hits"]:
         place = f"{hit['start']}-{hit['end']}"
         signal = hit["signal"] if hit["how"] == "plain" else f"{hit['signal']} in {hit['how']}"
@@ -36,7 +35,7 @@ def revision() -> None:
     """Show what is in force."""
     with connect() as client:
         shown = unwrap(client.get("/revision"))
-    table = Table("policy", "forget sets that it applies", title=f"revision {shown['revision']}")
+    table = folding_table("policy", "forget sets that it applies", title=f"revision {shown['revision']}")
     for name, names in shown["policies"].items():
         table.add_row(name, ", ".join(names) or "none")
     out.print(table)

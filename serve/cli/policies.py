@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from serve.cli.talk import act, connect, fail, out, unwrap
+from serve.cli.talk import act, connect, fail, folding_table, out, unwrap
 
 app = typer.Typer(no_args_is_help=True, help="Show and change policies: which sets apply, through which guards.")
 
@@ -19,7 +18,7 @@ def policy_list() -> None:
     """List all policies."""
     with connect() as client:
         listed = unwrap(client.get("/policies"))
-    table = Table("name", "forget sets", "guards", "description", title=f"revision {listed['revision']}")
+    table = folding_table("name", "forget sets", "guards", "description", title=f"revision {listed['revision']}")
     for each in listed["data"]:
         sets = each["forget_sets"] if isinstance(each["forget_sets"], str) else ", ".join(each["forget_sets"])
         guards = ", ".join(name for name, config in each["guards"].items() if config and config.get("enabled", True))

@@ -9,13 +9,18 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from serve.settings import Settings
 
 out = Console(markup=False, highlight=False)
 err = Console(stderr=True, markup=False, highlight=False)
 NameArgument = Annotated[str, typer.Argument(help="The forget set's name: 1 to 63 of a-z, 0-9, _ and -.")]
+
+
+def folding_table(*columns: str, **options: Any) -> Table:
+    """A table whose cells go on in the next line where the terminal is narrow, rather than being cut off."""
+    return Table(*(Column(name, overflow="fold") for name in columns), **options)
 
 
 class ServerSaysNo(Exception):
@@ -48,7 +53,7 @@ def act(method: str, path: str, done: str, **options: Any) -> None:
 
 
 def print_set(shown: dict[str, Any]) -> None:
-    table = Table(show_header=False, title=shown["name"])
+    table = folding_table("", "", show_header=False, title=shown["name"])
     table.add_row("enabled", f"since {shown['enabled_at']}" if shown["enabled"] else "no")
     for name in ("description", "requester", "legal_basis", "expires_at", "fingerprint", "revision"):
         if shown[name]:
