@@ -64,7 +64,7 @@ def forget_list() -> None:
     )
     for each in listed["data"]:
         artifacts = ", ".join(f"{artifact['kind']} {artifact['status']}" for artifact in each["artifacts"])
-        since = each["enabled_at"] or "no"
+        since = f"{each['enabled_at'][:19]}Z" if each["enabled"] else "no"
         table.add_row(each["name"], since, f"{each['phrases']:,}", artifacts, each["requester"], each["expires_at"] or "")
     out.print(table)
 
