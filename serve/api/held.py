@@ -358,7 +358,8 @@ class _Choice:
     async def _filter(self, passage: str) -> list[int] | None:
         """The stream filter on one passage: it passes, or something is taken out, or the answer goes on another way, or ends."""
         stream, verdicts = self._request.text.stream, list[Verdict]()
-        if self._tainted and not passage.startswith("\n") and self._answer.take_out([(0, len(passage))]):
+        self._tainted = self._tainted and not passage.startswith("\n")
+        if self._tainted and self._answer.take_out([(0, len(passage))]):
             self._tainted = not ends_sentence(passage)
             return None
         if stream is not None:
