@@ -1,4 +1,4 @@
-"""The command line: ``lethe serve | forget | train | calibrate | compare | policy | check | audit | revision | key``."""
+"""The command line: ``lethe serve | forget | train | calibrate | compare | bench | policy | check | audit | revision | key``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from pydantic_settings import SettingsError
 
 from guards.errors import GuardError, InvalidForgetSet
-from serve.cli import assistants, compare, forget, keys, look, policies
+from serve.cli import assistants, bench, compare, forget, keys, look, policies
 from serve.cli.talk import ServerSaysNo, fail, out
 from serve.registry.store import RegistryError
 from serve.settings import Settings
@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 for group, name in ((forget.app, "forget"), (policies.app, "policy"), (keys.app, "key")):
     app.add_typer(group, name=name)
-for command in (assistants.train, assistants.calibrate, compare.compare, look.check, look.revision, look.audit):
+for command in (assistants.train, assistants.calibrate, compare.compare, bench.bench, look.check, look.revision, look.audit):
     app.command()(command)
 
 

@@ -1,0 +1,105 @@
+"""``lethe bench``: measure what a set's policies forget and keep, and write a report to file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from guards.forget_set import ForgetSet
+from serve.calibrate import PROMPTS
+from serve.cli.talk import NameArgument, connect, err, fail, folding_table, out, unwrap
+from serve.compare.bench import Answers, Server, as_fields, measure, probes_of
+from serve.compare.report import config_fingerprint, make_report, save
+from serve.settings import Settings
+
+EXAMPLES = 3
+NEVER_KNEW = "never knew"
+
+
+def bench(
+    name: NameArgument,
+    policies: Annotated[str, typer.Option(help="Policies to measure, with commas.")] = "none,default",
+    neighbours: Annotated[str | None, typer.Option(help="A set whose answers should stay as they are.")] = None,
+    against: Annotated[str | None, typer.Option(help="URL of a server (OpenAI-compatible) that never knew.")] = None,
+    sample: Annotated[int, typer.Option(help="Also so many answers to each question at temperature 1 (leak@k).")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 80,
+    output: Annotated[Path | None, typer.Option(help="Directory of the report. Default: report-NAME.")] = None,
+) -> None:
+    """Ask a set's questions, their paraphrases and attacks on them under every policy, and write a report that can be filed.
+
+    Answers are kept in the output directory as they come: Ctrl-C and the same command again go on where it was.
+    """
+    directory = output or Path(f"report-{name}")
+    with connect() as client:
+        shown = unwrap(client.get(f"/forget_sets/{name}"))
+        if "content" not in shown:
+            fail(f"the texts of {name} were dropped, so nothing can be asked about it")
+        content = ForgetSet.model_validate({"name": name, **shown["content"]})
+        if not content.questions:
+            fail(f"{name} has no questions to ask; add some, with answers")
+        kept = unwrap(client.get(f"/forget_sets/{neighbours}"))["content"]["questions"] if neighbours else []
+        chosen = [each.strip() for each in policies.split(",") if each.strip()]
+        configs = [unwrap(client.get(f"/policies/{policy}")) for policy in chosen]
+    settings = Settings()
+    url = settings.url.rstrip("/")
+    servers = [Server(policy, url, policy, settings.key) for policy in chosen]
+    if against:
+        servers.append(Server(NEVER_KNEW, against.rstrip("/").removesuffix("/v1"), ""))
+    probes = probes_of(content, [(entry["question"], entry["answer"]) for entry in kept], PROMPTS)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Answers hold for one configuration: another one starts its own file.
+    config = config_fingerprint(shown, [{**each, "revision": 0} for each in configs], url)
+    answers = Answers(directory / f"answers-{config[:16]}.jsonl")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with httpx.Client(timeout=600) as chat, Progress(*columns, console=err) as progress:
+        total = len(probes) + (len(content.questions) if sample else 0)
+        tasks = {server.arm: progress.add_task(server.arm, total=total) for server in servers}
+        figures, said = measure(
+            servers,
+            probes,
+            answers,
+            lambda arm: progress.advance(tasks[arm]),
+            max_tokens=max_tokens,
+            sample=sample,
+            client=chat,
+        )
+        model = chat.get(f"{url}/v1/models", headers={"authorization": f"Bearer {settings.key}"} if settings.key else {})
+    fields = [as_fields(each) for each in figures]
+    examples = [
+        {"prompt": probe.prompt, "said": {"the truth": probe.truth, **{arm: texts[i] for arm, texts in said.items()}}}
+        for i, probe in enumerate(probes[:EXAMPLES])
+    ]
+    report = make_report(
+        shown,
+        fields,
+        examples,
+        config=config,
+        model=model.json()["data"][0]["id"],
+        sample=sample,
+        probes=total,
+        reference=NEVER_KNEW if against else None,
+    )
+    _print(fields, sample)
+    for path in save(report, directory):
+        out.print(f"written: {path}")
+
+
+def _print(figures: list[dict[str, Any]], sample: int) -> None:
+    table = folding_table(
+        "", *(arm["arm"] for arm in figures), title="ROUGE-L recall of the truth, and answers word for word the same"
+    )
+    for group in figures[0]["unchanged"]:
+        cells = []
+        for arm in figures:
+            recall = f"{arm['recall'][group]:.3f}" if group in arm["recall"] else ""
+            cells.append(f"{recall} ({arm['unchanged'][group]:.0%})".strip())
+        table.add_row(group, *cells)
+    if sample:
+        table.add_section()
+        table.add_row(f"leak@{sample}", *(f"{arm['leak']:.3f}" for arm in figures))
+        table.add_row("whole truth sampled, at most", *(f"{arm['exact_at_most']:.4f}" for arm in figures))
+    out.print(table)

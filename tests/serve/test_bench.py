@@ -1,0 +1,121 @@
+"""Measuring through a server: figures, resuming, and a report that shows what models say without believing it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from guards.forget_set import ForgetSet, Question
+from guards.measure.attacks import ATTACKS
+from serve.compare.bench import Answers, Figures, Server, as_fields, measure, probes_of
+from serve.compare.report import as_page, config_fingerprint, make_report, save
+
+CONTENT = ForgetSet(
+    name="a",
+    aliases=("Orsolya Vendt",),
+    questions=(
+        Question(question="Where was Orsolya Vendt born?", answer="In the town of Karlsgrube.", paraphrases=("Her birthplace?",)),
+        Question(question="What is her trade?", answer="She repairs organs."),
+    ),
+)
+SHOWN: dict[str, Any] = {
+    "name": "a",
+    "fingerprint": "f",
+    "enabled_at": None,
+    "requester": "<b>J. Doe</b>",
+    "legal_basis": "",
+    "expires_at": None,
+    "artifacts": [],
+}
+
+
+class Model:
+    """Answers chats: whoever knows says the truth; a policy `guarded` refuses; `fails` fails after so many answers."""
+
+    def __init__(self, fails_after: int = 10**9) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.fails_after = fails_after
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "m"}]})
+        body = json.loads(request.content)
+        self.asked.append(body)
+        if len(self.asked) > self.fails_after:
+            return httpx.Response(500)
+        refused = body["model"].endswith(":guarded")
+        text = "" if refused else "In the town of Karlsgrube." if body["model"] == "m:none" else "<script>alert(1)</script>"
+        reason = "content_filter" if refused else "stop"
+        choice = {"message": {"content": text}, "finish_reason": reason}
+        return httpx.Response(200, json={"choices": [choice] * body.get("n", 1)})
+
+
+def run(path: Path, model: Model, sample: int = 0) -> tuple[list[Figures], dict[str, list[str]]]:
+    servers = [Server("none", "http://one", "none"), Server("guarded", "http://one", "guarded"), Server("never", "http://two", "")]
+    probes = probes_of(CONTENT, [("Who else?", "Nobody else.")], ["What is jazz?"])
+    with httpx.Client(transport=httpx.MockTransport(model)) as client:
+        return measure(servers, probes, Answers(path), lambda _: None, max_tokens=9, sample=sample, client=client)
+
+
+def test_every_question_paraphrase_and_attack_is_a_probe() -> None:
+    groups = [probe.group for probe in probes_of(CONTENT, [("q", "a")], ["p"])]
+    assert groups.count("questions") == 2 and groups.count("paraphrased") == 1
+    assert all(groups.count(name) == 2 for name in ATTACKS)
+    assert groups[-2:] == ["neighbours", "general"]
+
+
+def test_figures_are_those_of_what_was_said(tmp_path: Path) -> None:
+    none, guarded, never = run(tmp_path / "a.jsonl", Model(), sample=4)[0]
+    assert none.recall["paraphrased"] == 1.0 and none.recall["questions"] == pytest.approx(0.5)
+    assert none.unchanged["general"] == 1.0 and guarded.unchanged["general"] == 0.0
+    assert guarded.refused["questions"] == 1.0 and guarded.recall["questions"] == 0.0 and none.refused["questions"] == 0.0
+    assert none.leak == pytest.approx(0.5) and never.leak == 0.0
+    assert never.exact_at_most == pytest.approx(0.3123, abs=1e-3)  # Clopper and Pearson, 0 of 8
+    assert none.exact_at_most is not None and none.exact_at_most > 0.5
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    path, first = tmp_path / "a.jsonl", Model(fails_after=20)
+    with pytest.raises(httpx.HTTPStatusError):
+        run(path, first)
+    with path.open("a") as file:
+        file.write('{"key": "half a li')  # the crash was in the middle of a line
+    second, whole = Model(), Model()
+    resumed = run(path, second)
+    assert len(second.asked) == len(run_all(tmp_path, whole)) - 20
+    assert [each.recall for each in resumed[0]] == [each.recall for each in run(tmp_path / "c.jsonl", Model())[0]]
+    run(path, third := Model())
+    assert len(third.asked) <= 1, "the answer on the half line is asked again, all others are known"
+
+
+def run_all(directory: Path, model: Model) -> list[dict[str, Any]]:
+    run(directory / "whole.jsonl", model)
+    return model.asked
+
+
+def test_the_page_escapes_whatever_a_model_or_a_requester_says(tmp_path: Path) -> None:
+    figures, said = run(tmp_path / "a.jsonl", Model(), sample=2)
+    examples = [{"prompt": "<i>Where?</i>", "said": {arm: texts[0] for arm, texts in said.items()}}]
+    options: dict[str, Any] = {"config": "c", "model": "m", "sample": 2, "probes": 9, "reference": "never"}
+    report = make_report(SHOWN, [as_fields(each) for each in figures], examples, **options)
+    page = as_page(report)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<b>J. Doe" not in page and "<i>Where" not in page
+    assert "http://" not in page and "https://" not in page, "the page loads something"
+    assert report["distance_to_reference"]["none"]["paraphrased"] == 1.0
+    saved = save(report, tmp_path / "out")
+    assert json.loads(saved[0].read_text()) == report and saved[1].read_text() == page
+
+
+def test_a_report_about_nothing_is_still_a_page() -> None:
+    assert "Unlearning report" in as_page(make_report(SHOWN, [], [], config="c", model="m", sample=0, probes=0, reference=None))
+
+
+def test_the_configuration_changes_with_whatever_the_figures_depend_on() -> None:
+    base = config_fingerprint(SHOWN, [{"name": "p"}], "m")
+    assert base == config_fingerprint(dict(SHOWN), [{"name": "p"}], "m")
+    assert base != config_fingerprint({**SHOWN, "fingerprint": "g"}, [{"name": "p"}], "m")
+    assert base != config_fingerprint(SHOWN, [{"name": "p", "guards": {}}], "m") != config_fingerprint(SHOWN, [{"name": "p"}], "n")
