@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from tests.vllm.conftest import Server
 from tests.vllm.test_guarded_server import POTTER, SCHOOL, assert_free_of, text
 
 
@@ -62,3 +67,26 @@ def test_an_arm_that_fails_is_one_arms_result(admin: httpx.Client) -> None:
     order = {"question": "word " * 3_000, "arms": ["none", "default"], "max_tokens": 4}
     arms = admin.post("/compare", json=order).json()["arms"]
     assert all(arm["error"] and arm["text"] == "" for arm in arms)
+
+
+def test_a_set_is_measured_from_the_command_line_into_a_report(
+    server: Server, admin: httpx.Client, forget: Any, tmp_path: Path
+) -> None:
+    forget(*POTTER)
+    questions = [
+        {"question": SCHOOL, "answer": "Hogwarts School of Witchcraft and Wizardry", "paraphrases": ["Where is Harry a pupil?"]}
+    ]
+    assert admin.post("/forget_sets", json={"name": "measured", "questions": questions}).status_code == 201
+    try:
+        command = [str(Path(sys.executable).parent / "lethe"), "bench", "measured", "--sample=2", "--max-tokens=24"]
+        environment = {**os.environ, "LETHE_URL": server.url}
+        for _ in range(2):  # the second run finds every answer in its file
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / "report-measured" / "report.json").read_text())
+        none, default = report["arms"]
+        assert none["recall"]["questions"] > 0.5 > default["recall"]["questions"]
+        assert none["leak"] >= default["leak"] and 0 < default["exact_at_most"] <= 1
+        assert "Hogwarts" in (tmp_path / "report-measured" / "report.html").read_text()
+    finally:
+        admin.delete("/forget_sets/measured")
