@@ -108,6 +108,12 @@ def params(plan: Plan | None) -> Any:
     return SimpleNamespace(extra_args={PLAN_KEY: encode_plan(plan)} if plan else None)
 
 
+def plan_of(request: int) -> Plan | None:
+    """Even ones are guarded; every third is made to say its own number."""
+    forced = (request,) if request % 3 == 0 else ()
+    return Plan(request, "p", ("f",) if request % 2 == 0 else (), forced=forced) if request % 2 == 0 or forced else None
+
+
 class BatchModel:
     """vLLM's own builder of batch updates, driven at random, and a list that says what is in each row."""
 
@@ -115,7 +121,7 @@ class BatchModel:
         from vllm.v1.sample.logits_processor.state import BatchUpdateBuilder
 
         self.builder = BatchUpdateBuilder()
-        self.rows: list[int | None] = []  # request numbers; even ones are guarded
+        self.rows: list[int | None] = []  # request numbers
 
     def step(self, finished: set[int], arriving: list[int]) -> Any:
         from vllm.v1.sample.logits_processor.interface import MoveDirectionality
@@ -130,7 +136,7 @@ class BatchModel:
                 row = len(self.rows)
                 self.rows.append(None)
             self.rows[row] = request
-            plan = Plan(request, "p", ("f",)) if request % 2 == 0 else None
+            plan = plan_of(request)
             self.builder.added.append((row, params(plan), [request], []))
         while self.builder.removed:  # condense, as InputBatch does
             last = len(self.rows) - 1
@@ -158,6 +164,7 @@ def test_tracker_v1_follows_every_row_of_the_batch(steps: list[tuple[set[int], i
     tracker = TrackerV1.__new__(TrackerV1)
     tracker.guards = guards()
     tracker._slot_of_row = torch.full((9,), -1, dtype=torch.int64)
+    tracker._forced = {}
     batch, arrived = BatchModel(), 0
     for finished, arriving in steps:
         room = 8 - len([request for request in batch.rows if request is not None and request not in finished])
@@ -169,6 +176,13 @@ def test_tracker_v1_follows_every_row_of_the_batch(steps: list[tuple[set[int], i
         seen = [None if slot < 0 else tracker.guards.slots.plans[slot].revision for slot in tracker.guards.rows_of_batch.tolist()]
         assert seen == [request if request is not None and request % 2 == 0 else None for request in batch.rows]
         assert len(tracker.guards.slots.live_plans) == sum(request is not None for request in seen)
+        logits = torch.ones(len(batch.rows), 64)
+        said = tracker.apply(logits.clone())
+        for row, request in enumerate(batch.rows):
+            if request is not None and request % 3 == 0:
+                assert said[row].argmax() == request and torch.isinf(said[row]).sum() == 63
+            else:
+                assert torch.equal(said[row], logits[row]), "a row was made to say what nobody asked of it"
 
 
 class BaseState:
