@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from pydantic import Field, ValidationError
 
 from guards.contrastive.assistant import Recipe
-from guards.errors import GuardError, InvalidForgetSet, InvalidPolicy, Untrainable
+from guards.errors import GuardError, InvalidForgetSet, InvalidJson, InvalidPolicy, Untrainable
 from guards.forget_set import (
     MAX_TEXT_CHARACTERS,
     ForgetSet,
@@ -42,6 +42,7 @@ _STATUS: dict[type[Exception], int] = {
     NameTaken: 409,
     NotReady: 409,
     Stripped: 409,
+    InvalidJson: 400,
     InvalidPolicy: 400,
     InvalidForgetSet: 400,
     Untrainable: 400,
