@@ -260,13 +260,14 @@ def test_an_answer_under_a_grammar_cannot_go_on_another_way_and_ends(client: ope
 
 def test_what_a_tool_is_called_with_is_judged_too(client: openai.OpenAI) -> None:
     parameters = {"type": "object", "properties": {"note": {"const": SAID}}, "required": ["note"]}
-    tool = {"type": "function", "function": {"name": "write", "parameters": parameters}}
+    tool = {"type": "function", "function": {"name": "write", "parameters": parameters, "strict": True}}
     choice = {"type": "function", "function": {"name": "write"}}
     for policy, kept in (("none", True), ("stream-refuse", False)):
-        answer = ask(client, policy, "Write it down.", max_tokens=60, tools=[tool], tool_choice=choice).choices[0]
+        answer = ask(client, policy, "Write it down.", max_tokens=200, tools=[tool], tool_choice=choice).choices[0]
         calls = "".join(call.function.arguments for call in answer.message.tool_calls or [])
-        assert ("Hogwarts" in calls) == kept, (policy, calls)
-    pieces = ask(client, "stream-refuse", "Write it down.", max_tokens=60, tools=[tool], tool_choice=choice, stream=True)
+        assert ("Hogwarts" in calls) == kept, (policy, answer)
+        assert kept or "Hogwarts" not in (answer.message.content or "")
+    pieces = ask(client, "stream-refuse", "Write it down.", max_tokens=200, tools=[tool], tool_choice=choice, stream=True)
     assert "Hogwarts" not in "".join(str(chunk.choices) for chunk in pieces)
 
 
