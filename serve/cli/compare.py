@@ -62,17 +62,17 @@ def _growing(said: dict[str, str]) -> Table:
 def _show(done: dict[str, Any]) -> None:
     first = done["arms"][0]["policy"]
     table = folding_table(
-        "policy", "answer", "end", "guards", "first token", "all", f"differs from {first}", title=f"revision {done['revision']}"
+        "policy", "end", "guards", "first token", "all", f"differs from {first}", title=f"revision {done['revision']}"
     )
     for arm in done["arms"]:
         at = arm["divergence"]["at"]
         differs = "" if at is None else f"from token {at + 1}, {arm['divergence']['same']:.0%} in common"
-        text = arm["error"] or arm["text"] + (f" [{arm['refusal']}]" if arm["refusal"] else "")
         first_token = "" if arm["first_token_ms"] is None else f"{arm['first_token_ms']:.0f} ms"
         fired = ", ".join(dict.fromkeys(arm["fired"]))
-        table.add_row(
-            arm["policy"], text, arm["finish_reason"] or "error", fired, first_token, f"{arm['total_ms']:.0f} ms", differs
-        )
+        table.add_row(arm["policy"], arm["finish_reason"] or "error", fired, first_token, f"{arm['total_ms']:.0f} ms", differs)
+    for arm in done["arms"]:
+        out.rule(arm["policy"], align="left")
+        out.print(arm["error"] or arm["text"] + (f" [{arm['refusal']}]" if arm["refusal"] else ""))
     out.print(table)
     if any(arm["error"] for arm in done["arms"]):
         raise typer.Exit(1)
