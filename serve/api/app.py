@@ -23,6 +23,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
@@ -200,7 +201,12 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
             await init_app_state(client, app.state, args, tasks)
             _list_policies_as_models(app, control)
             scorer = Scorer(client, inner.renderer.get_tokenizer(), model.max_model_len)
-            chat = app.state.openai_serving_chat
+
+            async def chat(fields: dict[str, Any]) -> Any:
+                return await app.state.openai_serving_chat.create_chat_completion(
+                    ChatCompletionRequest.model_validate(fields), None
+                )
+
             side_by_side = SideBySide(chat, args.served_model_name[0], lambda: control.snapshot)
             admin.attach(app, control, registry, scorer, side_by_side)
             # Outermost, around every middleware that vLLM or a plugin of its brought along.

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
 from pydantic import Field
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from guards.errors import GuardError
 from guards.forget_set import Frozen, Text
@@ -86,11 +85,11 @@ class SideBySide:
     """Runs comparisons.
 
     Args:
-        chat: vLLM's handler of chat requests.
+        chat: vLLM's handler of chat requests: the fields of one -> its lines of server-sent events, or an error.
         served: the base model's name.
     """
 
-    def __init__(self, chat: Any, served: str, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(self, chat: Callable[[dict[str, Any]], Awaitable[Any]], served: str, snapshot: Callable[[], Snapshot]) -> None:
         self._chat = chat
         self._served = served
         self._snapshot = snapshot
@@ -155,7 +154,7 @@ class SideBySide:
             "stream": True,
         }
         started = time.perf_counter()
-        chunks = await self._chat.create_chat_completion(ChatCompletionRequest.model_validate(body), None)
+        chunks = await self._chat(body)
         if not hasattr(chunks, "__aiter__"):
             arm.error = str(getattr(getattr(chunks, "error", chunks), "message", chunks))
             return

@@ -18,14 +18,13 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from guards.contrastive.assistant import FORKED_LAYERS
 from serve.default_model import default_model
 from serve.registry.store import Registry
 from serve.settings import Settings
 from tests.assistants import give, random_assistant
-from tests.bench.load import arguments, begin, generate, keep, measure, memory_mib, three_servers
+from tests.bench.load import arguments, begin, generate, keep, measure, memory_mib, serving_table, three_servers
 from tests.vllm.conftest import Server
 
 SETS = 16
@@ -101,13 +100,11 @@ def main() -> None:
         "long_prompt_first_token_ratio": round(statistics.median(prefill["plain"]) / statistics.median(prefill["engaged"]), 3),
         "serving": serving,
     }
-    columns = ("variant", "batch", "throughput ratio", "range", "per processor second")
-    table = Table(*columns, title=f"arithmetic {record['arithmetic']}")
-    for row in serving:
-        low, high = row["throughput_ratio_range"]
-        ratio, per_cpu = f"{row['throughput_ratio']:.3f}", f"{row['per_cpu_second_ratio']:.3f}"
-        table.add_row(row["variant"], str(row["batch"]), ratio, f"{low:.3f}-{high:.3f}", per_cpu)
-    console.print(table, assistants, f"first token of a long prompt: {record['long_prompt_first_token_ratio']} x plain")
+    console.print(
+        serving_table(serving, f"arithmetic {record['arithmetic']}"),
+        assistants,
+        f"first token of a long prompt: {record['long_prompt_first_token_ratio']} x plain",
+    )
     if clean:
         keep(record)
 

@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 import psutil
 from rich.progress import Progress
+from rich.table import Table
 
 from serve.default_model import NAME
 from tests.vllm.conftest import Server
@@ -176,3 +177,19 @@ def measure(
                 }
             )
     return rows
+
+
+def serving_table(rows: Sequence[dict[str, Any]], title: str = "") -> Table:
+    """What `measure` returned, for people."""
+    table = Table("variant", "batch", "throughput ratio", "range", "per processor second", "first token later by", title=title)
+    for row in rows:
+        low, high = row["throughput_ratio_range"]
+        table.add_row(
+            row["variant"],
+            str(row["batch"]),
+            f"{row['throughput_ratio']:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            f"{row['per_cpu_second_ratio']:.3f}",
+            f"{row['first_token_ms_more']:.0f} ms",
+        )
+    return table

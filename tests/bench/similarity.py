@@ -3,8 +3,8 @@
     .venv/bin/python -m tests.bench.similarity [--rounds 2] [--allow-dirty]
 
 Plain vLLM, lethe, and plain vLLM once more (the control) on the same load in turns, with a set of 100 questions that no request
-touches; then the time of the gate for prompts of about 100 tokens, all different (on one thread, server's own clock), and a search
-among a million synthetic vectors beside the exact one. Appends one line to results.jsonl. Refuses a dirty tree.
+touches; before that, the time of the gate for prompts of about 100 tokens and for single questions, all new, on one core, and a
+search among a million synthetic vectors beside the exact one. Appends one line to results.jsonl. Refuses a dirty tree.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from guards.similarity.encoder import Encoder
+from guards.similarity.gate import Gate
 from guards.similarity.index import FaissIndex
-from serve.default_model import NAME, default_model
+from serve.api.similarity import default_encoder
+from serve.default_model import default_model
 from serve.settings import Settings
-from tests.bench.load import arguments, begin, generate, keep, measure, three_servers
+from tests.bench.load import arguments, begin, generate, keep, measure, serving_table, three_servers
 from tests.vllm.conftest import Server
 
 QUESTIONS = 100
@@ -61,24 +64,27 @@ def sentence(generator: random.Random) -> str:
     )
 
 
-def gate_times(server: Server, prompts: int, progress: Progress) -> list[float]:
-    """Milliseconds that the gate took for each of so many new prompts of about 100 tokens, by the server's own clock."""
-    generator, times = random.Random(1), []
-    name = 'lethe_similarity_seconds_sum{what="conversation"}'
-
-    def clock() -> float:
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-        return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)), 0.0)
-
-    task = progress.add_task("Timing the gate", total=prompts)
-    for _ in range(prompts):
-        before = clock()
-        prompt = "".join(sentence(generator) for _ in range(4))
-        body = {"model": f"{NAME}:gate", "messages": [{"role": "user", "content": prompt}], "max_tokens": 1}
-        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
-        times.append(1_000 * (clock() - before))
-        progress.advance(task)
-    return times
+def gate_times(prompts: int, progress: Progress) -> dict[str, float]:
+    """Median milliseconds to read and embed a prompt that was not seen before, on one core: of 100 tokens, and one question."""
+    directory = default_encoder()
+    assert directory is not None, "the bundled encoder is not installed"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    generator, encoder = random.Random(1), Encoder(directory, cached=0)
+    gate = Gate(encoder.dimension)
+    task = progress.add_task("Timing the gate", total=2 * prompts)
+    found: dict[str, float] = {}
+    for name, length in (("prompt_ms", 4), ("question_ms", 1)):
+        times = []
+        for _ in range(prompts):
+            prompt = "".join(sentence(generator) for _ in range(length))
+            started = time.perf_counter()
+            encoder.embed(gate.asked([prompt], {}).texts)
+            times.append(1_000 * (time.perf_counter() - started))
+            progress.advance(task)
+        found[name] = round(statistics.median(times), 1)
+    torch.set_num_threads(threads)
+    return found
 
 
 def search_times(vectors: int, dimension: int, progress: Progress) -> dict[str, float]:
@@ -125,6 +131,7 @@ def main() -> None:
     console = Console(width=140)
     with Progress(console=console) as progress:
         search = search_times(options.vectors, 384, progress)
+        gate = gate_times(60, progress)
         with three_servers(model) as servers:
             plain, guarded, control = servers
             for server in servers:
@@ -140,20 +147,8 @@ def main() -> None:
                 *((name, guarded, [f":{name}"]) for name in POLICIES),
             ]
             serving = measure(variants, options.rounds, progress, tokens=[int(each) for each in options.tokens.split(",")])
-            times = gate_times(guarded, 60, progress)
-    record |= {"tokens": options.tokens, "gate_ms": round(statistics.median(times), 1), "search": search, "serving": serving}
-    table = Table("variant", "batch", "throughput ratio", "range", "per processor second", "first token later by")
-    for row in serving:
-        low, high = row["throughput_ratio_range"]
-        table.add_row(
-            row["variant"],
-            str(row["batch"]),
-            f"{row['throughput_ratio']:.3f}",
-            f"{low:.3f}-{high:.3f}",
-            f"{row['per_cpu_second_ratio']:.3f}",
-            f"{row['first_token_ms_more']:.0f} ms",
-        )
-    console.print(table, f"gate: {record['gate_ms']} ms for a new prompt of 100 tokens (median)", search)
+    record |= {"tokens": options.tokens, "gate": gate, "search": search, "serving": serving}
+    console.print(serving_table(serving), gate, search)
     if clean:
         keep(record)
 

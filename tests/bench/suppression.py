@@ -20,11 +20,10 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from serve.default_model import default_model
 from serve.settings import Settings
-from tests.bench.load import BATCHES, arguments, begin, generate, keep, measure, memory_mib, three_servers
+from tests.bench.load import BATCHES, arguments, begin, generate, keep, measure, memory_mib, serving_table, three_servers
 from tests.vllm.conftest import Server
 
 HERE = Path(__file__).parent
@@ -118,17 +117,7 @@ def main() -> None:
         ]
         serving = measure(variants, options.rounds, progress)
     record |= {"vocabulary": 49_152, "start": starting, "sets": sets, "serving": serving}
-    table = Table("variant", "batch", "throughput ratio", "range", "first token, ms more")
-    for row in serving:
-        low, high = row["throughput_ratio_range"]
-        table.add_row(
-            row["variant"],
-            str(row["batch"]),
-            f"{row['throughput_ratio']:.3f}",
-            f"{low:.3f}-{high:.3f}",
-            str(row["first_token_ms_more"]),
-        )
-    console.print(table, sets, starting)
+    console.print(serving_table(serving), sets, starting)
     if clean:
         keep(record)
         draw(record)

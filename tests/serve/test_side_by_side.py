@@ -6,12 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("vllm", reason="the handler of chats is vLLM's")
-
 from guards.errors import InvalidPolicy
 from guards.policy import BUILT_IN
 from serve.api.side_by_side import CompareOrder, Divergence, Incomparable, SideBySide, divergence
 from serve.registry.snapshot import Snapshot
+
+
+async def _never(_: dict) -> None:
+    raise AssertionError("nothing is to be asked")
+
 
 tokens = st.lists(st.sampled_from(["a", "b", "c"]), max_size=12)
 
@@ -39,4 +42,4 @@ def test_a_divergence_is_where_the_first_tokens_differ(one: list[str], other: li
 def test_an_order_that_cannot_be_carried_out_is_refused_before_anything_is_asked(order: dict, error: type[Exception]) -> None:
     snapshot = Snapshot(1, {}, dict(BUILT_IN), ())
     with pytest.raises(error):
-        SideBySide(None, "model", lambda: snapshot).check(CompareOrder.model_validate(order))
+        SideBySide(_never, "model", lambda: snapshot).check(CompareOrder.model_validate(order))

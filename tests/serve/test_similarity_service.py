@@ -13,7 +13,7 @@ from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.index import similarity_path
 from guards.suppression.vocabulary import Vocabulary
 from serve.api import similarity as service
-from serve.api.held import turns_of
+from serve.api.engine_client.held import turns_of
 from serve.api.similarity import Similarity, default_encoder
 
 DIRECTORY = default_encoder()

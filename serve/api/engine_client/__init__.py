@@ -9,11 +9,9 @@ Covered: everything that calls ``generate``. ``encode`` (pooling models) is clos
 
 from __future__ import annotations
 
-import codecs
-import json
-import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -31,7 +29,8 @@ from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan, TextPlan
 from serve.api.admission import AdmittedRequest, admitted
-from serve.api.held import Held, Request, blocked
+from serve.api.engine_client.held import Held, Request, blocked
+from serve.api.engine_client.watch import Watch
 from serve.api.refusal import FINISH_REASON
 from serve.api.similarity import Similarity
 from serve.registry.snapshot import Snapshot
@@ -154,12 +153,15 @@ class GuardedEngineClient:
             plan = await held.plan_of(Request(inputs, params, request_id, plan, text, False, lambda: None, _ignore))
         plan = replace(plan, forced=tuple(continuation))
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        async for step in self._start(inputs, params, request_id, plan, None, {}):
-            output = step.outputs[0]
-            if list(output.token_ids) != list(continuation):
-                raise GuardError("this engine's tokens cannot be forced (Model Runner V2); score on a server with Model Runner V1")
-            assert output.logprobs is not None, "they were asked for"
-            return [entry[token].logprob for token, entry in zip(continuation, output.logprobs, strict=True)]
+        async with aclosing(self._start(inputs, params, request_id, plan, None, {})) as steps:
+            async for step in steps:
+                output = step.outputs[0]
+                if list(output.token_ids) != list(continuation):
+                    raise GuardError(
+                        "this engine's tokens cannot be forced (Model Runner V2); score on a server with Model Runner V1"
+                    )
+                assert output.logprobs is not None, "they were asked for"
+                return [entry[token].logprob for token, entry in zip(continuation, output.logprobs, strict=True)]
         raise GuardError("the engine ended the request without an answer; try again")
 
     @staticmethod
@@ -242,7 +244,7 @@ class GuardedEngineClient:
         half_said: str,
     ) -> AsyncGenerator[RequestOutput, None]:
         """End an output before the piece of text that completes a phrase, for every choice by itself."""
-        watches = [_Watch(artifacts, self._vocabulary, params, half_said) for _ in range(params.n)]
+        watches = [Watch(artifacts, self._vocabulary, params, half_said) for _ in range(params.n)]
         end_of_text = self._inner.renderer.get_tokenizer().eos_token_id
         try:
             async for step in outputs:
@@ -332,65 +334,6 @@ def _ignore(_: str) -> None:
 def _can_be_taken_up(params: SamplingParams) -> bool:
     """Could the engine go on from an answer's tokens as if it had never stopped? Not where it counts or parses them."""
     return not (_constrained(params) or params.presence_penalty or params.frequency_penalty)
-
-
-class _Channel:
-    """Text that arrives in pieces, as far as a phrase could still be completed in it."""
-
-    def __init__(self, artifacts: list[CompiledPhrases], half_said: str, *, grows: bool) -> None:
-        self._artifacts = artifacts
-        longest = max((int(artifact.phrase_lengths.max(initial=0)) for artifact in artifacts), default=0)
-        self._reach = 6 * longest + 1  # the longest phrase in escapes, and the character before it
-        self._before = half_said[-self._reach :]
-        self._grows = grows
-
-    def first_hit(self, piece: str) -> int | None:
-        """Where in ``piece`` the first phrase that it completes begins (0 if before it); None if it completes none.
-
-        A tool call's arguments are JSON, which vLLM reads and writes anew: what they say with escapes counts as said.
-        """
-        text, known = self._before + piece, len(self._before)
-        hits = [start for artifact in self._artifacts for start, end in artifact.find(text) if end > known]
-        if not hits and "\\" in text:
-            plain, plain_before = _unescaped(text), _unescaped(self._before)
-            if any(len(artifact.find(plain)) > len(artifact.find(plain_before)) for artifact in self._artifacts):
-                hits = [known]
-        if self._grows:
-            self._before = text[-self._reach :]
-        return max(0, min(hits) - known) if hits else None
-
-
-class _Watch:
-    """One choice: its text, and the text that its tokens spell, which may be ahead (vLLM holds text back for stop strings)."""
-
-    def __init__(self, artifacts: list[CompiledPhrases], vocabulary: Vocabulary, params: SamplingParams, half_said: str) -> None:
-        self._vocabulary = vocabulary
-        self._delta = params.output_kind is RequestOutputKind.DELTA
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._text = _Channel(artifacts, half_said, grows=self._delta)
-        self._spelled = _Channel(artifacts, half_said, grows=self._delta)
-        self._safe = 0
-        self.ended = False
-        self.finished = False
-
-    def completes_a_phrase(self, output: CompletionOutput) -> bool:
-        if not self._delta:
-            self._decoder.reset()
-        spelled = self._decoder.decode(self._vocabulary.text_of(output.token_ids))
-        hits = [hit for hit in (self._text.first_hit(output.text), self._spelled.first_hit(spelled)) if hit is not None]
-        self._safe = min(hits, default=0)
-        return bool(hits)
-
-    def safe_text(self, output: CompletionOutput) -> str:
-        """What may be shown of an output that completes a phrase: nothing of a delta, else what lies before the phrase."""
-        return "" if self._delta else output.text[: self._safe]
-
-
-_ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')
-
-
-def _unescaped(text: str) -> str:
-    return _ESCAPES.sub(lambda escapes: str(json.loads(f'"{escapes[0]}"')), text)
 
 
 def _end(output: CompletionOutput, end_of_text: int, *, keep_text: str) -> None:
