@@ -34,7 +34,9 @@ from serve.api.admission import ADMIN_PREFIX
 from serve.api.control import Control, GateOrder
 from serve.api.scoring import ScoreOrder, Scorer, Unscorable
 from serve.api.side_by_side import CompareOrder, Incomparable, SideBySide
-from serve.registry.store import NameTaken, NotReady, Registry, RegistryError, StoredSet, Stripped, UnknownName
+from serve.compare.observations import UnknownRequest
+from serve.experiment import InvalidExperiment
+from serve.registry.store import InUse, NameTaken, NotReady, Registry, RegistryError, StoredSet, Stripped, UnknownName
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
 _STATUS: dict[type[Exception], int] = {
@@ -50,6 +52,9 @@ _STATUS: dict[type[Exception], int] = {
     EncoderUnavailable: 503,
     Unscorable: 400,
     Incomparable: 400,
+    InvalidExperiment: 400,
+    InUse: 409,
+    UnknownRequest: 404,
 }
 
 
@@ -68,7 +73,7 @@ class TrainingOrder(Frozen):
     recipe: Recipe = Field(default_factory=Recipe)
 
 
-class _Route(APIRoute):
+class OurRoute(APIRoute):
     """Turns our errors into OpenAI error envelopes, on our routes only."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -89,7 +94,7 @@ class _Route(APIRoute):
 
 def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, side_by_side: SideBySide) -> None:
     """Add the admin routes to vLLM's app."""
-    router = APIRouter(prefix=ADMIN_PREFIX, route_class=_Route, tags=["lethe"])
+    router = APIRouter(prefix=ADMIN_PREFIX, route_class=OurRoute, tags=["lethe"])
 
     def actor(request: Request) -> str:
         return str(request.scope["lethe.caller"].name)
@@ -140,7 +145,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
 
     @router.post("/forget_sets/{name}/assistant", status_code=202)
     async def train_assistant(name: str, request: Request) -> dict[str, Any]:
-        fields = await _object(request) if await request.body() else {}
+        fields = await read_object(request) if await request.body() else {}
         try:
             order = TrainingOrder.model_validate(fields)
         except ValidationError as error:
@@ -156,7 +161,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
     @router.put("/forget_sets/{name}/calibration")
     async def put_calibration(name: str, request: Request) -> dict[str, Any]:
         try:
-            found = CalibrationBody.model_validate(await _object(request))
+            found = CalibrationBody.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
         return await _shown(
@@ -166,7 +171,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
     @router.put("/forget_sets/{name}/gate")
     async def fit_gate(name: str, request: Request) -> dict[str, Any]:
         try:
-            order = GateOrder.model_validate(await _object(request) if await request.body() else {})
+            order = GateOrder.model_validate(await read_object(request) if await request.body() else {})
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
         return await _shown(name, await control.fit_gate(name, order, actor=actor(request)))
@@ -185,7 +190,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
 
     @router.put("/policies/{name}")
     async def put_policy(name: str, request: Request) -> dict[str, Any]:
-        policy = parse_policy({**_without(await _object(request), "name", name), "name": name})
+        policy = parse_policy({**_without(await read_object(request), "name", name), "name": name})
         revision = await control.put_policy(policy, actor=actor(request))
         return {**policy.model_dump(mode="json"), "revision": revision, "notes": control.snapshot.notes(policy)}
 
@@ -212,7 +217,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
 
     @router.post("/check")
     async def check(request: Request) -> dict[str, Any]:
-        fields = await _object(request)
+        fields = await read_object(request)
         text, policy = fields.get("text"), fields.get("policy", DEFAULT)
         if not isinstance(text, str) or not isinstance(policy, str) or fields.keys() - {"text", "policy"}:
             raise InvalidPolicy('the body must be {"text": "...", "policy": "..."}, policy being optional')
@@ -224,7 +229,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
     @router.post("/score")
     async def score(request: Request) -> dict[str, Any]:
         try:
-            order = ScoreOrder.model_validate(await _object(request))
+            order = ScoreOrder.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
         return {"revision": control.snapshot.revision, "policy": order.policy, "scores": await scorer.score(order)}
@@ -232,7 +237,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
     @router.post("/compare")
     async def compare(request: Request) -> Response:
         try:
-            order = CompareOrder.model_validate(await _object(request))
+            order = CompareOrder.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
         side_by_side.check(order)
@@ -270,13 +275,14 @@ async def _forget_set(request: Request, name: str | None) -> ForgetSet:
         if name is None or not is_name(name):
             raise InvalidForgetSet([f"name {name!r} must be 1 to 63 of a-z, 0-9, _ and -, in the URL: ?name=..."])
         return await asyncio.to_thread(read_jsonl, await request.body(), name)
-    fields = await _object(request)
+    fields = await read_object(request)
     if name is not None:
         fields = {**_without(fields, "name", name), "name": name}
     return await asyncio.to_thread(parse_forget_set, fields)
 
 
-async def _object(request: Request) -> dict[str, Any]:
+async def read_object(request: Request) -> dict[str, Any]:
+    """A body that is one JSON object. Raises InvalidJson."""
     return parse_object(await request.body())
 
 

@@ -6,14 +6,16 @@ without a key answers 401 once keys exist. What passes carries an `AdmittedReque
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import re
+import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from guards.errors import InvalidJson, InvalidPolicy
@@ -21,8 +23,12 @@ from guards.policy import DEFAULT, Policy
 from guards.strict_json import parse_object
 from guards.types import Plan, TextPlan
 from serve.api import refusal
+from serve.experiment import ARM_HEADER, InvalidExperiment
 from serve.registry.snapshot import LOOPBACK, Caller, Scope, Snapshot
 from serve.settings import Settings
+
+if TYPE_CHECKING:
+    from serve.api.experiments import Entry, LiveExperiments
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -49,8 +55,8 @@ ALLOWED = {
     "GET /load",
     "GET /metrics",
 }
-COMPARING = {f"POST {ADMIN_PREFIX}/compare"}
-"""Of our own routes, those that keys which may choose policies may use; all others are for operators."""
+OWN_SCOPES: dict[str, Scope] = {f"POST {ADMIN_PREFIX}/compare": "compare", f"POST {ADMIN_PREFIX}/feedback": "chat"}
+"""Of our own routes, those that need less than an operator's key."""
 REFUSED_FIELDS = (
     "vllm_xargs",
     "extra_args",
@@ -81,8 +87,19 @@ _NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", {}, [])
 
 
 @dataclass
+class Observation:
+    """How a request is answered, as the choke point sees it."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first_token_s: float | None = None  # from `started`; None if it cannot be told
+    total_s: float = 0.0
+    tokens: int = 0
+    text: str = ""  # of all choices
+
+
+@dataclass
 class AdmittedRequest:
-    """What admission decided. Constant from here on, but for ``blocked`` and ``fired``, which the choke point sets."""
+    """What admission decided. Constant from here on, but for what the choke point notes: blocked, fired, observation."""
 
     caller: Caller
     policy: Policy
@@ -91,6 +108,9 @@ class AdmittedRequest:
     has_tools: bool = False
     blocked: bool = False  # an output was ended by a guard, so the response must say so
     fired: list[str] = field(default_factory=list)  # what guards did, as "guard action", in order
+    observation: Observation = field(default_factory=Observation)
+    entry: Entry | None = None  # its place in an experiment
+    in_shadow: bool = False  # nobody is shown the answer
 
 
 admitted: ContextVar[AdmittedRequest | None] = ContextVar("admitted", default=None)
@@ -116,6 +136,8 @@ class Admission:
         snapshot: returns what is in force now.
         served_names: names of the base model.
         open_without_keys: the server is bound to the loopback interface only.
+        experiments: those that requests may take part in.
+        owner: the application around ``app``, which puts itself into a request's scope before this is called.
     """
 
     def __init__(
@@ -126,6 +148,8 @@ class Admission:
         served_names: list[str],
         settings: Settings,
         open_without_keys: bool,
+        experiments: LiveExperiments,
+        owner: object = None,
     ) -> None:
         self._app = app
         self._open_without_keys = open_without_keys
@@ -133,6 +157,8 @@ class Admission:
         self._served_names = served_names
         self._settings = settings
         self._allowed = ALLOWED | set(settings.allow_routes)
+        self._experiments = experiments
+        self._owner = owner
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -161,7 +187,7 @@ class Admission:
             await self._app(scope, receive, send)
             return
         admin = path.startswith(ADMIN_PREFIX + "/")
-        needed: Scope | None = None if not admin else "compare" if f"{method} {path}" in COMPARING else "admin"
+        needed = OWN_SCOPES.get(f"{method} {path}", "admin") if admin else None
         caller, snapshot = self._identify(headers, needed)
         if not admin and f"{method} {_generic(path)}" not in self._allowed:
             raise Refused(
@@ -176,7 +202,7 @@ class Admission:
             caller, snapshot = self._identify(headers, needed)
             if not admin:
                 fields = _parse(body)
-                request = self._check_fields(fields, caller, snapshot)
+                request = self._check_fields(fields, caller, snapshot, path, named)
                 body = json.dumps(fields).encode()
                 headers = [(name, value) for name, value in headers if name not in (b"content-length", b"transfer-encoding")]
                 headers += [(b"content-length", str(len(body)).encode()), (b"x-request-id", request_id.encode())]
@@ -185,11 +211,50 @@ class Admission:
                 send = refusal.reporting(send, checked.policy.refusal, lambda: checked.blocked)
             receive = _replay(body, receive)
         scope["lethe.caller"] = caller
+        if request is None:
+            await self._app(scope, receive, send)
+            return
+        status = _Status(send)
+        self._experiments.shadow.client_comes()
         token = admitted.set(request)
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, status)
         finally:
             admitted.reset(token)
+            request.observation.total_s = request.observation.total_s or time.perf_counter() - request.observation.started
+            self._experiments.shadow.client_goes()
+            self._experiments.completed(request, status.value if status.whole else None, request_id, path, body)
+
+    async def answer_unseen(self, path: str, body: bytes, request: AdmittedRequest) -> int:
+        """Answer a body that was admitted before under another plan, and show the answer to nobody. Returns the HTTP status."""
+        request_id = uuid.uuid4().hex
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [*headers, (b"host", b"shadow"), (b"x-request-id", request_id.encode())],
+            "server": None,
+            "client": None,
+            "app": self._owner,
+            "state": {},
+            "lethe.caller": request.caller,
+        }
+
+        async def nobody(_: Message) -> None:
+            pass
+
+        status = _Status(nobody)
+        admitted.set(request)  # this task's own
+        await self._app(scope, _replay(body, _never), status)
+        request.observation.total_s = request.observation.total_s or time.perf_counter() - request.observation.started
+        return status.value
 
     def _identify(self, headers: list[tuple[bytes, bytes]], needed: Scope | None) -> tuple[Caller, Snapshot]:
         """Who calls, and what is in force for them, now."""
@@ -211,9 +276,20 @@ class Admission:
             _require(caller, needed)
         return caller, snapshot
 
-    def _check_fields(self, fields: dict[str, Any], caller: Caller, snapshot: Snapshot) -> AdmittedRequest:
+    def _check_fields(
+        self, fields: dict[str, Any], caller: Caller, snapshot: Snapshot, path: str, headers: dict[bytes, bytes]
+    ) -> AdmittedRequest:
         """Apply the rules for bodies; ``fields["model"]`` becomes the base model's name."""
         policy_name = self._select_policy(fields, caller)
+        entry = None
+        if ARM_HEADER in headers:
+            _require(caller, "compare")
+        if policy_name is None and path in GENERATING:
+            try:
+                entry = self._experiments.enter(snapshot, fields, headers, caller)
+            except InvalidExperiment as error:
+                raise Refused(404, str(error), kind="not_found_error") from None
+        policy_name = entry.arm.policy if entry is not None else policy_name or DEFAULT
         try:
             plan = snapshot.plan(policy_name)
         except InvalidPolicy as error:
@@ -233,15 +309,16 @@ class Admission:
                 raise Refused(400, f"{name} asks for {too_large:,} repetitions; {limit}", param=name)
         self._check_caps(fields)
         text = snapshot.text_plans[policy_name]
-        return AdmittedRequest(caller, snapshot.policies[policy_name], plan, text, has_tools=bool(fields.get("tools")))
+        return AdmittedRequest(caller, snapshot.policies[policy_name], plan, text, bool(fields.get("tools")), entry=entry)
 
-    def _select_policy(self, fields: dict[str, Any], caller: Caller) -> str:
+    def _select_policy(self, fields: dict[str, Any], caller: Caller) -> str | None:
+        """The policy that a request names; None if it names none."""
         model = fields.get("model")
         if not isinstance(model, str) or model in self._served_names:
-            return DEFAULT
+            return None
         base, _, policy = model.rpartition(":")
         if base not in self._served_names:
-            return DEFAULT  # vLLM answers 404 with the names that it serves
+            return None  # vLLM answers 404 with the names that it serves
         if policy != DEFAULT:
             _require(caller, "compare")
         fields["model"] = base
@@ -329,6 +406,28 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+class _Status:
+    """Passes messages on, and notes the status and whether the answer was sent to its end."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.value = 500
+        self.whole = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.value = message["status"]
+        elif message["type"] == "http.response.body":
+            self.whole = not message.get("more_body", False)
+        await self._send(message)
+
+
+async def _never() -> Message:
+    """Nobody is there to go away."""
+    await asyncio.Event().wait()
+    raise AssertionError("nothing sets it")
 
 
 async def _read(receive: Receive, limit: int) -> bytes:

@@ -32,13 +32,17 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from guards.contrastive.assistant import BaseModel, describe_base
 from guards.errors import InvalidArtifact
 from guards.policy import NONE
-from serve.api import admin
+from serve.api import admin, experiment_routes
 from serve.api.admission import Admission, is_loopback
 from serve.api.control import Control
 from serve.api.engine_client import GuardedEngineClient, check_workers, load_artifacts
+from serve.api.experiments import LiveExperiments
 from serve.api.scoring import Scorer
+from serve.api.shadow import Shadow
 from serve.api.side_by_side import SideBySide
 from serve.api.similarity import Similarity, default_encoder
+from serve.compare.observations import Observations
+from serve.registry.experiments import Experiments
 from serve.registry.store import Registry
 from serve.settings import Settings
 from serve.vocabulary import vocabulary_of
@@ -116,6 +120,7 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
     if tracker and not current_platform.is_cpu() and not args.enforce_eager:
         raise UnsafeSetting("on a GPU, Model Runner V1 replays CUDA graphs past the tracker; use V2, or add --enforce-eager")
     args.logits_processors = [*(args.logits_processors or []), *tracker]
+    args.scheduling_policy = "priority"  # clients' requests have one and the same; shadow answers come behind them
     args.worker_extension_cls = "serve.engine.worker.WorkerExtension"
     args.additional_config = {
         **(args.additional_config or {}),
@@ -208,16 +213,33 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
                 )
 
             side_by_side = SideBySide(chat, args.served_model_name[0], lambda: control.snapshot)
+            shadow = Shadow(
+                waiting=settings.shadow_waiting,
+                beside=settings.shadow_beside,
+                at_once=settings.shadow_at_once,
+                tokens_per_minute=settings.shadow_tokens_per_minute,
+            )
+            observations = Observations(settings.state_dir / "observations.db")
+            live = LiveExperiments(lambda: control.snapshot, observations, control.phrases, similarity, shadow)
+            experiment_routes.attach(app, control, Experiments(registry), observations, live)
             admin.attach(app, control, registry, scorer, side_by_side)
             # Outermost, around every middleware that vLLM or a plugin of its brought along.
-            app.middleware_stack = Admission(
+            admission = Admission(
                 app.middleware_stack or app.build_middleware_stack(),
                 snapshot=lambda: control.snapshot,
                 served_names=args.served_model_name,
                 settings=settings,
                 open_without_keys=is_loopback(args.host or ""),
+                experiments=live,
+                owner=app,
             )
-            yield app, inner
+            app.middleware_stack = admission
+            live.start(admission.answer_unseen)
+            try:
+                yield app, inner
+            finally:
+                await live.stop()
+                observations.close()
         finally:
             await control.stop()
 

@@ -382,6 +382,12 @@ class Control:
                 hits += [hit("stream", verdict, clause.start) for verdict in verdicts]
         return hits
 
+    async def refresh(self) -> int:
+        """Take in what was changed in the registry. Returns the revision that is in force."""
+        async with self._changing:
+            await self._refresh()
+        return self.snapshot.revision
+
     def phrases(self, fingerprint: str) -> CompiledPhrases:
         """Compiled phrases by fingerprint, kept in memory by recency. Raises InvalidArtifact."""
         with self._compiled_lock:

@@ -1,4 +1,4 @@
-"""The command line: ``lethe serve | forget | train | calibrate | compare | bench | policy | check | audit | revision | key``."""
+"""The command line: ``lethe serve | forget | train | calibrate | compare | bench | experiment | policy | check | audit | key``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from pydantic_settings import SettingsError
 
 from guards.errors import GuardError, InvalidForgetSet
-from serve.cli import assistants, bench, compare, forget, keys, look, policies
+from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies
 from serve.cli.talk import ServerSaysNo, fail, out
 from serve.registry.store import RegistryError
 from serve.settings import Settings
@@ -23,7 +23,7 @@ app = typer.Typer(
     "next answer no longer contains the set's phrases. `lethe forget disable NAME` brings them back.\n\n"
     "State lives in LETHE_STATE_DIR; commands reach the server at LETHE_URL with the key in LETHE_KEY.",
 )
-for group, name in ((forget.app, "forget"), (policies.app, "policy"), (keys.app, "key")):
+for group, name in ((forget.app, "forget"), (policies.app, "policy"), (experiment.app, "experiment"), (keys.app, "key")):
     app.add_typer(group, name=name)
 for command in (assistants.train, assistants.calibrate, compare.compare, bench.bench, look.check, look.revision, look.audit):
     app.command()(command)

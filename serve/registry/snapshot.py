@@ -11,6 +11,7 @@ from typing import Literal
 from guards.errors import InvalidPolicy
 from guards.policy import DEFAULT_ALPHA, DEFAULT_SAID, DEFAULT_THRESHOLD, Policy
 from guards.types import Contrast, Plan, TextPlan
+from serve.experiment import Experiment
 
 Scope = Literal["chat", "compare", "admin"]
 SCOPES: dict[Scope, frozenset[Scope]] = {
@@ -60,6 +61,7 @@ class Snapshot:
     alphas: Mapping[str, float] = field(default_factory=dict)  # assistant -> its calibrated strength
     similarity: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its vectors
     thresholds: Mapping[str, Thresholds] = field(default_factory=dict)  # vectors -> their calibrated thresholds
+    experiments: tuple[Experiment, ...] = ()  # those that run
     plans: Mapping[str, Plan] = field(init=False)  # policy -> plan
     text_plans: Mapping[str, TextPlan | None] = field(init=False)  # policy -> what similarity does; None = nothing
 

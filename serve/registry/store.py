@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from guards.forget_set import ForgetSet
 from guards.policy import BUILT_IN, DEFAULT, Policy
+from serve.experiment import Experiment
 from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, first_broken, seal
 from serve.registry.snapshot import Key, Scope, Snapshot, Thresholds, digest_secret
@@ -38,6 +39,10 @@ class UnknownName(RegistryError):
 
 class NameTaken(RegistryError):
     """A forget set of that name exists."""
+
+
+class InUse(RegistryError):
+    """Something that runs needs it."""
 
 
 class Stripped(RegistryError):
@@ -136,21 +141,21 @@ class Registry:
 
     def revision(self) -> int:
         """The revision in force: the number of changes so far."""
-        with self._read() as connection:
-            return connection.scalar(sa.select(sa.func.coalesce(sa.func.max(tables.audit.c.revision), 0))) or 0
+        with self.reading() as connection:
+            return self.revision_of(connection)
 
     def forget_sets(self) -> list[StoredSet]:
-        with self._read() as connection:
+        with self.reading() as connection:
             return self._stored_sets(connection)
 
     def forget_set(self, name: str) -> StoredSet:
         """Raises UnknownName."""
-        with self._read() as connection:
+        with self.reading() as connection:
             return self._stored_set(connection, name)
 
     def content(self, name: str) -> ForgetSet:
         """Everything in a forget set. Raises UnknownName."""
-        with self._read() as connection:
+        with self.reading() as connection:
             content = connection.scalar(sa.select(tables.forget_sets.c.content).where(tables.forget_sets.c.name == name))
             if content is None:
                 raise _unknown_set(name)
@@ -161,26 +166,26 @@ class Registry:
             return ForgetSet.model_validate_json(content)
 
     def stored_keys(self) -> list[StoredKey]:
-        with self._read() as connection:
+        with self.reading() as connection:
             rows = connection.execute(sa.select(tables.keys).order_by(tables.keys.c.created_at)).mappings()
             return [StoredKey(row["id"], row["scope"], row["label"], row["created_at"]) for row in rows]
 
     def audit(self, *, after: int = 0, limit: int = 1_000) -> list[AuditRow]:
         """Audit rows in order, from the one after revision ``after``."""
-        with self._read() as connection:
+        with self.reading() as connection:
             query = sa.select(tables.audit).where(tables.audit.c.revision > after).order_by(tables.audit.c.revision).limit(limit)
             return [AuditRow(**row) for row in connection.execute(query).mappings()]
 
     def first_broken_audit_row(self) -> int | None:
         """The first revision whose audit row was tampered with, or None."""
-        with self._read() as connection:
+        with self.reading() as connection:
             rows = connection.execution_options(yield_per=1_000).execute(sa.select(tables.audit).order_by(tables.audit.c.revision))
             return first_broken(AuditRow(**row) for row in rows.mappings())
 
     def snapshot(self) -> Snapshot:
         """What is in force, read in one transaction."""
-        with self._read() as connection:
-            revision = connection.scalar(sa.select(sa.func.coalesce(sa.func.max(tables.audit.c.revision), 0))) or 0
+        with self.reading() as connection:
+            revision = self.revision_of(connection)
             enabled: dict[str, str | None] = {}
             assistants: dict[str, str] = {}
             alphas: dict[str, float] = {}
@@ -206,19 +211,20 @@ class Registry:
             return Snapshot(
                 revision=revision,
                 enabled=enabled,
-                policies=self._stored_policies(connection),
+                policies=self.policies_of(connection),
                 keys=tuple(Key(row["id"], row["digest"], row["scope"]) for row in keys),
                 assistants=assistants,
                 alphas=alphas,
                 similarity=similarity,
                 thresholds=thresholds,
+                experiments=tuple(experiments_of(connection)),
             )
 
     # Changing. Each returns the new revision.
 
     def create_set(self, content: ForgetSet, artifacts: Sequence[Artifact] = (), *, actor: str) -> int:
         """Store a set together with the artifacts that are about to be built. Raises NameTaken."""
-        with self._change() as connection:
+        with self.changing() as connection:
             if connection.scalar(sa.select(tables.forget_sets.c.name).where(tables.forget_sets.c.name == content.name)):
                 raise NameTaken(f"forget set {content.name!r} exists; use PUT (`--replace`) or another name")
             at = now()
@@ -227,14 +233,14 @@ class Registry:
             connection.execute(tables.forget_sets.insert().values(name=content.name, **values))
             for artifact in artifacts:
                 self._put_artifact(connection, content.name, artifact)
-            return self._append(connection, actor, "forget_set.create", content.name, _audited(header))
+            return self.append(connection, actor, "forget_set.create", content.name, _audited(header))
 
     def replace_set(self, content: ForgetSet, artifacts: Sequence[Artifact], *, actor: str) -> int:
         """Replace a set together with its artifacts, so that an enabled set stays enforced. Raises UnknownName.
 
         Its assistant, if it has one, stays: it takes minutes to train another. It says that it knows the content before.
         """
-        with self._change() as connection:
+        with self.changing() as connection:
             stored = self._stored_set(connection, content.name)
             if (assistant := stored.artifact("assistant")) is not None:
                 note = "; trained on earlier content"
@@ -245,7 +251,7 @@ class Registry:
             connection.execute(tables.artifacts.delete().where(tables.artifacts.c.set_name == content.name))
             for artifact in artifacts:
                 self._put_artifact(connection, content.name, artifact)
-            return self._append(connection, actor, "forget_set.replace", content.name, _audited(_summary(content)))
+            return self.append(connection, actor, "forget_set.replace", content.name, _audited(_summary(content)))
 
     def strip_set(self, name: str, *, actor: str) -> int:
         """Drop a set's texts for good and keep what was made from them. A stripped set stays as it is.
@@ -254,10 +260,10 @@ class Registry:
             UnknownName: there is no such set.
             NotReady: something that its texts are needed for is not ready.
         """
-        with self._change() as connection:
+        with self.changing() as connection:
             stored = self._stored_set(connection, name)
             if stored.stripped:
-                return self._revision(connection)
+                return self.revision_of(connection)
             unready = [artifact.kind for artifact in stored.artifacts if artifact.status != "ready"]
             if unready or stored.artifact("similarity") is None:
                 raise NotReady(
@@ -266,7 +272,7 @@ class Registry:
             header = {**stored.header, "description": "", "stripped_at": now()}
             row = tables.forget_sets.c.name == name
             connection.execute(tables.forget_sets.update().where(row).values(content=STRIPPED, header=header))
-            return self._append(connection, actor, "forget_set.strip", name, {})
+            return self.append(connection, actor, "forget_set.strip", name, {})
 
     def forget_deleted_pages(self) -> None:
         """Move the write-ahead log into the file and empty it: what was deleted is then nowhere on disk (see ``secure_delete``)."""
@@ -275,10 +281,10 @@ class Registry:
 
     def delete_set(self, name: str, *, actor: str) -> int:
         """Raises UnknownName."""
-        with self._change() as connection:
+        with self.changing() as connection:
             stored = self._stored_set(connection, name)
             connection.execute(tables.forget_sets.delete().where(tables.forget_sets.c.name == name))
-            return self._append(connection, actor, "forget_set.delete", name, _audited(stored.header))
+            return self.append(connection, actor, "forget_set.delete", name, _audited(stored.header))
 
     def enable(self, name: str, *, actor: str) -> int:
         """Put a set in force. Enabling an enabled set changes nothing and returns the current revision.
@@ -288,10 +294,10 @@ class Registry:
             NotReady: it has expired, or nothing would enforce it: neither phrases nor an assistant, or the phrases are building
                 or failed.
         """
-        with self._change() as connection:
+        with self.changing() as connection:
             stored = self._stored_set(connection, name)
             if stored.enabled:
-                return self._revision(connection)
+                return self.revision_of(connection)
             if stored.expired:
                 raise NotReady(f"forget set {name!r} expired at {stored.header['expires_at']}; replace it with a later expires_at")
             phrases, assistant = stored.artifact("phrases"), stored.artifact("assistant")
@@ -314,17 +320,17 @@ class Registry:
                 state = "not built yet" if phrases is None else f"{phrases.status} {phrases.detail}".strip()
                 raise NotReady(f"the phrases of forget set {name!r} are {state}; wait for status 'ready', or PUT the set again")
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == name).values(enabled_at=now()))
-            return self._append(connection, actor, "forget_set.enable", name, _enforced_by(stored))
+            return self.append(connection, actor, "forget_set.enable", name, _enforced_by(stored))
 
     def disable(self, name: str, *, actor: str, only_if_expired: bool = False) -> int:
         """Take a set out of force; a no-op for a disabled one. Raises UnknownName."""
-        with self._change() as connection:
+        with self.changing() as connection:
             stored = self._stored_set(connection, name)
             if not stored.enabled or (only_if_expired and not stored.expired):
-                return self._revision(connection)
+                return self.revision_of(connection)
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == name).values(enabled_at=None))
             reason = f"expired at {stored.header['expires_at']}" if only_if_expired else ""
-            return self._append(connection, actor, "forget_set.disable", name, {"reason": reason} if reason else {})
+            return self.append(connection, actor, "forget_set.disable", name, {"reason": reason} if reason else {})
 
     def put_assistant(self, name: str, content_fingerprint: str, assistant: Artifact, *, actor: str) -> int:
         """Give a set a trained assistant, in place of any earlier one. If the set is enabled, it is in force with this revision.
@@ -333,12 +339,12 @@ class Registry:
             UnknownName: the set is gone.
             NotReady: the set has changed since training began.
         """
-        with self._change() as connection:
+        with self.changing() as connection:
             stored = self._stored_set(connection, name)
             if stored.header["fingerprint"] != content_fingerprint:
                 raise NotReady(f"forget set {name!r} was replaced while its assistant was trained; train it again")
             self._put_artifact(connection, name, assistant)
-            return self._append(connection, actor, "forget_set.assistant", name, {"assistant": assistant.fingerprint})
+            return self.append(connection, actor, "forget_set.assistant", name, {"assistant": assistant.fingerprint})
 
     def put_calibration(self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str, measured: str | None = None) -> int:
         """Store the strength that suits a set's assistant, with the evidence for it.
@@ -350,7 +356,7 @@ class Registry:
             UnknownName: there is no such set.
             NotReady: it has no assistant, or another one than was measured.
         """
-        with self._change() as connection:
+        with self.changing() as connection:
             assistant = self._stored_set(connection, name).artifact("assistant")
             if assistant is None:
                 raise NotReady(f"forget set {name!r} has no assistant to calibrate; train one with `lethe train {name}`")
@@ -358,7 +364,7 @@ class Registry:
                 raise NotReady(f"forget set {name!r} got another assistant while this one was measured; calibrate again")
             detail = json.dumps({**evidence, "alpha": alpha})
             self._put_artifact(connection, name, Artifact("calibration", assistant.fingerprint, "ready", detail, now()))
-            return self._append(
+            return self.append(
                 connection, actor, "forget_set.calibrate", name, {"alpha": alpha, "assistant": assistant.fingerprint}
             )
 
@@ -373,17 +379,17 @@ class Registry:
             UnknownName: there is no such set.
             NotReady: it has other vectors by now.
         """
-        with self._change() as connection:
+        with self.changing() as connection:
             artifact = self._stored_set(connection, name).artifact("similarity")
             if artifact is None or artifact.fingerprint != vectors:
                 raise NotReady(f"forget set {name!r} was replaced while its gate was calibrated; calibrate again")
             self._put_artifact(connection, name, Artifact("gate", vectors, "ready", json.dumps(fitted), now()))
             kept = {key: fitted[key] for key in ("threshold", "said_threshold", "epsilon", "delta", "positives", "negatives")}
-            return self._append(connection, actor, "forget_set.gate", name, kept)
+            return self.append(connection, actor, "forget_set.gate", name, kept)
 
     def record_artifact(self, name: str, content_fingerprint: str, artifact: Artifact) -> bool:
         """Note the state of an artifact. Returns False, and notes nothing, if the set is gone or has changed meanwhile."""
-        with self._change() as connection:
+        with self.changing() as connection:
             try:
                 stored = self._stored_set(connection, name)
             except UnknownName:
@@ -395,69 +401,76 @@ class Registry:
 
     def put_policy(self, policy: Policy, *, actor: str) -> int:
         """Create or replace a policy. Raises UnknownName if it names a set that does not exist."""
-        with self._change() as connection:
+        with self.changing() as connection:
             if policy.forget_sets != "enabled":
                 for name in policy.forget_sets:
                     self._stored_set(connection, name)
             connection.execute(tables.policies.delete().where(tables.policies.c.name == policy.name))
             connection.execute(tables.policies.insert().values(name=policy.name, content=policy.model_dump_json()))
-            return self._append(connection, actor, "policy.put", policy.name, policy.model_dump(mode="json"))
+            return self.append(connection, actor, "policy.put", policy.name, policy.model_dump(mode="json"))
 
     def delete_policy(self, name: str, *, actor: str) -> int:
-        """Delete a policy; for the default policy, return to its built-in form. Raises UnknownName."""
-        with self._change() as connection:
+        """Delete a policy; for the default policy, return to its built-in form. Raises UnknownName, InUse."""
+        with self.changing() as connection:
+            for experiment in experiments_of(connection):
+                if name != DEFAULT and any(arm.policy == name for arm in experiment.order.arms):
+                    raise InUse(f"policy {name!r} answers in experiment {experiment.name!r}; stop that first")
             deleted = connection.execute(tables.policies.delete().where(tables.policies.c.name == name)).rowcount
             if not deleted:
                 hint = "it is built in" if name in BUILT_IN else "see GET /lethe/v1/policies"
                 raise UnknownName(f"there is no policy {name!r} to delete; {hint}")
-            return self._append(connection, actor, "policy.reset" if name == DEFAULT else "policy.delete", name, {})
+            return self.append(connection, actor, "policy.reset" if name == DEFAULT else "policy.delete", name, {})
 
     def create_key(self, scope: Scope, label: str, *, actor: str) -> tuple[str, str]:
         """Make a key. Returns its id and its secret; the secret is not stored and cannot be shown again."""
         secret = f"lethe-{secrets.token_urlsafe(32)}"
         key_id = f"key-{secrets.token_hex(4)}"
-        with self._change() as connection:
+        with self.changing() as connection:
             connection.execute(
                 tables.keys.insert().values(id=key_id, digest=digest_secret(secret), scope=scope, label=label, created_at=now())
             )
-            self._append(connection, actor, "key.create", key_id, {"scope": scope, "label": label})
+            self.append(connection, actor, "key.create", key_id, {"scope": scope, "label": label})
         return key_id, secret
 
     def revoke_key(self, key_id: str, *, actor: str) -> int:
         """Raises UnknownName."""
-        with self._change() as connection:
+        with self.changing() as connection:
             if not connection.execute(tables.keys.delete().where(tables.keys.c.id == key_id)).rowcount:
                 raise UnknownName(f"there is no key {key_id!r}; `lethe key list` shows them")
-            return self._append(connection, actor, "key.revoke", key_id, {})
+            return self.append(connection, actor, "key.revoke", key_id, {})
 
     # Inside
 
     @contextmanager
-    def _read(self) -> Iterator[sa.Connection]:
+    def reading(self) -> Iterator[sa.Connection]:
+        """One transaction that sees one revision."""
         with self._engine.connect().execution_options(lethe_reading=True) as connection:
             yield connection
 
     @contextmanager
-    def _change(self) -> Iterator[sa.Connection]:
+    def changing(self) -> Iterator[sa.Connection]:
+        """One transaction that changes everything or nothing; see `append`."""
         with self._engine.begin() as connection:
             yield connection
 
     def judged(self, stored: StoredSet) -> bool:
         """Whether some policy acts on a set by similarity alone."""
-        with self._read() as connection:
+        with self.reading() as connection:
             return bool(self._acting(connection, stored))
 
     def _acting(self, connection: sa.Connection, stored: StoredSet) -> list[str]:
         """The policies that would act on a set by similarity."""
-        policies = self._stored_policies(connection)
+        policies = self.policies_of(connection)
         assumed = Snapshot(0, {stored.name: None}, policies, (), similarity={stored.name: "any"})
         return sorted(name for name, policy in policies.items() if assumed.forget_sets_of(policy))
 
     @staticmethod
-    def _revision(connection: sa.Connection) -> int:
+    def revision_of(connection: sa.Connection) -> int:
+        """The revision that a transaction sees."""
         return connection.scalar(sa.select(sa.func.coalesce(sa.func.max(tables.audit.c.revision), 0))) or 0
 
-    def _append(self, connection: sa.Connection, actor: str, action: str, subject: str, detail: dict[str, Any]) -> int:
+    def append(self, connection: sa.Connection, actor: str, action: str, subject: str, detail: dict[str, Any]) -> int:
+        """Write the audit row of a change, which makes the new revision. Returns it."""
         last = connection.execute(sa.select(tables.audit).order_by(tables.audit.c.revision.desc()).limit(1)).mappings().first()
         row = AuditRow(
             revision=(last["revision"] if last else 0) + 1,
@@ -488,7 +501,8 @@ class Registry:
         )
 
     @staticmethod
-    def _stored_policies(connection: sa.Connection) -> dict[str, Policy]:
+    def policies_of(connection: sa.Connection) -> dict[str, Policy]:
+        """All policies, built in and stored."""
         stored = {p.name: p for p in map(Policy.model_validate_json, connection.scalars(sa.select(tables.policies.c.content)))}
         return BUILT_IN | stored
 
@@ -513,6 +527,13 @@ class Registry:
         if not found:
             raise _unknown_set(name)
         return found[0]
+
+
+def experiments_of(connection: sa.Connection, *, running: bool = True) -> list[Experiment]:
+    """The experiments, in the order of their names; all of them, or those that run."""
+    contents = connection.scalars(sa.select(tables.experiments.c.content).order_by(tables.experiments.c.name))
+    found = map(Experiment.model_validate_json, contents)
+    return [each for each in found if each.stopped_at is None or not running]
 
 
 def _unknown_set(name: str) -> UnknownName:

@@ -34,6 +34,12 @@ policies = sa.Table(
     sa.Column("name", sa.String, primary_key=True),
     sa.Column("content", sa.String, nullable=False),
 )
+experiments = sa.Table(
+    "experiments",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("content", sa.String, nullable=False),
+)
 keys = sa.Table(
     "keys",
     metadata,

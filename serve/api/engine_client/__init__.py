@@ -30,14 +30,16 @@ from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan, TextPlan
 from serve.api.admission import AdmittedRequest, admitted
 from serve.api.engine_client.held import Held, Request, blocked
+from serve.api.engine_client.observed import observed
 from serve.api.engine_client.watch import Watch
 from serve.api.refusal import FINISH_REASON
 from serve.api.similarity import Similarity
 from serve.registry.snapshot import Snapshot
 from serve.wire import PLAN_KEY, encode_plan
 
-_requests = Counter("lethe_requests_total", "Requests that reached the engine.", ["policy", "guarded"])
-
+_requests = Counter("lethe_requests_total", "Requests that reached the engine.", ["policy", "guarded", "arm"])
+SHADOW_PRIORITY = 100
+"""Of requests that nobody waits for; clients' have 0, and the engine takes the lowest first."""
 
 REPETITION_PENALTIES = (0.1, 100.0)
 """What vLLM multiplies or divides logits by; within these bounds the floor of banned tokens stays out of reach, and finite."""
@@ -89,6 +91,22 @@ class GuardedEngineClient:
     ) -> AsyncIterator[RequestOutput]:
         """Like ``EngineClient.generate``; raises VLLMValidationError (a 400) before anything is sampled."""
         request = admitted.get()
+        if request is None:
+            return self._guarded(prompt, sampling_params, request_id, None, options)
+        if request.in_shadow:
+            options["priority"] = SHADOW_PRIORITY
+        timed = request.text is None or sampling_params.output_kind is not RequestOutputKind.FINAL_ONLY
+        outputs = self._guarded(prompt, sampling_params, request_id, request, options)
+        return observed(outputs, request.observation, sampling_params.output_kind, timed)
+
+    def _guarded(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        request: AdmittedRequest | None,
+        options: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
         plan = request.plan if request is not None else self._snapshot().plan("default")
         text = request.text if request is not None else self._snapshot().text_plans["default"]
         if sampling_params.extra_args:
@@ -99,9 +117,12 @@ class GuardedEngineClient:
         guarded = plan.engages_logits or text is not None
         if request is not None and text is None:
             request.fired += [name for name, acts in (("suppression", plan.suppression), ("contrast", plan.contrast)) if acts]
-        _requests.labels(plan.policy, str(guarded).lower()).inc()
+        entry = None if request is None else request.entry
+        arm = "" if entry is None else f"{entry.experiment.name}/{entry.arm.name}"
+        _requests.labels(plan.policy, str(guarded).lower(), arm).inc()
         if not guarded:
-            return self._inner.generate(prompt, sampling_params, request_id, **options)
+            plain: AsyncGenerator[RequestOutput, None] = self._inner.generate(prompt, sampling_params, request_id, **options)
+            return plain
 
         _refuse_what_cannot_be_guarded(prompt, sampling_params)
         params = sampling_params if sampling_params.skip_clone else sampling_params.clone()

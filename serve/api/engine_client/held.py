@@ -18,7 +18,7 @@ import asyncio
 import copy
 import re
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -115,7 +115,7 @@ class Held:
         self.marker_tokens = marker_tokens
         self._end_of_text = end_of_text
 
-    async def run(self, request: Request) -> AsyncIterator[RequestOutput]:
+    async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The request's outputs, in the kind that it asked for.
 
         Raises:

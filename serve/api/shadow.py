@@ -1,0 +1,148 @@
+"""Shadow answers: what other arms would say to live prompts, worked out in the gaps between clients.
+
+Clients come first, in three ways: shadow work begins only while few enough of them are being answered, is taken off the engine as
+soon as one more comes, and has a lower priority inside the engine. What waits is bounded, and what does not fit is dropped and
+counted; nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prometheus_client import Counter, Gauge
+
+from serve.experiment import ExperimentArm
+from serve.registry.snapshot import Caller
+
+if TYPE_CHECKING:
+    from serve.api.experiments import Finished
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+"""How often a job may be taken off the engine before it is dropped."""
+_outcomes = Counter("lethe_shadow_requests_total", "Shadow answers by what became of them.", ["outcome"])
+_waiting_gauge = Gauge("lethe_shadow_waiting", "Shadow answers that wait.")
+
+
+@dataclass
+class Job:
+    """A prompt that another arm is to answer."""
+
+    shown: Finished
+    arm: ExperimentArm
+    path: str
+    body: bytes
+    caller: Caller
+    has_tools: bool
+    attempts: int = 0
+
+
+class Shadow:
+    """One per API process.
+
+    Args:
+        waiting: jobs that may wait.
+        beside: clients' requests beside which shadow work goes on.
+        at_once: shadow answers at a time.
+        tokens_per_minute: the most that they may generate.
+    """
+
+    def __init__(self, *, waiting: int, beside: int, at_once: int, tokens_per_minute: int) -> None:
+        self._most_waiting = waiting
+        self._beside = beside
+        self._at_once = at_once
+        self._per_second = tokens_per_minute / 60
+        self._burst = float(tokens_per_minute)
+        self._tokens, self._counted_at = self._burst, time.monotonic()
+        self._waiting: deque[Job] = deque()
+        self._running: dict[asyncio.Task[int], Job] = {}
+        self._clients = 0
+        self._changed = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+        self._answer: Callable[[Job], Awaitable[int]] | None = None
+        _waiting_gauge.set_function(lambda: len(self._waiting))
+
+    def start(self, answer: Callable[[Job], Awaitable[int]]) -> None:
+        """Begin to work. ``answer`` returns the tokens that an answer took."""
+        self._answer = answer
+        self._worker = asyncio.create_task(self._work())
+
+    async def stop(self) -> None:
+        tasks = [*self._running, *([self._worker] if self._worker else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._waiting.clear()
+
+    def offer(self, job: Job) -> None:
+        """Take a job, or drop it if too many wait."""
+        if len(self._waiting) >= self._most_waiting:
+            _outcomes.labels("dropped: too many wait").inc()
+            return
+        self._waiting.append(job)
+        self._changed.set()
+
+    def client_comes(self) -> None:
+        """Make way: if that is one too many, what runs goes back to the front of the queue."""
+        self._clients += 1
+        if self._clients > self._beside:
+            for task in self._running:
+                task.cancel()
+
+    def client_goes(self) -> None:
+        self._clients -= 1
+        self._changed.set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._waiting or self._running)
+
+    async def _work(self) -> None:
+        while True:
+            self._changed.clear()
+            while self._waiting and self._clients <= self._beside and len(self._running) < self._at_once and self._affordable():
+                job = self._waiting.popleft()
+                assert self._answer is not None, "started"
+                task: asyncio.Task[int] = asyncio.create_task(self._run(job))
+                self._running[task] = job
+                task.add_done_callback(self._done)
+            # With jobs that cannot be afforded yet, look again in a while.
+            poor = self._waiting and not self._affordable()
+            try:
+                await asyncio.wait_for(self._changed.wait(), 1.0 if poor else None)
+            except TimeoutError:
+                continue
+
+    async def _run(self, job: Job) -> int:
+        assert self._answer is not None, "started"
+        return await self._answer(job)
+
+    def _affordable(self) -> bool:
+        now = time.monotonic()
+        self._tokens = min(self._burst, self._tokens + (now - self._counted_at) * self._per_second)
+        self._counted_at = now
+        return self._tokens > 0
+
+    def _done(self, task: asyncio.Task[int]) -> None:
+        job = self._running.pop(task)
+        if task.cancelled():
+            job.attempts += 1
+            if job.attempts < ATTEMPTS:
+                self._waiting.appendleft(job)
+            else:
+                _outcomes.labels("dropped: displaced").inc()
+        elif (error := task.exception()) is not None:
+            _outcomes.labels("failed").inc()
+            logger.error("lethe: a shadow answer failed: %s: %s", type(error).__name__, error)
+        else:
+            self._tokens -= task.result()
+            _outcomes.labels("answered" if task.result() else "not answered").inc()
+        self._changed.set()
