@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,8 +13,10 @@ import pytest
 
 from guards.policy import BUILT_IN
 from serve.api.admission import ALLOWED, GENERATING, REFUSED_FIELDS, Admission, admitted
+from serve.experiment import Experiment, parse_experiment
 from serve.registry.snapshot import Key, Snapshot, digest_secret
 from serve.settings import Settings
+from tests.serve.live import live_experiments
 
 SNAPSHOT = Snapshot(revision=7, enabled={"a": "fingerprint"}, policies=BUILT_IN, keys=())
 KEYED = Snapshot(7, {}, BUILT_IN, (Key("k1", digest_secret("chat-secret"), "chat"), Key("k2", digest_secret("root"), "admin")))
@@ -39,6 +43,13 @@ class App:
             await send({"type": "http.response.body", "body": chunk, "more_body": i + 1 < len(self.chunks)})
 
 
+def admission_around(app: App, snapshot: Callable[[], Snapshot], *, open_without_keys: bool = True, **limits: Any) -> Admission:
+    settings = Settings(**limits)
+    live = live_experiments(snapshot)
+    options: dict[str, Any] = {"settings": settings, "open_without_keys": open_without_keys, "experiments": live}
+    return Admission(app, snapshot=snapshot, served_names=["m"], **options)
+
+
 def call(
     method: str,
     path: str,
@@ -51,9 +62,7 @@ def call(
     **limits: Any,
 ) -> tuple[httpx.Response, App]:
     app = app or App()
-    admission = Admission(
-        app, snapshot=lambda: snapshot, served_names=["m"], settings=Settings(**limits), open_without_keys=open_without_keys
-    )
+    admission = admission_around(app, lambda: snapshot, open_without_keys=open_without_keys, **limits)
     content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
 
     async def send() -> httpx.Response:
@@ -190,7 +199,7 @@ def test_without_keys_no_web_page_can_throw_the_switch(headers: dict[str, str]) 
 def test_what_is_in_force_when_the_body_is_complete_counts() -> None:
     """A client cannot keep an old snapshot, or a revoked key, alive by sending slowly."""
     app, current = App(), [SNAPSHOT]
-    admission = Admission(app, snapshot=lambda: current[0], served_names=["m"], settings=Settings(), open_without_keys=True)
+    admission = admission_around(app, lambda: current[0])
     answers: list[Any] = []
 
     async def send_slowly(then: Snapshot) -> None:
@@ -304,7 +313,7 @@ def test_websockets_are_closed() -> None:
     sent: list[Any] = []
 
     async def connect() -> None:
-        admission = Admission(App(), snapshot=lambda: SNAPSHOT, served_names=["m"], settings=Settings(), open_without_keys=True)
+        admission = admission_around(App(), lambda: SNAPSHOT)
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -313,6 +322,44 @@ def test_websockets_are_closed() -> None:
 
     asyncio.run(connect())
     assert sent[0]["type"] == "websocket.close"
+
+
+EXPERIMENT = Experiment(
+    order=parse_experiment(
+        {"name": "e", "arms": [{"name": "a", "policy": "default"}, {"name": "b", "policy": "none"}], "unit": "user"}
+    ),
+    salt="s",
+    start=0.0,
+    epochs=({"a": 1.0, "b": 1.0},),
+)
+RUNNING = dataclasses.replace(SNAPSHOT, experiments=(EXPERIMENT,))
+
+
+def test_an_experiment_chooses_the_policy_of_requests_that_choose_none() -> None:
+    seen = set()
+    for i in range(40):
+        reached = chat({"user": f"u{i}"}, snapshot=RUNNING)[1].reached[0]["request"]
+        assert reached.entry is not None and reached.policy.name == reached.entry.arm.policy == reached.plan.policy
+        assert chat({"user": f"u{i}"}, snapshot=RUNNING)[1].reached[0]["request"].entry.arm == reached.entry.arm, "it is sticky"
+        seen.add(reached.policy.name)
+    assert seen == {"default", "none"}
+
+
+@pytest.mark.parametrize("body", [{}, {"user": ""}, {"user": 3}, {"model": "m:default", "user": "u"}])
+def test_who_has_no_unit_or_chose_a_policy_takes_no_part(body: dict[str, Any]) -> None:
+    reached = chat(body, snapshot=RUNNING)[1].reached[0]["request"]
+    assert reached.entry is None and reached.policy.name == "default"
+
+
+def test_an_arm_is_forced_by_those_who_may_choose_policies_and_nobody_else() -> None:
+    keyed = dataclasses.replace(KEYED, experiments=(EXPERIMENT,))
+    forced = {"x-experiment-arm": "e/b"}
+    answer, _ = chat({"user": "u"}, snapshot=keyed, headers={"authorization": "Bearer chat-secret", **forced})
+    assert answer.status_code == 403
+    answer, app = chat({"user": "u"}, snapshot=keyed, headers={"authorization": "Bearer root", **forced})
+    assert answer.status_code == 200 and app.reached[0]["request"].policy.name == "none" and app.reached[0]["request"].entry.forced
+    answer, _ = chat({}, snapshot=keyed, headers={"authorization": "Bearer root", "x-experiment-arm": "e/gone"})
+    assert answer.status_code == 404 and "e/gone" in answer.json()["error"]["message"]
 
 
 def test_every_generating_route_is_allowed() -> None:

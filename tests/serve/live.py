@@ -1,0 +1,25 @@
+"""Experiments without a server around them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from guards.errors import InvalidArtifact
+from guards.suppression.automaton import CompiledPhrases
+from serve.api.experiments import LiveExperiments
+from serve.api.shadow import Shadow
+from serve.api.similarity import Similarity
+from serve.compare.observations import Observations
+from serve.registry.snapshot import Snapshot
+
+
+def live_experiments(snapshot: Callable[[], Snapshot], observations: Observations | None = None) -> LiveExperiments:
+    def phrases(fingerprint: str) -> CompiledPhrases:
+        raise InvalidArtifact(fingerprint)
+
+    if observations is None:
+        observations = Observations(Path(tempfile.mkdtemp()) / "observations.db")
+    shadow = Shadow(waiting=4, beside=0, at_once=1, tokens_per_minute=1_000)
+    return LiveExperiments(snapshot, observations, phrases, Similarity(None, Path()), shadow)
