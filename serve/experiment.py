@@ -25,7 +25,7 @@ Mode = Literal["live", "shadow", "paired"]
 UNIT_HEADER = b"x-experiment-key"
 ARM_HEADER = b"x-experiment-arm"
 """Forces an arm, for keys that may choose policies; such requests are not counted."""
-MOST_ARMS = 8
+MOST_ARMS = 16
 _LAYER = "lethe layer"
 
 

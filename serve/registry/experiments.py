@@ -46,6 +46,7 @@ class Experiments:
             if order.name in {each.name for each in others}:
                 raise NameTaken(f"experiment {order.name!r} exists; its figures would be mixed up: take another name, or delete it")
             running = [each for each in others if each.stopped_at is None]
+            policies = {arm.policy: fingerprint(self._policy(connection, arm.policy)) for arm in order.arms}
             kinds = {each.order.unit for each in running}
             if kinds - {order.unit}:
                 names = ", ".join(each.name for each in running)
@@ -59,7 +60,7 @@ class Experiments:
                 salt=order.salt or secrets.token_hex(16),
                 start=start,
                 epochs=({arm.name: arm.weight for arm in order.arms},),
-                policies={arm.policy: fingerprint(self._policy(connection, arm.policy)) for arm in order.arms},
+                policies=policies,
                 created_at=now(),
             )
             values = {"name": order.name, "content": experiment.model_dump_json()}

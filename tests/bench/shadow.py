@@ -1,0 +1,111 @@
+"""Benchmark: what clients notice of shadow answers that are ten times the work of their own.
+
+    .venv/bin/python -m tests.bench.shadow [--rounds 4] [--allow-dirty]
+
+One server, a client that asks, reads and thinks, in turns without and with a shadow experiment on every request whose ten other
+arms each answer it again; and once more without, as the control. Appends one line to results.jsonl. Refuses a dirty tree.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from serve.default_model import default_model
+from serve.settings import Settings
+from tests.bench.load import ENVIRONMENT, OPTIONS, arguments, begin, generate, keep
+from tests.vllm.conftest import Server
+
+REQUESTS, TOKENS, OTHER_ARMS = 30, 24, 10
+THINKS_S = (0.0, 1.0)
+"""Uniform; the mean is about half of what an answer takes."""
+
+
+def block(server: Server, name: str, draw: random.Random, advance: Any) -> list[float]:
+    """Milliseconds of each answer."""
+    times = []
+    for i in range(REQUESTS):
+        started = time.perf_counter()
+        generate(server, 1, [""], TOKENS, f"{name} {i} ")
+        times.append(1_000 * (time.perf_counter() - started))
+        time.sleep(draw.uniform(*THINKS_S))
+        advance()
+    return times
+
+
+def main() -> None:
+    options = arguments(__doc__, rounds=4).parse_args()
+    record, clean = begin("shadow", options)
+    console = Console(width=140)
+    arms = [{"name": f"arm{i}", "policy": "none" if i else "default"} for i in range(OTHER_ARMS + 1)]
+    times: dict[str, list[list[float]]] = {"without": [], "with shadow": [], "without again": []}
+    most_waiting = 0.0
+    with tempfile.TemporaryDirectory() as directory, Progress(console=console) as progress:
+        root = Path(directory)
+        lethe = [str(Path(sys.executable).parent / "lethe"), "serve", f"--model={default_model(Settings().cache_dir)}"]
+        server = Server(lethe, root, {"LETHE_STATE_DIR": str(root / "state"), **ENVIRONMENT}, OPTIONS)
+        server.start()
+        task = progress.add_task("Asking", total=options.rounds * len(times) * REQUESTS)
+        try:
+            server.wait()
+            generate(server, 1, [""], TOKENS)
+            with httpx.Client(base_url=f"{server.url}/lethe/v1", timeout=60) as admin:
+                for turn in range(options.rounds):
+                    for kind in random.Random(turn).sample(list(times), len(times)):
+                        name, shadow = f"turn{turn}", kind == "with shadow"
+                        if shadow:
+                            admin.post("/experiments", json={"name": name, "mode": "shadow", "arms": arms}).raise_for_status()
+                        draw = random.Random(turn)
+                        times[kind].append(block(server, f"{turn} {kind}", draw, lambda: progress.advance(task)))
+                        if shadow:
+                            most_waiting = max(most_waiting, server.metric("lethe_shadow_waiting"))
+                            admin.post(f"/experiments/{name}/stop").raise_for_status()
+                            time.sleep(5)  # what waits finds its experiment stopped
+            lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        finally:
+            server.stop()
+    outcomes = {
+        line.split('"')[1]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("lethe_shadow_requests_total{")
+    }
+
+    def quantile(kind: str, turn: int, q: int) -> float:
+        return statistics.quantiles(times[kind][turn], n=100, method="inclusive")[q - 1]
+
+    rows = []
+    for kind in list(times)[1:]:
+        row: dict[str, Any] = {"variant": kind}
+        for q in (50, 95):
+            ratios = [quantile(kind, turn, q) / quantile("without", turn, q) for turn in range(options.rounds)]
+            row[f"p{q}_ratio"] = round(statistics.median(ratios), 3)
+            row[f"p{q}_ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+        rows.append(row)
+    table = Table("", "p50 to without", "range", "p95 to without", "range", title=f"{options.rounds} turns of {REQUESTS} answers")
+    for row in rows:
+        ranges = ["{:.2f}-{:.2f}".format(*row[f"p{q}_ratio_range"]) for q in (50, 95)]
+        table.add_row(row["variant"], f"{row['p50_ratio']:.3f}", ranges[0], f"{row['p95_ratio']:.3f}", ranges[1])
+    console.print(table, outcomes, f"most waiting: {most_waiting:.0f}")
+    if clean:
+        keep(
+            {
+                **record,
+                "requests": REQUESTS,
+                "other_arms": OTHER_ARMS,
+                "serving": rows,
+                "outcomes": outcomes,
+                "waiting": most_waiting,
+            }
+        )
+
+
+if __name__ == "__main__":
+    main()
