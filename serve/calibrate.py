@@ -5,7 +5,7 @@ asked at one strength after the other; recall falls as strength rises, so bisect
 not the aim: a model that has never heard of a person still guesses some words right, and silence would itself tell that something
 was removed.
 
-Covered: greedy answers, by ROUGE-L recall. Not covered: sampled answers (see ``tests/bench/forgetting``) and questions that nobody
+Covered: greedy answers, by ROUGE-L recall. Not covered: sampled answers (see `lethe bench --sample`) and questions that nobody
 wrote down.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +12,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from guards.forget_set import ForgetSet
+from guards.measure.formats import QUESTIONS, Case, read_cases
 from serve.calibrate import PROMPTS
 from serve.cli.talk import NameArgument, connect, err, fail, folding_table, out, unwrap
 from serve.compare.bench import Answers, Server, as_fields, measure, probes_of
-from serve.compare.report import config_fingerprint, make_report, save
+from serve.compare.report import TRUTHS, config_fingerprint, make_report, save
 from serve.settings import Settings
 
 EXAMPLES = 3
@@ -24,6 +27,11 @@ def bench(
     name: NameArgument,
     policies: Annotated[str, typer.Option(help="Policies to measure, with commas.")] = "none,default",
     neighbours: Annotated[str | None, typer.Option(help="A set whose answers should stay as they are.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Ask what TOFU, RWKU or MUSE ask: the directory of their files.")] = None,
+    most: Annotated[int, typer.Option(help="Of each group in --data that is to stay, so many at most.")] = 100,
+    truth: Annotated[
+        bool, typer.Option(help="Also how likely true and wrong answers are: truth ratio, forget quality, utility.")
+    ] = False,
     against: Annotated[str | None, typer.Option(help="URL of a server (OpenAI-compatible) that never knew.")] = None,
     sample: Annotated[int, typer.Option(help="Also so many answers to each question at temperature 1 (leak@k).")] = 0,
     max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 80,
@@ -39,8 +47,8 @@ def bench(
         if "content" not in shown:
             fail(f"the texts of {name} were dropped, so nothing can be asked about it")
         content = ForgetSet.model_validate({"name": name, **shown["content"]})
-        if not content.questions:
-            fail(f"{name} has no questions to ask; add some, with answers")
+        if not content.questions and data is None:
+            fail(f"{name} has no questions to ask; add some, with answers, or name a benchmark's directory with --data")
         kept = unwrap(client.get(f"/forget_sets/{neighbours}"))["content"]["questions"] if neighbours else []
         chosen = [each.strip() for each in policies.split(",") if each.strip()]
         configs = [unwrap(client.get(f"/policies/{policy}")) for policy in chosen]
@@ -49,14 +57,18 @@ def bench(
     servers = [Server(policy, url, policy, settings.key) for policy in chosen]
     if against:
         servers.append(Server(NEVER_KNEW, against.rstrip("/").removesuffix("/v1"), ""))
-    probes = probes_of(content, [(entry["question"], entry["answer"]) for entry in kept], PROMPTS)
+    cases = [] if data is None else at_most(read_cases(data), most)
+    probes = probes_of(content, [(entry["question"], entry["answer"]) for entry in kept], PROMPTS, cases)
+    if truth and not any(probe.wrong for probe in probes):
+        fail("--truth needs wrong answers beside the true ones: name a directory that has TOFU's *_perturbed.json with --data")
     directory.mkdir(parents=True, exist_ok=True)
     # Answers hold for one configuration: another one starts its own file.
     config = config_fingerprint(shown, [{**each, "revision": 0} for each in configs], url)
     answers = Answers(directory / f"answers-{config[:16]}.jsonl")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with httpx.Client(timeout=600) as chat, Progress(*columns, console=err) as progress:
-        total = len(probes) + (len(content.questions) if sample else 0)
+        asked = sum(probe.group == QUESTIONS for probe in probes)
+        total = len(probes) + (asked if sample else 0) + (sum(bool(probe.wrong) for probe in probes) if truth else 0)
         tasks = {server.arm: progress.add_task(server.arm, total=total) for server in servers}
         figures, said = measure(
             servers,
@@ -65,6 +77,8 @@ def bench(
             lambda arm: progress.advance(tasks[arm]),
             max_tokens=max_tokens,
             sample=sample,
+            truth=truth,
+            reference=NEVER_KNEW if against else None,
             client=chat,
         )
         model = chat.get(f"{url}/v1/models", headers={"authorization": f"Bearer {settings.key}"} if settings.key else {})
@@ -80,12 +94,24 @@ def bench(
         config=config,
         model=model.json()["data"][0]["id"],
         sample=sample,
+        kept=list(dict.fromkeys(probe.group for probe in probes if probe.keep)),
         probes=total,
         reference=NEVER_KNEW if against else None,
     )
     _print(fields, sample)
     for path in save(report, directory):
         out.print(f"written: {path}")
+
+
+def at_most(cases: Sequence[Case], most: int) -> list[Case]:
+    """All cases that are to be forgotten, and the first so many of each group that is to stay."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for case in cases:
+        seen[case.group] += 1
+        if not case.keep or seen[case.group] <= most:
+            chosen.append(case)
+    return chosen
 
 
 def _print(figures: list[dict[str, Any]], sample: int) -> None:
@@ -102,4 +128,8 @@ def _print(figures: list[dict[str, Any]], sample: int) -> None:
         table.add_section()
         table.add_row(f"leak@{sample}", *(f"{arm['leak']:.3f}" for arm in figures))
         table.add_row("whole truth sampled, at most", *(f"{arm['exact_at_most']:.4f}" for arm in figures))
+    for title, value in TRUTHS.items():
+        cells = ["" if (found := value(arm)) is None else f"{found:.3g}" for arm in figures]
+        if any(cells):
+            table.add_row(title, *cells)
     out.print(table)

@@ -2,9 +2,10 @@
 
 Talks to any OpenAI-compatible server. Every answer is written down as it comes, so that an interrupted run goes on where it was.
 
-Covered: recall (ROUGE-L) of the true answers on questions, held-out paraphrases, eight kinds of attack and sampled answers; what
-happens to neighbours and general prompts. Not covered: questions that nobody wrote down; whether a human would take the answer from
-what is said; probabilities of given answers (``POST /lethe/v1/score``).
+Covered: recall (ROUGE-L) of the true answers on questions, held-out paraphrases, nine kinds of attack and sampled answers; what
+happens to neighbours and general prompts; TOFU's probabilities, truth ratios, forget quality and model utility, where the probes
+have wrong answers and the server scores (lethe's do). Not covered: questions that nobody wrote down; whether a human would take the
+answer from what is said; membership inference.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,7 +26,18 @@ import httpx
 from guards.forget_set import ForgetSet
 from guards.measure.attacks import ATTACKS, Secret
 from guards.measure.bounds import upper_bound
+from guards.measure.formats import AUTHORS, QUESTIONS, RETAIN, WORLD, Case
 from guards.measure.recall import rouge_l_recall
+from guards.measure.truth import (
+    Answered,
+    forget_quality,
+    forget_truth,
+    model_utility,
+    normalised_probability,
+    probability,
+    retained_truth,
+)
+from guards.policy import NONE
 
 AT_ONCE = 16
 EXACT = 0.99
@@ -39,6 +51,9 @@ class Probe:
     group: str
     prompt: str
     truth: str | None
+    keep: bool = False  # the answer is to stay
+    reworded: str = ""  # the truth in other words
+    wrong: tuple[str, ...] = ()  # answers in the same words that are not true
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +77,29 @@ class Figures:
     leak: float | None = None  # mean over questions of the best of the sampled answers
     exact_at_most: float | None = None  # 95 % bound on the share of sampled answers that hold the whole truth
     seconds: float = 0.0  # median time of an answer
+    probability: dict[str, float] = field(default_factory=dict)  # group -> of the true answer, per token; of a choice, its share
+    truth: dict[str, float] = field(default_factory=dict)  # group -> TOFU's truth ratio, aggregated as for forget or retain
+    utility: float | None = None  # TOFU's model utility
+    forget_quality: float | None = None  # p-value against the arm that never knew; above .05 they cannot be told apart
 
 
-def probes_of(content: ForgetSet, neighbours: Sequence[tuple[str, str]], general: Sequence[str]) -> list[Probe]:
-    """Everything to ask about a set."""
-    secrets = [Secret.of(entry.question, entry.answer, content.aliases) for entry in content.questions]
-    probes = [Probe("questions", secret.question, secret.answer) for secret in secrets]
-    probes += [Probe("paraphrased", entry.paraphrases[-1], entry.answer) for entry in content.questions if entry.paraphrases]
+def probes_of(
+    content: ForgetSet, neighbours: Sequence[tuple[str, str]], general: Sequence[str], cases: Sequence[Case] = ()
+) -> list[Probe]:
+    """Everything to ask about a set: its own questions, or those of a benchmark; attacks on them; and what is to stay."""
+    if cases:
+        probes = [Probe(each.group, each.prompt, each.truth, each.keep, each.reworded, each.wrong) for each in cases]
+    else:
+        probes = [Probe("questions", entry.question, entry.answer) for entry in content.questions]
+        probes += [Probe("paraphrased", entry.paraphrases[-1], entry.answer) for entry in content.questions if entry.paraphrases]
+    secrets = [Secret.of(each.prompt, each.truth or "", content.aliases) for each in probes if each.group == "questions"]
+    known = {probe.group for probe in probes}  # a benchmark may bring attacks of its own
     for name, attack in ATTACKS.items():
-        probes += [Probe(name, attack(secret), secret.answer) for secret in secrets]
-    probes += [Probe("neighbours", question, answer) for question, answer in neighbours]
-    probes += [Probe("general", prompt, None) for prompt in general]
-    return probes
+        if name not in known:
+            probes += [Probe(name, attack(secret), secret.answer) for secret in secrets]
+    probes += [Probe("neighbours", question, answer, keep=True) for question, answer in neighbours]
+    probes += [Probe("general", prompt, None, keep=True) for prompt in general]
+    return sorted(probes, key=lambda probe: probe.keep)  # what is to stay, last
 
 
 class Answers:
@@ -95,6 +121,30 @@ class Answers:
                 except (ValueError, KeyError):
                     continue
 
+    def score(self, client: httpx.Client, server: Server, probe: Probe) -> list[float] | None:
+        """Mean cross-entropies per token of the truth, the reworded truth and the wrong answers; None if the server cannot say.
+
+        Raises:
+            httpx.HTTPError: it can, and failed.
+        """
+        told = [probe.truth or "", probe.reworded or probe.truth or "", *probe.wrong]
+        body = {"policy": server.policy or NONE, "question": probe.prompt, "continuations": told}
+        key = hashlib.sha256(json.dumps(["score", server.url, body], sort_keys=True).encode()).hexdigest()
+        if key not in self._known:
+            answer = client.post(f"{server.url}/lethe/v1/score", json=body, headers=_headers(server))
+            if answer.status_code in (403, 404, 405):
+                return None
+            answer.raise_for_status()
+            self._keep({"key": key, "losses": [-each["logprob"] / each["tokens"] for each in answer.json()["scores"]]})
+        losses: list[float] = self._known[key]["losses"]
+        return losses
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        with self._lock:
+            self._known[entry["key"]] = entry
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
     def ask(self, client: httpx.Client, server: Server, model: str, prompt: str, **options: Any) -> dict[str, Any]:
         """``texts``, ``refused`` and ``seconds`` of one prompt. Raises httpx.HTTPError."""
         named = f"{model}:{server.policy}" if server.policy else model
@@ -102,9 +152,8 @@ class Answers:
         key = hashlib.sha256(json.dumps([server.url, body], sort_keys=True).encode()).hexdigest()
         if key in self._known:
             return self._known[key]
-        headers = {"authorization": f"Bearer {server.key}"} if server.key else {}
         started = time.perf_counter()
-        answer = client.post(f"{server.url}/v1/chat/completions", json=body, headers=headers)
+        answer = client.post(f"{server.url}/v1/chat/completions", json=body, headers=_headers(server))
         answer.raise_for_status()
         choices = answer.json()["choices"]
         entry = {
@@ -113,11 +162,12 @@ class Answers:
             "refused": [choice["finish_reason"] == "content_filter" for choice in choices],
             "seconds": round(time.perf_counter() - started, 3),
         }
-        with self._lock:
-            self._known[key] = entry
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._keep(entry)
         return entry
+
+
+def _headers(server: Server) -> dict[str, str]:
+    return {"authorization": f"Bearer {server.key}"} if server.key else {}
 
 
 def measure(
@@ -128,6 +178,8 @@ def measure(
     *,
     max_tokens: int,
     sample: int = 0,
+    truth: bool = False,
+    reference: str | None = None,
     client: httpx.Client,
 ) -> tuple[list[Figures], dict[str, list[str]]]:
     """Ask every arm everything.
@@ -135,6 +187,8 @@ def measure(
     Args:
         report: called with the arm's name after every answer.
         sample: also so many answers at temperature 1 to each question; 0 = none.
+        truth: also how likely true and wrong answers are, for probes that have both.
+        reference: the arm that never knew, for forget quality.
 
     Returns:
         The figures of each arm, and what each said to the first probes, for people to read.
@@ -146,10 +200,10 @@ def measure(
     first: list[str] = []
     all_figures: list[Figures] = []
     said: dict[str, list[str]] = {}
+    known_by_arm: dict[str, list[Answered]] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for server in servers:
-            headers = {"authorization": f"Bearer {server.key}"} if server.key else {}
-            listed = client.get(f"{server.url}/v1/models", headers=headers)
+            listed = client.get(f"{server.url}/v1/models", headers=_headers(server))
             listed.raise_for_status()
             model = listed.json()["data"][0]["id"]
 
@@ -183,9 +237,58 @@ def measure(
                 hits = sum(score >= EXACT for scores in scores_of for score in scores)
                 exact = upper_bound(hits, sum(map(len, scores_of)))
             seconds = statistics.median(entry["seconds"] for entry in given)
-            all_figures.append(Figures(server.arm, recall, unchanged, refused, leak, exact, seconds))
+            figures = Figures(server.arm, recall, unchanged, refused, leak, exact, seconds)
+            if truth:
+                answered = _answered(server, probes, texts, answers, pool, client, report)
+                known_by_arm[server.arm] = answered.get("questions", [])
+                figures = replace(figures, **_truths(answered))
+            all_figures.append(figures)
             said[server.arm] = texts
+    if never := known_by_arm.get(reference or ""):
+        all_figures = [
+            replace(each, forget_quality=forget_quality(served, never)) if (served := known_by_arm.get(each.arm)) else each
+            for each in all_figures
+        ]
     return all_figures, said
+
+
+def _answered(
+    server: Server,
+    probes: Sequence[Probe],
+    texts: Sequence[str],
+    answers: Answers,
+    pool: ThreadPoolExecutor,
+    client: httpx.Client,
+    report: Callable[[str], None],
+) -> dict[str, list[Answered]]:
+    """Group -> what its probes with wrong answers were answered with; empty if the server does not score."""
+    rows = [(probe, text) for probe, text in zip(probes, texts, strict=True) if probe.wrong]
+
+    def score(row: tuple[Probe, str]) -> list[float] | None:
+        losses = answers.score(client, server, row[0])
+        report(server.arm)
+        return losses
+
+    found: dict[str, list[Answered]] = {}
+    for (probe, text), losses in zip(rows, pool.map(score, rows), strict=True):
+        if losses is not None:
+            true, reworded, *wrong = losses
+            each = Answered(true, reworded, tuple(wrong), rouge_l_recall(probe.truth or "", text))
+            found.setdefault(probe.group, []).append(each)
+    return found
+
+
+def _truths(answered: Mapping[str, Sequence[Answered]]) -> dict[str, Any]:
+    """The figures of TOFU's measures that the groups allow."""
+    choice = (AUTHORS, WORLD)
+    probabilities = {
+        group: statistics.fmean(map(normalised_probability if group in choice else probability, rows))
+        for group, rows in answered.items()
+    }
+    truths = {group: (forget_truth if group == QUESTIONS else retained_truth)(rows) for group, rows in answered.items()}
+    whole = all(answered.get(group) for group in (RETAIN, *choice))
+    utility = model_utility(answered[RETAIN], answered[AUTHORS], answered[WORLD]) if whole else None
+    return {"probability": probabilities, "truth": truths, "utility": utility}
 
 
 def as_fields(figures: Figures) -> dict[str, Any]:
@@ -194,6 +297,8 @@ def as_fields(figures: Figures) -> dict[str, Any]:
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: rounded(each) for key, each in value.items()}
-        return round(value, 4) if isinstance(value, float) else value
+        if isinstance(value, float):
+            return float(f"{value:.4g}") if abs(value) < 1e-4 else round(value, 4)  # a p-value may be very small
+        return value
 
     return {key: rounded(value) for key, value in asdict(figures).items()}

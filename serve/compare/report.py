@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from guards.measure.formats import QUESTIONS
+
 ECHOING = ("multiple choice", "reverse query", "context hint")
 """Attacks whose prompt holds the answer: recall there is high for whoever repeats the prompt. Read them beside the reference."""
+TRUTHS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "probability of the true answer": lambda arm: arm["probability"].get(QUESTIONS),
+    "truth (1: true and wrong answers alike)": lambda arm: arm["truth"].get(QUESTIONS),
+    "forget quality (p)": lambda arm: arm["forget_quality"],
+    "model utility": lambda arm: arm["utility"],
+}
+"""TOFU's measures, by their titles: what an arm's figures say of each; None where it was not measured."""
 _PAGE = Path(__file__).with_name("report.html.j2")
 
 
@@ -34,6 +43,7 @@ def make_report(
     config: str,
     model: str,
     sample: int,
+    kept: Sequence[str],
     probes: int,
     reference: str | None,
 ) -> dict[str, Any]:
@@ -42,6 +52,7 @@ def make_report(
     Args:
         shown: what the server says of the set; figures: one for each arm (`serve.compare.bench.as_fields`).
         examples: ``prompt`` and ``said`` (arm -> text).
+        kept: groups whose answers are to stay.
         reference: the arm that never knew, if there is one.
     """
     report: dict[str, Any] = {
@@ -52,6 +63,7 @@ def make_report(
         "config": config,
         "probes": probes,
         "sample": sample,
+        "kept": list(kept),
         "arms": list(figures),
         "examples": list(examples),
     }
@@ -72,7 +84,8 @@ def make_report(
 def as_page(report: Mapping[str, Any]) -> str:
     """The report as HTML."""
     arms = report["arms"]
-    groups = [group for group in arms[0]["recall"] if group != "neighbours"] if arms else []
+    groups = [group for group in arms[0]["recall"] if group not in report["kept"]] if arms else []
+    truths = [(title, [value(arm) for arm in arms]) for title, value in TRUTHS.items()]
     facts = [
         ("in force since", report["set"]["enabled_at"] or "not in force"),
         ("requester", report["set"]["requester"] or "not stated"),
@@ -89,7 +102,8 @@ def as_page(report: Mapping[str, Any]) -> str:
         facts=facts,
         arms=arms,
         groups=groups,
-        kept=[group for group in ("neighbours", "general") if arms and group in arms[0]["unchanged"]],
+        kept=report["kept"] if arms else [],
+        truths=[(title, values) for title, values in truths if any(value is not None for value in values)],
         sampled=bool(report["sample"]) and all(arm["leak"] is not None for arm in arms),
         sample=report["sample"],
         examples=report["examples"],

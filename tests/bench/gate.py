@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from guards.measure.attacks import ATTACKS, Secret
-from tests.bench.forgetting import read
+from guards.measure.formats import read_rows
 
 ALIASES = ("Basil Mahfouz Al-Kuwaiti", "Nikolai Abilov")
 CROSS_LINGUAL = (
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--names", action="store_true", help="show also which signal it was")
     parser.add_argument("--json", type=Path, help="append the figures here")
     options = parser.parse_args()
-    forget = read(options.data / "forget01_perturbed.json")
+    forget = read_rows(options.data / "forget01_perturbed.json")
     secrets = [Secret.of(row["question"], row["answer"], ALIASES) for row in forget]
     about: dict[str, list[str]] = {
         "questions": [row["question"] for row in forget],
@@ -59,9 +59,9 @@ def main() -> None:
         "cross-lingual": list(CROSS_LINGUAL),
     }
     other = {
-        "retain rows 0-399": [row["question"] for row in read(options.data / "retain_perturbed.json")[:400]],
-        "real authors": [row["question"] for row in read(options.data / "real_authors.json")],
-        "world facts": [row["question"] for row in read(options.data / "world_facts.json")],
+        "retain rows 0-399": [row["question"] for row in read_rows(options.data / "retain_perturbed.json")[:400]],
+        "real authors": [row["question"] for row in read_rows(options.data / "real_authors.json")],
+        "world facts": [row["question"] for row in read_rows(options.data / "world_facts.json")],
         "general prompts": PROMPTS.read_text("utf-8").splitlines(),
     }
     console = Console()

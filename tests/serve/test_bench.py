@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from guards.forget_set import ForgetSet, Question
 from guards.measure.attacks import ATTACKS
+from guards.measure.formats import Case
+from serve.cli.bench import at_most
 from serve.compare.bench import Answers, Figures, Server, as_fields, measure, probes_of
 from serve.compare.report import as_page, config_fingerprint, make_report, save
 
@@ -38,12 +41,16 @@ class Model:
 
     def __init__(self, fails_after: int = 10**9) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.scored: list[dict[str, Any]] = []
+        self.two_scores = True
         self.fails_after = fails_after
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "m"}]})
         body = json.loads(request.content)
+        if request.url.path == "/lethe/v1/score":
+            return self.score(request.url.host, body)
         self.asked.append(body)
         if len(self.asked) > self.fails_after:
             return httpx.Response(500)
@@ -52,6 +59,15 @@ class Model:
         reason = "content_filter" if refused else "stop"
         choice = {"message": {"content": text}, "finish_reason": reason}
         return httpx.Response(200, json={"choices": [choice] * body.get("n", 1)})
+
+    def score(self, host: str, body: dict[str, Any]) -> httpx.Response:
+        """Whoever knows holds the truth for much likelier; the host `two` does not score."""
+        self.scored.append(body)
+        if host == "two" and not self.two_scores:
+            return httpx.Response(404)
+        knows = body["policy"] == "none" and host == "one"
+        losses = [0.1 if told in ("In the town of Karlsgrube.", "kept") and knows else 1.0 for told in body["continuations"]]
+        return httpx.Response(200, json={"scores": [{"logprob": -2 * loss, "tokens": 2} for loss in losses]})
 
 
 def run(path: Path, model: Model, sample: int = 0) -> tuple[list[Figures], dict[str, list[str]]]:
@@ -100,7 +116,14 @@ def run_all(directory: Path, model: Model) -> list[dict[str, Any]]:
 def test_the_page_escapes_whatever_a_model_or_a_requester_says(tmp_path: Path) -> None:
     figures, said = run(tmp_path / "a.jsonl", Model(), sample=2)
     examples = [{"prompt": "<i>Where?</i>", "said": {arm: texts[0] for arm, texts in said.items()}}]
-    options: dict[str, Any] = {"config": "c", "model": "m", "sample": 2, "probes": 9, "reference": "never"}
+    options: dict[str, Any] = {
+        "config": "c",
+        "model": "m",
+        "sample": 2,
+        "probes": 9,
+        "reference": "never",
+        "kept": ["neighbours", "general"],
+    }
     report = make_report(SHOWN, [as_fields(each) for each in figures], examples, **options)
     page = as_page(report)
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>J. Doe" not in page and "<i>Where" not in page
@@ -111,7 +134,9 @@ def test_the_page_escapes_whatever_a_model_or_a_requester_says(tmp_path: Path) -
 
 
 def test_a_report_about_nothing_is_still_a_page() -> None:
-    assert "Unlearning report" in as_page(make_report(SHOWN, [], [], config="c", model="m", sample=0, probes=0, reference=None))
+    assert "Unlearning report" in as_page(
+        make_report(SHOWN, [], [], config="c", model="m", sample=0, kept=[], probes=0, reference=None)
+    )
 
 
 def test_the_configuration_changes_with_whatever_the_figures_depend_on() -> None:
@@ -119,3 +144,48 @@ def test_the_configuration_changes_with_whatever_the_figures_depend_on() -> None
     assert base == config_fingerprint(dict(SHOWN), [{"name": "p"}], "m")
     assert base != config_fingerprint({**SHOWN, "fingerprint": "g"}, [{"name": "p"}], "m")
     assert base != config_fingerprint(SHOWN, [{"name": "p", "guards": {}}], "m") != config_fingerprint(SHOWN, [{"name": "p"}], "n")
+
+
+TRUTHS = [
+    Case("questions", f"Where was Orsolya Vendt born {i}?", "In the town of Karlsgrube.", False, "", ("In Porto.", "In Oslo."))
+    for i in range(8)
+]
+KEPT = [Case(group, f"{group}?", "kept", True, "", ("lost",)) for group in ("retain", "real authors", "world facts")]
+
+
+def measured(path: Path, model: Model) -> list[Figures]:
+    servers = [Server("none", "http://one", "none"), Server("guarded", "http://one", "guarded"), Server("never", "http://two", "")]
+    probes = probes_of(CONTENT, [], [], [*TRUTHS, *KEPT])
+    with httpx.Client(transport=httpx.MockTransport(model)) as client:
+        options: dict[str, Any] = {"max_tokens": 9, "truth": True, "reference": "never", "client": client}
+        return measure(servers, probes, Answers(path), lambda _: None, **options)[0]
+
+
+def test_probabilities_and_truth_are_measured_where_there_are_wrong_answers(tmp_path: Path) -> None:
+    none, guarded, never = measured(tmp_path / "a.jsonl", Model())
+    assert none.probability["questions"] == pytest.approx(math.exp(-0.1)) and never.probability["questions"] == pytest.approx(
+        math.exp(-1)
+    )
+    assert none.truth["questions"] == pytest.approx(math.exp(-0.9)) and never.truth["questions"] == 1.0
+    assert none.probability["world facts"] == pytest.approx(1 / (1 + math.exp(-0.9))), "a share among the choices"
+    assert none.utility is not None and guarded.utility == 0.0, "nothing of the truth is recalled, and true and wrong are alike"
+    assert guarded.forget_quality == 1.0 and none.forget_quality is not None and none.forget_quality < 0.001
+    measured(tmp_path / "a.jsonl", again := Model())
+    assert again.asked == [] and again.scored == [], "everything is known"
+
+
+def test_a_reference_that_does_not_score_leaves_its_figures_out(tmp_path: Path) -> None:
+    model = Model()
+    model.two_scores = False
+    none, _, never = measured(tmp_path / "a.jsonl", model)
+    assert never.truth == {} and never.forget_quality is None and none.forget_quality is None and none.truth["questions"] < 1
+
+
+def test_a_benchmarks_own_attacks_come_instead_of_ours() -> None:
+    groups = [probe.group for probe in probes_of(CONTENT, [], [], [Case("questions", "q", "a"), Case("role play", "r", "a")])]
+    assert groups.count("role play") == 1 and groups.count("in-context") == 1
+
+
+def test_what_is_to_stay_is_limited_and_what_is_to_go_is_not() -> None:
+    cases = [Case("questions", str(i), "a") for i in range(5)] + [Case("retain", str(i), "a", True) for i in range(5)]
+    assert [case.group for case in at_most(cases, 2)] == ["questions"] * 5 + ["retain"] * 2
