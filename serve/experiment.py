@@ -26,6 +26,7 @@ UNIT_HEADER = b"x-experiment-key"
 ARM_HEADER = b"x-experiment-arm"
 """Forces an arm, for keys that may choose policies; such requests are not counted."""
 MOST_ARMS = 16
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 _LAYER = "lethe layer"
 
 
@@ -38,7 +39,7 @@ class ExperimentArm(Frozen):
 
     name: Name
     policy: Annotated[str, StringConstraints(min_length=1, max_length=63)]
-    weight: float = Field(1.0, ge=0, le=1e6, description="relative; 0 = nobody, unless forced")
+    weight: float = Field(1.0, description="relative; 0 = nobody, unless forced")
 
 
 class ExperimentOrder(Frozen):
@@ -53,7 +54,7 @@ class ExperimentOrder(Frozen):
     sample: float = Field(1.0, gt=0, le=1, description="of their requests, that the other arms answer too (shadow, paired)")
     alpha: float = Field(0.05, ge=1e-6, le=0.5, description="chance of any false finding, however often one looks")
     most_requests: int = Field(100, ge=1, le=1_000_000, description="of one unit, that are counted")
-    most_units: int = Field(100_000, ge=1, le=10_000_000, description="that are counted")
+    most_units: int = Field(100_000, ge=1, le=1_000_000, description="that are counted")
     salt: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = Field(
         None, description="the same salt assigns the same; default: a new one"
     )
@@ -70,11 +71,12 @@ class ExperimentOrder(Frozen):
 class Experiment(Frozen):
     """An experiment as it runs: the order, where its slice begins, and every set of weights that it has had."""
 
+    id: str = Field(description="its own, since a name may be used again")
     order: ExperimentOrder
     salt: str
     start: float = Field(ge=0, lt=1)
     epochs: tuple[dict[str, float], ...] = Field(min_length=1)  # arm -> weight; the last is in force
-    policies: dict[str, str] = Field(default_factory=dict)  # policy -> sha256 of what it was when the experiment began
+    revision: int = Field(0, description="of the registry, when it began")
     created_at: str = ""
     stopped_at: str | None = None
 
@@ -86,6 +88,16 @@ class Experiment(Frozen):
     def control(self) -> ExperimentArm:
         """The arm that the others are compared to."""
         return self.order.arms[0]
+
+    @property
+    def epoch(self) -> int:
+        """Which set of weights is in force. Each begins the count anew: figures of one would mix with another's times and units."""
+        return len(self.epochs) - 1
+
+    @property
+    def alpha(self) -> float:
+        """The part of the order's alpha that this epoch may spend: 80 % for the first, then a fifth of the one before."""
+        return self.order.alpha * 0.8 * 0.2**self.epoch
 
     @property
     def weights(self) -> dict[str, float]:
@@ -126,8 +138,9 @@ def parse_experiment(fields: Mapping[str, object]) -> ExperimentOrder:
 
 def check_weights(weights: Mapping[str, float]) -> None:
     """Raises ValueError."""
-    if not any(weight > 0 for weight in weights.values()) or not all(0 <= weight < math.inf for weight in weights.values()):
-        raise ValueError(f"weights {dict(weights)} must be finite and at least 0, one of them above 0")
+    fine = all(weight == 0 or LEAST_WEIGHT <= weight <= MOST_WEIGHT for weight in weights.values())
+    if not fine or not any(weight > 0 for weight in weights.values()):
+        raise ValueError(f"weights {dict(weights)} must be 0, or from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}; one of them above 0")
 
 
 def arm_of(salt: str, weights: Mapping[str, float], unit: str) -> str:

@@ -57,6 +57,8 @@ ALLOWED = {
 }
 OWN_SCOPES: dict[str, Scope] = {f"POST {ADMIN_PREFIX}/compare": "compare", f"POST {ADMIN_PREFIX}/feedback": "chat"}
 """Of our own routes, those that need less than an operator's key."""
+END_WITHIN_S = 5.0
+"""How long an answer that nobody waits for may take to end, before its task is cancelled outright."""
 REFUSED_FIELDS = (
     "vllm_xargs",
     "extra_args",
@@ -91,10 +93,13 @@ class Observation:
     """How a request is answered, as the choke point sees it."""
 
     started: float = field(default_factory=time.perf_counter)
-    first_token_s: float | None = None  # from `started`; None if it cannot be told
+    first_token_s: float | None = None  # of a stream, from `started`
     total_s: float = 0.0
     tokens: int = 0
+    prompt_tokens: int = 0
     text: str = ""  # of all choices
+    readable: bool = True  # whether ``text`` is what was said: beam search makes no text here
+    failed: bool = False  # an error ended it, perhaps after its status was sent
 
 
 @dataclass
@@ -188,6 +193,8 @@ class Admission:
             return
         admin = path.startswith(ADMIN_PREFIX + "/")
         needed = OWN_SCOPES.get(f"{method} {path}", "admin") if admin else None
+        if f"{method} {path}" == "GET /metrics":
+            needed = "compare"  # its labels name policies and arms
         caller, snapshot = self._identify(headers, needed)
         if not admin and f"{method} {_generic(path)}" not in self._allowed:
             raise Refused(
@@ -197,7 +204,8 @@ class Admission:
             )
         request = None
         if method in ("POST", "PUT"):
-            body = await _read(receive, self._settings.max_admin_body_bytes if admin else self._settings.max_body_bytes)
+            limits = self._settings
+            body = await _read(receive, limits.max_admin_body_bytes if needed == "admin" else limits.max_body_bytes)
             # A body may take its time; what counts is what is in force, and who the caller is, once it is here.
             caller, snapshot = self._identify(headers, needed)
             if not admin:
@@ -209,24 +217,31 @@ class Admission:
                 scope["headers"] = headers
                 checked = request
                 send = refusal.reporting(send, checked.policy.refusal, lambda: checked.blocked)
-            receive = _replay(body, receive)
+            client = _Client(send, _replay(body, receive))
+            send, receive = client, client.receive
         scope["lethe.caller"] = caller
-        if request is None:
-            await self._app(scope, receive, send)
+        if request is None or path not in GENERATING:
+            token = admitted.set(request)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                admitted.reset(token)
             return
-        status = _Status(send)
         self._experiments.shadow.client_comes()
         token = admitted.set(request)
         try:
-            await self._app(scope, receive, status)
+            await self._app(scope, receive, send)
         finally:
             admitted.reset(token)
             request.observation.total_s = request.observation.total_s or time.perf_counter() - request.observation.started
             self._experiments.shadow.client_goes()
-            self._experiments.completed(request, status.value if status.whole else None, request_id, path, body)
+            self._experiments.completed(request, client.status if client.has_all else None, request_id, path, body)
 
     async def answer_unseen(self, path: str, body: bytes, request: AdmittedRequest) -> int:
-        """Answer a body that was admitted before under another plan, and show the answer to nobody. Returns the HTTP status."""
+        """Answer a body that was admitted before under another plan, and show the answer to nobody. Returns the HTTP status.
+
+        When this is cancelled, the app is told that its client went away, as vLLM expects to be told; it ends the answer.
+        """
         request_id = uuid.uuid4().hex
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         scope = {
@@ -250,11 +265,23 @@ class Admission:
         async def nobody(_: Message) -> None:
             pass
 
-        status = _Status(nobody)
-        admitted.set(request)  # this task's own
-        await self._app(scope, _replay(body, _never), status)
-        request.observation.total_s = request.observation.total_s or time.perf_counter() - request.observation.started
-        return status.value
+        goes = asyncio.Event()
+
+        async def until_it_goes() -> Message:
+            await goes.wait()
+            return {"type": "http.disconnect"}
+
+        client = _Client(nobody, _replay(body, until_it_goes))
+        admitted.set(request)  # this task's own, and its children's
+        answering = asyncio.ensure_future(self._app(scope, client.receive, client))
+        try:
+            await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            goes.set()
+            await asyncio.wait([answering], timeout=END_WITHIN_S)
+            answering.cancel()  # for whatever does not listen
+            raise
+        return client.status
 
     def _identify(self, headers: list[tuple[bytes, bytes]], needed: Scope | None) -> tuple[Caller, Snapshot]:
         """Who calls, and what is in force for them, now."""
@@ -287,7 +314,7 @@ class Admission:
         if policy_name is None and path in GENERATING:
             try:
                 entry = self._experiments.enter(snapshot, fields, headers, caller)
-            except InvalidExperiment as error:
+            except InvalidExperiment as error:  # an arm was forced that does not exist, by somebody who may know
                 raise Refused(404, str(error), kind="not_found_error") from None
         policy_name = entry.arm.policy if entry is not None else policy_name or DEFAULT
         try:
@@ -297,7 +324,9 @@ class Admission:
         for name in REFUSED_FIELDS:
             if fields.get(name) not in _NO_EFFECT:
                 raise Refused(400, f"field {name!r} is set by the server and not accepted from clients; remove it", param=name)
-        if plan.engages_logits:
+        # In an experiment, what one arm would refuse all of them refuse: who fails must not depend on the arm.
+        plans = [plan] if entry is None else [snapshot.plan(arm.policy) for arm in entry.experiment.order.arms]
+        if any(each.engages_logits for each in plans):
             for name in ("prompt_logprobs", "echo"):
                 if fields.get(name) is not None and fields[name] is not False:
                     raise Refused(400, f"field {name!r} is not available under policy {policy_name!r}; remove it", param=name)
@@ -408,26 +437,32 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class _Status:
-    """Passes messages on, and notes the status and whether the answer was sent to its end."""
+class _Client:
+    """Passes messages on both ways, and notes the status of the answer and whether the client was there for all of it.
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.value = 500
-        self.whole = False
+    Of a client that is gone, vLLM's handlers return nothing, and it is sent as a whole answer all the same.
+    """
+
+    def __init__(self, send: Send, receive: Receive) -> None:
+        self._send, self._receive = send, receive
+        self.status = 500
+        self._sent, self._gone = False, False
+
+    @property
+    def has_all(self) -> bool:
+        return self._sent and not self._gone
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._gone |= message["type"] == "http.disconnect" and not self._sent
+        return message
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.value = message["status"]
+            self.status = message["status"]
         elif message["type"] == "http.response.body":
-            self.whole = not message.get("more_body", False)
+            self._sent = not message.get("more_body", False)
         await self._send(message)
-
-
-async def _never() -> Message:
-    """Nobody is there to go away."""
-    await asyncio.Event().wait()
-    raise AssertionError("nothing sets it")
 
 
 async def _read(receive: Receive, limit: int) -> bytes:

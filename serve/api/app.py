@@ -220,8 +220,12 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
                 tokens_per_minute=settings.shadow_tokens_per_minute,
             )
             observations = Observations(settings.state_dir / "observations.db")
+            experiments = Experiments(registry)
+            # What was deleted while an answer was under way, or the server crashed.
+            known = [each.id for each in await asyncio.to_thread(experiments.all)]
+            await asyncio.to_thread(observations.keep_only, known)
             live = LiveExperiments(lambda: control.snapshot, observations, control.phrases, similarity, shadow)
-            experiment_routes.attach(app, control, Experiments(registry), observations, live)
+            experiment_routes.attach(app, control, experiments, observations, live)
             admin.attach(app, control, registry, scorer, side_by_side)
             # Outermost, around every middleware that vLLM or a plugin of its brought along.
             admission = Admission(

@@ -53,9 +53,9 @@ def attach(app: FastAPI, control: Control, experiments: Experiments, observation
     async def show_experiment(name: str) -> dict[str, Any]:
         experiment = await asyncio.to_thread(experiments.get, name)
         await live.settle()
-        figures = await asyncio.to_thread(observations.figures, name, len(experiment.epochs))
-        changed = await asyncio.to_thread(experiments.changed_policies, experiment)
-        return report(experiment, figures, policies_changed=changed, at=now())
+        figures = await asyncio.to_thread(observations.figures, experiment.id, experiment.epoch)
+        changes = await asyncio.to_thread(experiments.changes_since, experiment)
+        return report(experiment, figures, changes=changes, at=now())
 
     @router.put("/experiments/{name}/weights")
     async def reweigh_experiment(name: str, request: Request) -> dict[str, Any]:
@@ -73,9 +73,9 @@ def attach(app: FastAPI, control: Control, experiments: Experiments, observation
     @router.delete("/experiments/{name}")
     async def delete_experiment(name: str, request: Request) -> dict[str, Any]:
         revision = await asyncio.to_thread(experiments.delete, name, actor=actor(request))
-        await live.settle()
-        await asyncio.to_thread(observations.delete, name)
         await control.refresh()
+        await live.flush()
+        await asyncio.to_thread(observations.keep_only, [each.id for each in await asyncio.to_thread(experiments.all)])
         return {"name": name, "deleted": True, "revision": revision}
 
     @router.post("/feedback")
@@ -84,7 +84,7 @@ def attach(app: FastAPI, control: Control, experiments: Experiments, observation
             said = Feedback.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidExperiment("; ".join(describe_validation(error))) from None
-        await live.settle()
+        await live.flush()
         found = _REQUEST_ID.search(said.request_id)  # also inside of "chatcmpl-..."
         request_id = said.request_id if found is None else found[0]
         await asyncio.to_thread(observations.rate, request_id, float(said.thumb == "up"), caller=actor(request))
@@ -105,10 +105,10 @@ def _described(experiment: Experiment) -> dict[str, Any]:
 def _notes(experiment: Experiment) -> list[str]:
     """What whoever creates it may not expect."""
     notes = []
-    if experiment.order.mode != "shadow" and experiment.order.unit == "conversation":
+    if experiment.order.mode != "shadow" and experiment.order.unit != "key":
         notes.append(
-            "one person's conversations may be answered by different arms: whoever compares them sees what a set keeps secret; "
-            "unit 'user' or 'key' avoids that"
+            "callers say what unit they are, so they can look for another arm, and whoever compares arms sees what a set keeps "
+            "secret; unit 'key' is the one that they cannot choose"
         )
     if experiment.order.unit == "user":
         notes.append("requests without a user field take no part")

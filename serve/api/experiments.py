@@ -4,8 +4,9 @@ A request that names no policy may take part; its arm's policy then answers it, 
 paired mode a copy of it is answered by the other arms, behind everybody's back: see `serve.api.shadow`. Answers are judged (do
 they tell what a set in force holds?) after they were given, the same way whatever arm gave them, and then forgotten.
 
-Covered: all five generating endpoints, streamed or not. Not covered: a client that goes away is not counted; feedback that comes
-after `KEPT_REQUESTS` more requests is refused.
+Covered: all five generating endpoints, streamed or not. Not covered: answers in the background; feedback that comes after
+`KEPT_REQUESTS` more requests; callers who look for an arm by changing what they say they are (unit "key" is the one that they
+cannot choose).
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import Any
 from prometheus_client import Counter, Histogram
 
 from guards.errors import GuardError
+from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.stream import clauses_of
 from guards.suppression.automaton import CompiledPhrases
 from serve.api.admission import AdmittedRequest
 from serve.api.shadow import Job, Shadow
 from serve.api.similarity import Similarity
-from serve.compare.observations import Observations, Observed
-from serve.compare.verdict import COUNTED
+from serve.compare.observations import DROPPED, Observations, Observed
 from serve.experiment import ARM_HEADER, UNIT_HEADER, Experiment, ExperimentArm, InvalidExperiment, UnitKind
 from serve.registry.snapshot import Caller, Snapshot, Thresholds
 
@@ -55,17 +56,34 @@ class Entry:
 
 
 @dataclass
-class Finished:
-    """An answer that was given; ``values`` grows by ``told`` once it is judged."""
+class Answer:
+    """What one arm said to one prompt, until it is judged."""
 
     entry: Entry
     request_id: str
-    caller: str
-    counts: list[str]
-    values: dict[str, float]
-    text: str
-    answers: dict[str, Finished]  # arm -> answer to the same prompt, once judged; shared by all of them
-    shown: bool = True  # to the client
+    siblings: dict[str, Answer]  # arm -> its judged answer to the same prompt; shared by all of them
+    values: dict[str, float]  # those that pairs are compared by; ``told`` is added
+    text: str | None  # None if it cannot be read
+
+
+def _paired_values(request: AdmittedRequest) -> dict[str, float]:
+    """What says the same of an answer whether a client was shown it or not."""
+    return {"refused": float(request.blocked), "tokens": math.log(max(request.observation.tokens, 1))}
+
+
+def _fired(request: AdmittedRequest) -> list[str]:
+    return [f"guard: {fired}" for fired in dict.fromkeys(request.fired)]
+
+
+def _log_ms(seconds: float) -> float:
+    """A guard may show a whole answer at once: no time between tokens has no logarithm."""
+    return math.log(max(1_000 * seconds, 0.1))
+
+
+def _observed(entry: Entry, **fields: Any) -> Observed:
+    experiment = entry.experiment
+    fields |= {"most_requests": experiment.order.most_requests, "most_units": experiment.order.most_units}
+    return Observed(experiment.id, experiment.anonymous(entry.unit), entry.arm.name, experiment.epoch, **fields)
 
 
 def unit_of(kind: UnitKind, fields: Mapping[str, Any], headers: Mapping[bytes, bytes], caller: Caller) -> str | None:
@@ -114,7 +132,7 @@ class LiveExperiments:
         self._phrases = phrases
         self._similarity = similarity
         self.shadow = shadow
-        self._unjudged: asyncio.Queue[Finished] = asyncio.Queue(MOST_UNJUDGED)
+        self._unjudged: asyncio.Queue[Answer] = asyncio.Queue(MOST_UNJUDGED)
         self._pending: list[Observed] = []
         self._flushing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -136,7 +154,7 @@ class LiveExperiments:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         while not self._unjudged.empty():
-            self._note(self._unjudged.get_nowait(), "not judged")
+            self._judged(self._unjudged.get_nowait(), None)
         await self.flush()
 
     # A request comes, and goes
@@ -147,6 +165,8 @@ class LiveExperiments:
         Raises:
             InvalidExperiment: an arm is forced that no running experiment has.
         """
+        if fields.get("background"):
+            return None  # it is answered later, when nobody watches
         forced = headers.get(ARM_HEADER, b"").decode("latin-1")
         for experiment in snapshot.experiments:
             if forced:
@@ -169,125 +189,126 @@ class LiveExperiments:
         Args:
             body: as it was sent on; other arms may answer it, too.
         """
-        policy = request.policy.name
-        if status is not None and status < 400:
-            _seconds.labels(policy).observe(request.observation.total_s)
-            if request.observation.first_token_s is not None:
-                _first_token.labels(policy).observe(request.observation.first_token_s)
-        if (entry := request.entry) is None:
-            return
-        if entry.forced or status is None:
-            why = ["arm forced"] if entry.forced else ["client went away"]
-            self._pending.append(Observed(entry.experiment.name, "", entry.arm.name, 0, counts=why, role="count"))
-            return
-        finished = self._finished(entry, request, status, request_id)
-        self._to_judge(finished)
-        if entry.experiment.sampled(request_id) and status < 400:
-            for arm in entry.experiment.order.arms:
-                if arm.name != entry.arm.name:
-                    self.shadow.offer(Job(finished, arm, path, body, request.caller, request.has_tools))
-
-    def _finished(self, entry: Entry, request: AdmittedRequest, status: int, request_id: str) -> Finished:
-        seen = request.observation
-        values = {"error": float(status >= 400)}
-        if status < 400:
-            values["refused"] = float(request.blocked)
-            values["total_ms"] = math.log(max(1_000 * seen.total_s, 1e-3))
-            values["tokens"] = math.log(max(seen.tokens, 1))
+        seen, entry = request.observation, request.entry
+        failed = seen.failed or (status is not None and status >= 400)
+        whole = status is not None and not failed
+        if whole:
+            _seconds.labels(request.policy.name).observe(seen.total_s)
             if seen.first_token_s is not None:
-                values["first_token_ms"] = math.log(max(1_000 * seen.first_token_s, 1e-3))
+                _first_token.labels(request.policy.name).observe(seen.first_token_s)
+        if entry is None:
+            return
+        if entry.forced:
+            self._pending.append(_observed(entry, role="count", counts=["arm forced"]))
+            return
+        values = {"left": float(status is None)}
+        if status is not None:
+            values["error"] = float(failed)
+        if whole:
+            values |= _paired_values(request)
+            values["total_ms"] = _log_ms(seen.total_s)
+            if seen.first_token_s is not None:
+                values["first_token_ms"] = _log_ms(seen.first_token_s)
                 if seen.tokens > 1:
-                    # A guard may show a whole answer at once: no time between tokens, and no logarithm of it.
-                    values["token_ms"] = math.log(max(1_000 * (seen.total_s - seen.first_token_s) / (seen.tokens - 1), 0.1))
-        assert values.keys() <= COUNTED
-        counts = [f"guard: {fired}" for fired in dict.fromkeys(request.fired)]
+                    values["token_ms"] = _log_ms((seen.total_s - seen.first_token_s) / (seen.tokens - 1))
+        caller = request.caller.name
+        # At once, so that feedback finds it; what takes longer to find out is added.
+        self._pending.append(_observed(entry, request=request_id, caller=caller, values=values, counts=_fired(request)))
         _answered.labels(entry.experiment.name, entry.arm.name).inc()
-        return Finished(entry, request_id, request.caller.name, counts, values, seen.text if status < 400 else "", {})
+        if not whole:
+            return
+        answer = self._to_judge(request, entry, request_id, {})
+        if not entry.experiment.sampled(request_id):
+            return
+        for arm in entry.experiment.order.arms:
+            if arm.name == entry.arm.name:
+                continue
+            if not self.shadow.offer(Job(answer, arm, path, body, request.caller, request.has_tools)):
+                self._pending.append(_observed(replace(entry, arm=arm), role="count", counts=[DROPPED]))
 
-    async def _answer_in_shadow(self, job: Job) -> int:
-        """Answer a copy under another arm. Returns the tokens that it took. Raises whatever the answering raised."""
-        shown: Finished = job.shown
-        snapshot, entry = self._snapshot(), Entry(shown.entry.experiment, shown.entry.unit, job.arm)
-        running = {each.name for each in snapshot.experiments}
-        if entry.experiment.name not in running or job.arm.policy not in snapshot.policies:
-            return 0
+    async def _answer_in_shadow(self, job: Job) -> None:
+        """Answer a copy under another arm, and compare. Raises whatever the answering raised."""
+        snapshot, entry = self._snapshot(), replace(job.shown.entry, arm=job.arm)
+        running = {each.id: each.epoch for each in snapshot.experiments}
+        if running.get(entry.experiment.id) != entry.experiment.epoch:
+            return  # it was stopped, or counts anew
         policy = job.arm.policy
-        request = AdmittedRequest(
-            job.caller, snapshot.policies[policy], snapshot.plan(policy), snapshot.text_plans[policy], job.has_tools, in_shadow=True
-        )
+        plan, text = snapshot.plan(policy), snapshot.text_plans[policy]
+        request = AdmittedRequest(job.caller, snapshot.policies[policy], plan, text, job.has_tools, entry=entry, in_shadow=True)
         assert self._answer is not None, "started"
-        status = await self._answer(job.path, job.body, request)
-        finished = self._finished(entry, request, status, shown.request_id)
-        finished.shown, finished.answers = False, shown.answers
-        self._to_judge(finished)
-        return request.observation.tokens
+        try:
+            status = await self._answer(job.path, job.body, request)
+        finally:
+            job.spent_tokens = request.observation.prompt_tokens + request.observation.tokens
+        if status >= 400 or request.observation.failed:
+            self._pending.append(_observed(entry, role="count", counts=["failed in shadow"]))
+            return
+        _answered.labels(entry.experiment.name, entry.arm.name).inc()
+        request_id, values = job.shown.request_id, _paired_values(request)
+        self._pending.append(_observed(entry, request=request_id, role="later", values=values, counts=_fired(request)))
+        self._to_judge(request, entry, request_id, job.shown.siblings)
 
     # Judging and writing
 
-    def _to_judge(self, finished: Finished) -> None:
+    def _to_judge(self, request: AdmittedRequest, entry: Entry, request_id: str, siblings: dict[str, Answer]) -> Answer:
+        seen = request.observation
+        answer = Answer(entry, request_id, siblings, _paired_values(request), seen.text if seen.readable else None)
         try:
-            self._unjudged.put_nowait(finished)
+            self._unjudged.put_nowait(answer)
         except asyncio.QueueFull:
             _lost.labels("not judged").inc()
-            self._note(finished, "not judged")
+            self._judged(answer, None)
+        return answer
 
     async def _judge(self) -> None:
+        """Answers one after the other. A gate that waits for the encoder waits for one clause of these at most."""
         while True:
-            finished = await self._unjudged.get()
-            why = []
-            if finished.text:
-                try:
-                    told = await self._tells(finished.text)
-                    if told is not None:
-                        finished.values["told"] = float(told)
-                except GuardError:
-                    why = ["not judged"]
-                except Exception:  # observing must not end because one answer could not be judged
-                    logger.exception("lethe: an answer could not be judged")
-                    why = ["not judged"]
-            self._note(finished, *why)
+            answer = await self._unjudged.get()
+            try:
+                told = None if answer.text is None else await self._tells(answer.text)
+            except GuardError:
+                told = None
+            except Exception:  # observing must not end because one answer could not be judged
+                logger.exception("lethe: an answer could not be judged")
+                told = None
+            self._judged(answer, told)
             self._unjudged.task_done()
 
-    async def _tells(self, text: str) -> bool | None:
-        """Whether a text tells something of a set in force: its phrases, or what a stream filter would stop. None without a set."""
+    async def _tells(self, text: str) -> bool:
+        """Whether a text tells something of a set in force: its phrases, or what a stream filter would stop.
+
+        Raises:
+            GuardError: one of the two cannot be asked, so that neither a yes nor a no would mean anything.
+        """
         snapshot = self._snapshot()
-        if not snapshot.enabled:
-            return None
+        thresholds = {each: snapshot.thresholds.get(each, Thresholds()).said for each in snapshot.similarity.values()}
+        if thresholds:
+            if self._similarity.failure is not None:
+                raise EncoderUnavailable(self._similarity.failure)
+            await self._similarity.load(also=list(thresholds))
         for fingerprint in {each for each in snapshot.enabled.values() if each is not None}:
             compiled = await asyncio.to_thread(self._phrases, fingerprint)
             if await asyncio.to_thread(compiled.find, text):
                 return True
-        thresholds = {each: snapshot.thresholds.get(each, Thresholds()).said for each in snapshot.similarity.values()}
-        if thresholds:
-            await self._similarity.load(also=list(thresholds))
-            for clause in clauses_of(text):
-                if await self._similarity.said(clause, thresholds):
-                    return True
+        for clause in clauses_of(text) if thresholds else ():
+            if await self._similarity.said(clause, thresholds):
+                return True
         return False
 
-    def _note(self, finished: Finished, *counts: str) -> None:
-        experiment, arm = finished.entry.experiment, finished.entry.arm.name
-        about = Observed(
-            experiment.name,
-            experiment.anonymous(finished.entry.unit),
-            arm,
-            len(experiment.epochs) - 1,
-            dict(finished.values),
-            (*finished.counts, *counts),
-            finished.request_id,
-            finished.caller,
-            "shown" if finished.shown else "beside",
-            experiment.order.most_requests,
-            experiment.order.most_units,
-        )
-        self._pending.append(about)
+    def _judged(self, answer: Answer, told: bool | None) -> None:
+        entry, request = answer.entry, answer.request_id
+        if told is None:
+            self._pending.append(_observed(entry, role="count", counts=["not judged"]))
+        else:
+            answer.values["told"] = float(told)
+            self._pending.append(_observed(entry, request=request, role="later", values={"told": float(told)}))
         # Differences are to the first arm, whichever of the two came first.
-        control, others = experiment.control.name, finished.answers
-        others[arm] = finished
-        for other in [name for name in others if name != control] if arm == control else [arm] if control in others else []:
-            one, two = others[other].values, others[control].values
+        control, arm, answers = entry.experiment.control.name, entry.arm.name, answer.siblings
+        answers[arm] = answer
+        for other in [name for name in answers if name != control] if arm == control else [arm] if control in answers else []:
+            one, two = answers[other].values, answers[control].values
             values = {metric: one[metric] - two[metric] for metric in one.keys() & two.keys()}
-            self._pending.append(replace(about, arm=other, values=values, counts=(), role="difference"))
+            self._pending.append(_observed(answers[other].entry, request=request, role="difference", values=values))
 
     async def _flush_now_and_then(self) -> None:
         while True:
@@ -307,7 +328,7 @@ class LiveExperiments:
                 logger.exception("lethe: %d observations could not be written", len(batch))
 
     async def settle(self) -> None:
-        """Wait until everything that was answered is judged, and write it down."""
+        """Wait a moment for what was answered to be judged, and write it down."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._unjudged.join(), 10)
+            await asyncio.wait_for(self._unjudged.join(), 2)
         await self.flush()

@@ -2,7 +2,8 @@
 
 Clients come first, in three ways: shadow work begins only while few enough of them are being answered, is taken off the engine as
 soon as one more comes, and has a lower priority inside the engine. What waits is bounded, and what does not fit is dropped and
-counted; nobody waits for it.
+counted; nobody waits for it. A job that was begun is never dropped, however often it must begin anew: long answers would be lost
+more often than short ones, and the figures be those of the short ones.
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ from serve.experiment import ExperimentArm
 from serve.registry.snapshot import Caller
 
 if TYPE_CHECKING:
-    from serve.api.experiments import Finished
+    from serve.api.experiments import Answer
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
-"""How often a job may be taken off the engine before it is dropped."""
 _outcomes = Counter("lethe_shadow_requests_total", "Shadow answers by what became of them.", ["outcome"])
 _waiting_gauge = Gauge("lethe_shadow_waiting", "Shadow answers that wait.")
 
@@ -35,13 +34,13 @@ _waiting_gauge = Gauge("lethe_shadow_waiting", "Shadow answers that wait.")
 class Job:
     """A prompt that another arm is to answer."""
 
-    shown: Finished
+    shown: Answer
     arm: ExperimentArm
     path: str
     body: bytes
     caller: Caller
     has_tools: bool
-    attempts: int = 0
+    spent_tokens: int = 0  # in the attempt that is under way: read and generated
 
 
 class Shadow:
@@ -51,7 +50,7 @@ class Shadow:
         waiting: jobs that may wait.
         beside: clients' requests beside which shadow work goes on.
         at_once: shadow answers at a time.
-        tokens_per_minute: the most that they may generate.
+        tokens_per_minute: the most that they may read and generate.
     """
 
     def __init__(self, *, waiting: int, beside: int, at_once: int, tokens_per_minute: int) -> None:
@@ -62,15 +61,15 @@ class Shadow:
         self._burst = float(tokens_per_minute)
         self._tokens, self._counted_at = self._burst, time.monotonic()
         self._waiting: deque[Job] = deque()
-        self._running: dict[asyncio.Task[int], Job] = {}
+        self._running: dict[asyncio.Task[None], Job] = {}
         self._clients = 0
         self._changed = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
-        self._answer: Callable[[Job], Awaitable[int]] | None = None
+        self._answer: Callable[[Job], Awaitable[None]] | None = None
         _waiting_gauge.set_function(lambda: len(self._waiting))
 
-    def start(self, answer: Callable[[Job], Awaitable[int]]) -> None:
-        """Begin to work. ``answer`` returns the tokens that an answer took."""
+    def start(self, answer: Callable[[Job], Awaitable[None]]) -> None:
+        """Begin to work. ``answer`` keeps count in ``job.spent_tokens``; when it is cancelled, its answer ends before it does."""
         self._answer = answer
         self._worker = asyncio.create_task(self._work())
 
@@ -81,20 +80,22 @@ class Shadow:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._waiting.clear()
 
-    def offer(self, job: Job) -> None:
-        """Take a job, or drop it if too many wait."""
+    def offer(self, job: Job) -> bool:
+        """Take a job; False if too many wait, and it is dropped."""
         if len(self._waiting) >= self._most_waiting:
-            _outcomes.labels("dropped: too many wait").inc()
-            return
+            _outcomes.labels("dropped").inc()
+            return False
         self._waiting.append(job)
         self._changed.set()
+        return True
 
     def client_comes(self) -> None:
         """Make way: if that is one too many, what runs goes back to the front of the queue."""
         self._clients += 1
         if self._clients > self._beside:
             for task in self._running:
-                task.cancel()
+                if not task.cancelling():  # it may be about to end its answer
+                    task.cancel()
 
     def client_goes(self) -> None:
         self._clients -= 1
@@ -110,8 +111,8 @@ class Shadow:
             self._changed.clear()
             while self._waiting and self._clients <= self._beside and len(self._running) < self._at_once and self._affordable():
                 job = self._waiting.popleft()
-                assert self._answer is not None, "started"
-                task: asyncio.Task[int] = asyncio.create_task(self._run(job))
+                job.spent_tokens = 0
+                task: asyncio.Task[None] = asyncio.create_task(self._run(job))
                 self._running[task] = job
                 task.add_done_callback(self._done)
             # With jobs that cannot be afforded yet, look again in a while.
@@ -121,9 +122,9 @@ class Shadow:
             except TimeoutError:
                 continue
 
-    async def _run(self, job: Job) -> int:
+    async def _run(self, job: Job) -> None:
         assert self._answer is not None, "started"
-        return await self._answer(job)
+        await self._answer(job)
 
     def _affordable(self) -> bool:
         now = time.monotonic()
@@ -131,18 +132,15 @@ class Shadow:
         self._counted_at = now
         return self._tokens > 0
 
-    def _done(self, task: asyncio.Task[int]) -> None:
+    def _done(self, task: asyncio.Task[None]) -> None:
         job = self._running.pop(task)
+        self._tokens -= job.spent_tokens
         if task.cancelled():
-            job.attempts += 1
-            if job.attempts < ATTEMPTS:
-                self._waiting.appendleft(job)
-            else:
-                _outcomes.labels("dropped: displaced").inc()
+            self._waiting.appendleft(job)
+            _outcomes.labels("displaced").inc()
         elif (error := task.exception()) is not None:
             _outcomes.labels("failed").inc()
             logger.error("lethe: a shadow answer failed: %s: %s", type(error).__name__, error)
         else:
-            self._tokens -= task.result()
-            _outcomes.labels("answered" if task.result() else "not answered").inc()
+            _outcomes.labels("answered" if job.spent_tokens else "not answered").inc()
         self._changed.set()

@@ -3,8 +3,8 @@
 Units are hashes; a request's id is kept for a while so that feedback finds its arm. Written in batches, each in one transaction:
 a crash loses the last second and leaves nothing half counted.
 
-Covered: a cap on units and on the requests of one; a unit that a change of weights moves is no longer counted, so that its figures
-stay those of one arm; values that are not finite. Not covered: several servers on one state directory (there is a lock).
+Covered: a cap on units and on the requests of one; values that are not finite. Each epoch (set of weights) counts by itself. Not
+covered: several servers on one state directory (there is a lock); a caller who invents units, where callers choose them.
 """
 
 from __future__ import annotations
@@ -22,25 +22,29 @@ from sqlalchemy.dialects.sqlite import insert
 
 from guards.errors import GuardError
 from serve.compare.sequential import Sums
+from serve.sqlite import READING, open_database
 
 KEPT_REQUESTS = 100_000
 """Requests that feedback can still be given to."""
 THUMB = "thumb"
+DROPPED = "not answered in shadow: too many wait"
+"""What is counted for an arm that was to answer behind a client's back, and had no room."""
 
 metadata = sa.MetaData()
 _units = sa.Table(
     "units",
     metadata,
     sa.Column("experiment", sa.String, primary_key=True),
+    sa.Column("epoch", sa.Integer, primary_key=True),
     sa.Column("unit", sa.String, primary_key=True),
     sa.Column("arm", sa.String, nullable=False),
-    sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("requests", sa.Integer, nullable=False),
 )
 _sums = sa.Table(
     "sums",
     metadata,
     sa.Column("experiment", sa.String, primary_key=True),
+    sa.Column("epoch", sa.Integer, primary_key=True),
     sa.Column("arm", sa.String, primary_key=True),
     sa.Column("metric", sa.String, primary_key=True),
     sa.Column("paired", sa.Boolean, primary_key=True),  # differences to the first arm's answer to the same prompt
@@ -52,6 +56,7 @@ _counts = sa.Table(
     "counts",
     metadata,
     sa.Column("experiment", sa.String, primary_key=True),
+    sa.Column("epoch", sa.Integer, primary_key=True),
     sa.Column("arm", sa.String, primary_key=True),
     sa.Column("what", sa.String, primary_key=True),
     sa.Column("n", sa.Integer, nullable=False),
@@ -61,6 +66,7 @@ _requests = sa.Table(
     metadata,
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("experiment", sa.String, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("unit", sa.String, nullable=False),
     sa.Column("arm", sa.String, nullable=False),
     sa.Column("caller", sa.String, nullable=False),
@@ -73,7 +79,7 @@ _requests = sa.Table(
 class Observed:
     """One thing to write down: an answer, or how two answers to one prompt differ."""
 
-    experiment: str
+    experiment: str  # its id
     unit: str  # anonymous
     arm: str
     epoch: int
@@ -81,20 +87,21 @@ class Observed:
     counts: Sequence[str] = ()  # things to count, such as "guard: gate refuse"
     request: str = ""  # the client's request id
     caller: str = ""
-    role: Literal["shown", "beside", "difference", "count"] = "shown"
-    """What a client saw, another arm's answer beside it, how it differs from the first arm's; or only something to count."""
+    role: Literal["shown", "later", "difference", "count"] = "shown"
+    """An answer that a client saw; more about a request that was counted (also another arm's answer beside it); how another arm's
+    answer differs from the first arm's; or only something to count."""
     most_requests: int = 100
     most_units: int = 100_000
 
 
 @dataclass(frozen=True)
 class Figures:
-    """All that was observed in one experiment."""
+    """All that was observed in one epoch of an experiment."""
 
     sums: Mapping[tuple[str, str], Sums]  # (arm, metric)
     pairs: Mapping[tuple[str, str], Sums]  # (arm, metric) of differences
     counts: Mapping[str, Mapping[str, int]]  # arm -> what -> how often
-    units: Sequence[Mapping[str, int]]  # for each epoch: arm -> units first seen in it
+    units: Mapping[str, int]  # arm -> units
 
 
 class UnknownRequest(GuardError):
@@ -109,9 +116,7 @@ class Observations:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-        sa.event.listen(self._engine, "connect", _configure)
+        self._engine = open_database(path)
         with self._engine.begin() as connection:
             metadata.create_all(connection)
 
@@ -121,7 +126,7 @@ class Observations:
     def record(self, batch: Iterable[Observed]) -> None:
         """Count a batch, all of it or nothing."""
         with self._engine.begin() as connection:
-            known: dict[str, int] = {}  # units of an experiment so far
+            known: dict[tuple[str, int], int] = {}  # units of an experiment's epoch so far
             for each in batch:
                 self._record(connection, each, known)
             connection.execute(
@@ -131,7 +136,7 @@ class Observations:
                 )
             )
 
-    def _record(self, connection: sa.Connection, each: Observed, known: dict[str, int]) -> None:
+    def _record(self, connection: sa.Connection, each: Observed, known: dict[tuple[str, int], int]) -> None:
         counts = Counter(each.counts)
         if each.role == "shown":
             counted = self._admit(connection, each, known, counts)
@@ -144,41 +149,35 @@ class Observations:
                 else:
                     counts["not a number"] += 1
         if counted and each.role == "shown" and each.request:
-            row = {"id": each.request, "caller": each.caller, "at": datetime.now(UTC).isoformat()}
-            row |= {"experiment": each.experiment, "unit": each.unit, "arm": each.arm}
-            connection.execute(insert(_requests).values(row).on_conflict_do_nothing())
+            named = {"id": each.request, "caller": each.caller, "at": datetime.now(UTC).isoformat()}
+            place = {"experiment": each.experiment, "epoch": each.epoch, "unit": each.unit, "arm": each.arm}
+            connection.execute(insert(_requests).values({**named, **place}).on_conflict_do_nothing())
         for what, n in counts.items():
-            row = {"experiment": each.experiment, "arm": each.arm, "what": what}
+            row: dict[str, Any] = {"experiment": each.experiment, "epoch": each.epoch, "arm": each.arm, "what": what}
             added = insert(_counts).values(**row, n=n)
             connection.execute(added.on_conflict_do_update(index_elements=list(row), set_={"n": _counts.c.n + n}))
 
-    def _admit(self, connection: sa.Connection, each: Observed, known: dict[str, int], counts: Counter[str]) -> bool:
+    def _admit(self, connection: sa.Connection, each: Observed, known: dict[tuple[str, int], int], counts: Counter[str]) -> bool:
         """Whether a request of this unit counts; if it does, it is one more."""
         counts["requests"] += 1
-        row = connection.execute(
-            sa.select(_units.c.arm, _units.c.requests).where(
-                (_units.c.experiment == each.experiment) & (_units.c.unit == each.unit)
-            )
-        ).first()
-        if row is None:
-            if each.experiment not in known:
-                query = sa.select(sa.func.count()).where(_units.c.experiment == each.experiment)
-                known[each.experiment] = connection.scalar(query) or 0
-            if known[each.experiment] >= each.most_units:
+        epoch = (_units.c.experiment == each.experiment) & (_units.c.epoch == each.epoch)
+        this = epoch & (_units.c.unit == each.unit)
+        requests = connection.scalar(sa.select(_units.c.requests).where(this))
+        if requests is None:
+            key = each.experiment, each.epoch
+            if key not in known:
+                known[key] = connection.scalar(sa.select(sa.func.count()).where(epoch)) or 0
+            if known[key] >= each.most_units:
                 counts["beyond the cap on units"] += 1
                 return False
-            known[each.experiment] += 1
-            values = {"experiment": each.experiment, "unit": each.unit, "arm": each.arm, "epoch": each.epoch, "requests": 1}
+            known[key] += 1
+            values = {"experiment": each.experiment, "epoch": each.epoch, "unit": each.unit, "arm": each.arm, "requests": 1}
             connection.execute(_units.insert().values(values))
             return True
-        if row.arm != each.arm:
-            counts["moved by a change of weights"] += 1
-            return False
-        if row.requests >= each.most_requests:
+        if requests >= each.most_requests:
             counts["beyond the cap of their unit"] += 1
             return False
-        this = (_units.c.experiment == each.experiment) & (_units.c.unit == each.unit)
-        connection.execute(_units.update().where(this).values(requests=_units.c.requests + 1))
+        connection.execute(_units.update().where(this).values(requests=requests + 1))
         return True
 
     @staticmethod
@@ -187,7 +186,8 @@ class Observations:
 
     @staticmethod
     def _add(connection: sa.Connection, each: Observed, metric: str, paired: bool, value: float) -> None:
-        row = {"experiment": each.experiment, "arm": each.arm, "metric": metric, "paired": paired, "unit": each.unit}
+        row: dict[str, Any] = {"experiment": each.experiment, "epoch": each.epoch, "arm": each.arm}
+        row |= {"metric": metric, "paired": paired, "unit": each.unit}
         added = insert(_sums).values(**row, n=1.0, total=value)
         connection.execute(
             added.on_conflict_do_update(
@@ -211,17 +211,17 @@ class Observations:
                     f"request {request!r} is not one that feedback can be given to: it took part in no experiment, was made with "
                     "another key or is too long ago; send the x-request-id of an answer"
                 )
-            each = Observed(row["experiment"], row["unit"], row["arm"], 0)
+            each = Observed(row["experiment"], row["unit"], row["arm"], row["epoch"])
             self._add(connection, each, THUMB, False, thumb if row["thumb"] is None else thumb - row["thumb"])
             if row["thumb"] is not None:  # it was counted before
                 same = (_sums.c.experiment == each.experiment) & (_sums.c.arm == each.arm) & (_sums.c.metric == THUMB)
-                same &= (_sums.c.unit == each.unit) & _sums.c.paired.is_(False)
+                same &= (_sums.c.unit == each.unit) & (_sums.c.epoch == each.epoch) & _sums.c.paired.is_(False)
                 connection.execute(_sums.update().where(same).values(n=_sums.c.n - 1.0))
             connection.execute(_requests.update().where(_requests.c.id == request).values(thumb=thumb))
 
-    def figures(self, experiment: str, epochs: int) -> Figures:
-        """Everything, added up by the database; it never holds more than a row for each unit and metric."""
-        with self._engine.connect() as connection:
+    def figures(self, experiment: str, epoch: int) -> Figures:
+        """Everything about one epoch, in one transaction, added up by the database: it holds a row for each unit and metric."""
+        with self._engine.connect().execution_options(**READING) as connection, connection.begin():
             table = _sums.c
             sums = sa.select(
                 table.arm,
@@ -233,31 +233,22 @@ class Observations:
                 sa.func.sum(table.n * table.n),
                 sa.func.sum(table.total * table.total),
                 sa.func.sum(table.n * table.total),
-            ).where(table.experiment == experiment)
+            ).where((table.experiment == experiment) & (table.epoch == epoch))
             rows = connection.execute(sums.group_by(table.arm, table.metric, table.paired)).all()
             counts: dict[str, dict[str, int]] = {}
-            for arm, what, n in connection.execute(
-                sa.select(_counts.c.arm, _counts.c.what, _counts.c.n)
-                .where(_counts.c.experiment == experiment)
-                .order_by(_counts.c.what)
-            ):
+            here = (_counts.c.experiment == experiment) & (_counts.c.epoch == epoch)
+            query = sa.select(_counts.c.arm, _counts.c.what, _counts.c.n).where(here)
+            for arm, what, n in connection.execute(query.order_by(_counts.c.what)):
                 counts.setdefault(arm, {})[what] = n
-            units: list[dict[str, int]] = [{} for _ in range(epochs)]
-            seen = sa.select(_units.c.epoch, _units.c.arm, sa.func.count()).where(_units.c.experiment == experiment)
-            for epoch, arm, n in connection.execute(seen.group_by(_units.c.epoch, _units.c.arm)):
-                units[epoch][arm] = n
+            seen = sa.select(_units.c.arm, sa.func.count()).group_by(_units.c.arm)
+            here = (_units.c.experiment == experiment) & (_units.c.epoch == epoch)
+            units = {row[0]: int(row[1]) for row in connection.execute(seen.where(here))}
         plain, pairs = ({(row[0], row[1]): Sums(*row[3:]) for row in rows if bool(row[2]) is paired} for paired in (False, True))
         return Figures(plain, pairs, counts, units)
 
-    def delete(self, experiment: str) -> None:
-        """Drop everything about an experiment."""
+    def keep_only(self, experiments: Iterable[str]) -> None:
+        """Drop everything about other experiments: those that were deleted, perhaps while an answer was still under way."""
+        wanted = list(experiments)
         with self._engine.begin() as connection:
             for table in (_units, _sums, _counts, _requests):
-                connection.execute(table.delete().where(table.c.experiment == experiment))
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=30000"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+                connection.execute(table.delete().where(table.c.experiment.not_in(wanted)))

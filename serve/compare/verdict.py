@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.compare.observations import THUMB, Figures
+from serve.compare.observations import DROPPED, THUMB, Figures
 from serve.compare.sequential import (
     FEWEST_UNITS,
     SRM_ALPHA,
@@ -14,7 +15,6 @@ from serve.compare.sequential import (
     Sums,
     difference,
     log_evidence_of_mismatch,
-    mean_and_variance,
     paired_difference,
 )
 from serve.experiment import Experiment
@@ -30,24 +30,33 @@ class Metric:
     tau: float  # the difference that one hopes to see, in the units of the values
     more: str  # what to say of an arm that has more of it
     less: str
+    paired: bool  # whether what another arm says behind the client's back tells it, too
 
 
 METRICS = (
-    Metric("told", "tells what a set in force holds", "share", 0.05, "tells more of what was to be forgotten", "forgets more"),
-    Metric("refused", "ended by a guard", "share", 0.05, "is refused more often", "is refused less often"),
-    Metric("error", "failed", "share", 0.05, "fails more often", "fails less often"),
-    Metric(THUMB, "thumbs up", "share", 0.05, "is liked more", "is liked less"),
-    Metric("first_token_ms", "first token (ms)", "log", 0.1, "begins later", "begins sooner"),
-    Metric("token_ms", "per token (ms)", "log", 0.1, "is slower", "is faster"),
-    Metric("total_ms", "whole answer (ms)", "log", 0.1, "takes longer", "takes less time"),
-    Metric("tokens", "tokens", "log", 0.1, "says more", "says less"),
+    Metric(
+        "told", "tells what a set in force holds", "share", 0.05, "tells more of what was to be forgotten", "forgets more", True
+    ),
+    Metric("refused", "ended by a guard", "share", 0.05, "is refused more often", "is refused less often", True),
+    Metric("tokens", "tokens", "log", 0.1, "says more", "says less", True),
+    Metric("error", "failed", "share", 0.05, "fails more often", "fails less often", False),
+    Metric("left", "client went away", "share", 0.05, "is left more often", "is left less often", False),
+    Metric(THUMB, "thumbs up", "share", 0.05, "is liked more", "is liked less", False),
+    Metric("first_token_ms", "first token of a stream (ms)", "log", 0.1, "begins later", "begins sooner", False),
+    Metric("token_ms", "per token of a stream (ms)", "log", 0.1, "is slower", "is faster", False),
+    Metric("total_ms", "whole answer (ms)", "log", 0.1, "takes longer", "takes less time", False),
 )
-"""Nothing else is recorded. Means of logarithms: a geometric mean, and differences are ratios."""
-COUNTED = frozenset(metric.name for metric in METRICS)
+"""Nothing else is recorded. Means of logarithms: a geometric mean, and differences are ratios. Times are those of clients: an
+answer in shadow comes after the same prompt was cached, and in the gaps between clients, so its times say nothing."""
+PAIRED = frozenset(metric.name for metric in METRICS if metric.paired)
 
 
-def report(experiment: Experiment, figures: Figures, *, policies_changed: list[str], at: str) -> dict[str, Any]:
-    """Everything about an experiment, as plain values for people, JSON and pages.
+def report(experiment: Experiment, figures: Figures, *, changes: Sequence[str], at: str) -> dict[str, Any]:
+    """Everything about an experiment's present epoch, as plain values for people, JSON and pages.
+
+    Args:
+        figures: of that epoch.
+        changes: what was done meanwhile to sets and policies, as "action subject".
 
     Returns:
         ``arms`` (name, policy, weight, units, metrics, counts), ``comparisons`` (arm, metric, difference with its interval),
@@ -55,23 +64,20 @@ def report(experiment: Experiment, figures: Figures, *, policies_changed: list[s
     """
     order, control = experiment.order, experiment.control
     others = [arm for arm in order.arms if arm.name != control.name]
-    paired = order.mode != "live"
-    alpha = order.alpha / (len(METRICS) * len(others))
-    seen = {arm.name: sum(epoch.get(arm.name, 0) for epoch in figures.units) for arm in order.arms}
-    if paired:  # an arm also has the units whose prompts it answered behind their back
-        behind = {arm.name: [sums.units for (name, _), sums in figures.sums.items() if name == arm.name] for arm in order.arms}
-        seen = {name: max([units, *behind[name]]) for name, units in seen.items()}
+    alpha = experiment.alpha / (len(METRICS) * len(others))
+    shown = {arm.name: figures.units.get(arm.name, 0) for arm in order.arms}
     arms = [
         {
             "name": arm.name,
             "policy": arm.policy,
             "weight": experiment.weights[arm.name],
-            "units": seen[arm.name],
+            # An arm also has the units whose prompts it answered behind their back.
+            "units": max([shown[arm.name], *(sums.units for (name, _), sums in figures.sums.items() if name == arm.name)]),
             "counts": dict(figures.counts.get(arm.name, {})),
             "metrics": {
-                metric.name: shown
+                metric.name: found
                 for metric in METRICS
-                if (shown := _shown(metric, figures.sums.get((arm.name, metric.name), Sums()))) is not None
+                if (found := _shown(metric, figures.sums.get((arm.name, metric.name), Sums()))) is not None
             },
         }
         for arm in order.arms
@@ -80,67 +86,77 @@ def report(experiment: Experiment, figures: Figures, *, policies_changed: list[s
     sentences: list[str] = []
     for arm in others:
         for metric in METRICS:
-            # How a client liked an answer that it was not shown is not known: thumbs are compared between arms, always.
-            if paired and metric.name != THUMB:
+            share = metric.kind == "share"
+            if metric.paired and order.mode != "live":
                 sums = figures.pairs.get((arm.name, metric.name), Sums())
-                interval = paired_difference(sums, alpha=alpha, tau=metric.tau)
-                units = sums.units
+                interval, units = paired_difference(sums, alpha=alpha, tau=metric.tau, share=share), sums.units
             else:
                 one, two = (figures.sums.get((name, metric.name), Sums()) for name in (arm.name, control.name))
-                interval = difference(one, two, alpha=alpha, tau=metric.tau, share=metric.kind == "share")
+                interval = difference(one, two, alpha=alpha, tau=metric.tau, share=share)
                 units = min(one.units, two.units)
             if units < 2 or not math.isfinite(interval.estimate):
                 continue
-            comparisons.append(
-                {"arm": arm.name, "metric": metric.name, "title": metric.title, "units": units} | _difference(metric, interval)
-            )
+            about = {"arm": arm.name, "metric": metric.name, "title": metric.title, "units": units}
+            comparisons.append(about | _difference(metric, interval))
             if interval.decided:
                 word = metric.more if interval.estimate > 0 else metric.less
                 sentences.append(f"{arm.name} {word} than {control.name}: {_in_words(metric, interval)}.")
-    evidence = log_evidence_of_mismatch(figures.units, experiment.epochs) if order.mode != "shadow" else -math.inf
+    checked = order.mode != "shadow" and sum(shown.values()) > 0
+    evidence = float(log_evidence_of_mismatch(shown, experiment.weights)) if checked else -math.inf
     mismatch = evidence >= math.log(1 / SRM_ALPHA)
     return {
         "experiment": order.model_dump(mode="json", exclude={"salt"}) | {"weights": experiment.weights},
         "at": at,
         "created_at": experiment.created_at,
         "stopped_at": experiment.stopped_at,
-        "epochs": len(experiment.epochs),
+        "epoch": experiment.epoch,
+        "alpha": experiment.alpha,
         "control": control.name,
         "arms": arms,
         "comparisons": comparisons,
-        "sample_ratio": {"mismatch": mismatch, "p_at_most": min(1.0, math.exp(min(0.0, -evidence)))},
-        "verdict": _verdict(experiment, sentences, mismatch, comparisons, policies_changed),
+        "sample_ratio": {"checked": checked, "mismatch": mismatch, "p_at_most": min(1.0, math.exp(min(0.0, -evidence)))},
+        "verdict": _verdict(experiment, sentences, mismatch, comparisons, arms, changes),
     }
 
 
 def _verdict(
-    experiment: Experiment, sentences: list[str], mismatch: bool, comparisons: list[dict[str, Any]], policies_changed: list[str]
+    experiment: Experiment,
+    sentences: list[str],
+    mismatch: bool,
+    comparisons: list[dict[str, Any]],
+    arms: list[dict[str, Any]],
+    changes: Sequence[str],
 ) -> list[str]:
     found: list[str] = []
-    if mismatch:
+    if experiment.epoch:
+        found.append(f"The weights were changed {experiment.epoch} times; these are the figures since the last change.")
+    if changes:
+        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+        found.append(f"Figures mix what arms did before and after: {', '.join(changes[:5])}{more}.")
+    dropped = sum(arm["counts"].get(DROPPED, 0) for arm in arms)
+    if dropped:
         found.append(
-            "The numbers of units do not fit the weights: something decides who is counted, and no figure here can be trusted. "
-            "Look for requests that fail or vanish in one arm before they are counted."
+            f"{dropped:,} prompts were not answered by other arms, since too many waited: lower the sample to get all of them."
         )
-    found += [f"Policy {name} is no longer what it was when the experiment began: figures mix both." for name in policies_changed]
+    if mismatch:
+        return [
+            *found,
+            "The numbers of units do not fit the weights: something decides who is counted, and no figure here can be trusted. "
+            "Look for requests that fail or vanish in one arm before they are counted.",
+        ]
     if sentences:
         return found + sentences
     most = max((row["units"] for row in comparisons), default=0)
     if most < FEWEST_UNITS:
-        unit = "prompts' units" if experiment.order.mode != "live" else "units"
-        found.append(
-            f"Too early: {most} {unit} in the smallest arm, at least {FEWEST_UNITS} are needed before anything is concluded."
-        )
-    else:
-        found.append("No difference is shown so far; where each could still lie is in the intervals.")
-    return found
+        where = "with pairs of answers" if experiment.order.mode != "live" else "in the smallest arm"
+        return [*found, f"Too early: {most} units {where}, at least {FEWEST_UNITS} are needed before anything is concluded."]
+    return [*found, "No difference is shown so far; where each could still lie is in the intervals."]
 
 
 def _shown(metric: Metric, sums: Sums) -> dict[str, Any] | None:
-    mean, _ = mean_and_variance(sums, share=metric.kind == "share")
     if sums.n <= 0:
         return None
-    mean = sums.total / sums.n if math.isnan(mean) else mean
+    mean = sums.total / sums.n
     return {"title": metric.title, "mean": round(math.exp(mean) if metric.kind == "log" else mean, 5), "n": int(sums.n)}
 
 
@@ -161,7 +177,7 @@ def _difference(metric: Metric, interval: Interval) -> dict[str, Any]:
         "estimate": value(interval.estimate),
         "low": value(interval.low),
         "high": value(interval.high),
-        "decided": interval.decided,
+        "decided": bool(interval.decided),
     }
 
 

@@ -5,17 +5,18 @@ What was observed is not here: see `serve.compare.observations`.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Mapping
 
 import sqlalchemy as sa
 
 from guards.errors import InvalidPolicy
-from guards.policy import Policy
 from serve.experiment import Experiment, ExperimentOrder, InvalidExperiment, check_weights, free_slice
 from serve.registry import tables
 from serve.registry.store import InUse, NameTaken, Registry, UnknownName, experiments_of, now
+
+MOST_CHANGES = 10_000
+"""Of the audit trail, that are looked through for one experiment."""
 
 
 class Experiments:
@@ -46,7 +47,10 @@ class Experiments:
             if order.name in {each.name for each in others}:
                 raise NameTaken(f"experiment {order.name!r} exists; its figures would be mixed up: take another name, or delete it")
             running = [each for each in others if each.stopped_at is None]
-            policies = {arm.policy: fingerprint(self._policy(connection, arm.policy)) for arm in order.arms}
+            policies = self._registry.policies_of(connection)
+            for arm in order.arms:
+                if arm.policy not in policies:
+                    raise InvalidPolicy(f"there is no policy {arm.policy!r}; there are {', '.join(sorted(policies))}")
             kinds = {each.order.unit for each in running}
             if kinds - {order.unit}:
                 names = ", ".join(each.name for each in running)
@@ -56,11 +60,12 @@ class Experiments:
                 taken = ", ".join(f"{each.name} {each.order.share:.0%}" for each in running)
                 raise InUse(f"share {order.share:g} of all units is not free ({taken}); ask for less, or stop one")
             experiment = Experiment(
+                id=secrets.token_hex(8),
                 order=order,
                 salt=order.salt or secrets.token_hex(16),
                 start=start,
                 epochs=({arm.name: arm.weight for arm in order.arms},),
-                policies=policies,
+                revision=self._registry.revision_of(connection) + 1,
                 created_at=now(),
             )
             values = {"name": order.name, "content": experiment.model_dump_json()}
@@ -103,26 +108,21 @@ class Experiments:
             return experiment
 
     def delete(self, name: str, *, actor: str) -> int:
-        """Forget an experiment that has stopped. Returns the revision. Raises UnknownName, InUse."""
+        """Delete an experiment that has stopped. Returns the revision. Raises UnknownName, InUse."""
         with self._registry.changing() as connection:
             if self._get(connection, name).stopped_at is None:
                 raise InUse(f"experiment {name!r} runs; stop it first")
             connection.execute(tables.experiments.delete().where(tables.experiments.c.name == name))
             return self._registry.append(connection, actor, "experiment.delete", name, {})
 
-    def changed_policies(self, experiment: Experiment) -> list[str]:
-        """The arms' policies that are no longer what they were when the experiment began."""
-        with self._registry.reading() as connection:
-            policies = self._registry.policies_of(connection)
-        return sorted(
-            name for name, was in experiment.policies.items() if name not in policies or fingerprint(policies[name]) != was
-        )
-
-    def _policy(self, connection: sa.Connection, name: str) -> Policy:
-        policies = self._registry.policies_of(connection)
-        if name not in policies:
-            raise InvalidPolicy(f"there is no policy {name!r}; there are {', '.join(sorted(policies))}")
-        return policies[name]
+    def changes_since(self, experiment: Experiment) -> list[str]:
+        """What was done since an experiment began that changes how its arms answer or are judged, as "action subject"."""
+        until = experiment.stopped_at or now()
+        rows = self._registry.audit(after=experiment.revision, limit=MOST_CHANGES)
+        found = [
+            f"{row.action} {row.subject}" for row in rows if row.at <= until and row.action.startswith(("forget_set.", "policy."))
+        ]
+        return list(dict.fromkeys(found))
 
     @staticmethod
     def _require_running(experiment: Experiment) -> None:
@@ -140,8 +140,3 @@ class Experiments:
     def _put(connection: sa.Connection, experiment: Experiment) -> None:
         row = tables.experiments.c.name == experiment.name
         connection.execute(tables.experiments.update().where(row).values(content=experiment.model_dump_json()))
-
-
-def fingerprint(policy: Policy) -> str:
-    """sha256 of a policy."""
-    return hashlib.sha256(policy.model_dump_json().encode()).hexdigest()

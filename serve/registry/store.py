@@ -23,6 +23,7 @@ from serve.experiment import Experiment
 from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, first_broken, seal
 from serve.registry.snapshot import Key, Scope, Snapshot, Thresholds, digest_secret
+from serve.sqlite import READING, open_database
 
 STRIPPED = ""
 """The stored content of a set whose texts were dropped."""
@@ -122,10 +123,7 @@ class Registry:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # removal requests are nobody else's business
-        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-        sa.event.listen(self._engine, "connect", _configure)
-        sa.event.listen(self._engine, "begin", _begin_immediately)
+        self._engine = open_database(path)
         with self._engine.begin() as connection:
             tables.metadata.create_all(connection)
             version = connection.scalar(sa.select(tables.schema.c.version))
@@ -444,7 +442,7 @@ class Registry:
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """One transaction that sees one revision."""
-        with self._engine.connect().execution_options(lethe_reading=True) as connection:
+        with self._engine.connect().execution_options(**READING) as connection:
             yield connection
 
     @contextmanager
@@ -562,17 +560,3 @@ def _enforced_by(stored: StoredSet) -> dict[str, Any]:
 def _audited(header: dict[str, Any]) -> dict[str, Any]:
     """What the audit keeps of a set for ever: no content and no description, which may tell what must be forgotten."""
     return {name: value for name, value in header.items() if name != "description"}
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # we begin transactions ourselves
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000", "secure_delete=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin_immediately(connection: sa.Connection) -> None:
-    # A writer takes the lock before it reads, so that what it read is still true when it writes.
-    reading = connection.get_execution_options().get("lethe_reading")
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")

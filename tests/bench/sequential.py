@@ -17,9 +17,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from serve.compare.sequential import FEWEST_UNITS, SRM_ALPHA, SRM_CONCENTRATION, Floats, radius
+from serve.compare.sequential import (
+    SRM_ALPHA,
+    Floats,
+    Interval,
+    Sums,
+    difference,
+    log_evidence_of_mismatch,
+    paired_difference,
+    radius,
+)
 
-KINDS = {"share": 0.05, "rare share": 0.05, "mean": 0.1, "heavy mean": 0.1}  # -> tau, as for live metrics
+KINDS = {"share": 0.05, "rare share": 0.05, "mean": 0.1, "heavy mean": 0.1, "paired share": 0.05}  # -> tau, as for live metrics
 LOOKS, ARRIVALS, RETURNS, AT_ONCE = 80, 25, 20, 1_000
 
 
@@ -27,14 +36,18 @@ def _values(kind: str, unit: Floats, effect: float, rng: np.random.Generator) ->
     """One request of each unit, given what the unit is like (uniform in (0, 1))."""
     if kind == "share":
         return np.asarray(rng.random(unit.shape) < np.clip(0.1 + 0.8 * unit + effect, 0, 1), float)
+    if kind == "paired share":  # of -1, 0 and 1: how two answers to one prompt differ
+        draw = rng.random(unit.shape)
+        tilt = 0.2 * (unit - 0.5) + effect / 2
+        return np.asarray((draw < 0.1 + tilt).astype(float) - (draw > 0.9 + tilt))
     if kind == "rare share":
         return np.asarray(rng.random(unit.shape) < np.clip(0.04 * unit + effect, 0, 1), float)
     noise = rng.normal(size=unit.shape) if kind == "mean" else rng.standard_t(4, size=unit.shape)
     return np.asarray(0.6 * (unit - 0.5) + 0.3 * noise + effect)
 
 
-def looks(kind: str, experiments: int, effect: float, rng: np.random.Generator) -> Iterator[tuple[Floats, Floats]]:
-    """At each look, the difference of the arms and its variance, [experiments] each; inf before there are enough units."""
+def looks(kind: str, experiments: int, effect: float, alpha: float, rng: np.random.Generator) -> Iterator[Interval]:
+    """At each look, the interval of the difference of the arms (of the pairs), [experiments]."""
     most = LOOKS * ARRIVALS
     like = rng.random((2, experiments, most))
     n, s = np.zeros((2, experiments, most)), np.zeros((2, experiments, most))
@@ -54,13 +67,12 @@ def looks(kind: str, experiments: int, effect: float, rng: np.random.Generator) 
                 pairs = ((1, 0), (values, 0), (after_n**2, before_n**2), (after_s**2, before_s**2))
                 for k, (after, before) in enumerate((*pairs, (after_n * after_s, before_n * before_s))):
                     sums[k, arm] += np.broadcast_to(after - before, values.shape).sum(-1)
-        mean = sums[1] / sums[0]
-        residual = np.maximum(0, sums[3] - 2 * mean * sums[4] + mean**2 * sums[2])
-        variance = units / (units - 1) * residual / sums[0] ** 2
-        if "share" in kind:
-            smoothed = (mean * units + 2) / (units + 4)
-            variance = np.maximum(variance, smoothed * (1 - smoothed) / (units + 4))
-        yield mean[1] - mean[0], variance.sum(0) if units >= FEWEST_UNITS else np.full(experiments, math.inf)
+        paired = kind.startswith("paired")
+        each = [Sums(np.full(experiments, units), *(sums[k, arm] for k in (0, 1, 2, 3, 4))) for arm in range(2)]
+        if paired:
+            yield paired_difference(each[1], alpha=alpha, tau=KINDS[kind], share=True)
+        else:
+            yield difference(each[1], each[0], alpha=alpha, tau=KINDS[kind], share="share" in kind)
 
 
 def decided(kind: str, *, experiments: int, effect: float, alpha: float, seed: int) -> Floats:
@@ -68,11 +80,9 @@ def decided(kind: str, *, experiments: int, effect: float, alpha: float, seed: i
     rng = np.random.default_rng(seed)
     when = []
     for start in range(0, experiments, AT_ONCE):
-        size = min(AT_ONCE, experiments - start)
-        first = np.full(size, math.inf)
-        for look, (found, variance) in enumerate(looks(kind, size, effect, rng), 1):
-            beyond = np.abs(found) > radius(variance, alpha=alpha, tau=KINDS[kind])
-            first = np.where(beyond & np.isinf(first), look, first)
+        first = np.full(min(AT_ONCE, experiments - start), math.inf)
+        for look, interval in enumerate(looks(kind, len(first), effect, alpha, rng), 1):
+            first = np.where(interval.decided & np.isinf(first), look, first)
         when.append(first)
     return np.concatenate(when)
 
@@ -82,39 +92,28 @@ def false_alarms(kind: str, *, experiments: int, alpha: float, seed: int) -> flo
     return float(np.isfinite(decided(kind, experiments=experiments, effect=0.0, alpha=alpha, seed=seed)).mean())
 
 
-def naive_false_alarms(kind: str, *, experiments: int, alpha: float, seed: int) -> float:
-    """The same for a t-test at every look, to show what the sequences are for."""
+def naive_false_alarms(kind: str, *, experiments: int, seed: int) -> float:
+    """The same for a t-test at every look, alpha .05, to show what the sequences are for: their widths give the variances back."""
     rng, alarms = np.random.default_rng(seed), 0
-    bar = 1.959964 if alpha == 0.05 else math.sqrt(2) * 2
+    grid = np.geomspace(1e-8, 1, 4_000)
+    widths = radius(grid, alpha=0.05, tau=KINDS[kind])
     for start in range(0, experiments, AT_ONCE):
-        size = min(AT_ONCE, experiments - start)
-        seen = np.zeros(size, bool)
-        for found, variance in looks(kind, size, 0.0, rng):
-            seen |= np.abs(found) > bar * np.sqrt(variance)
+        seen = np.zeros(min(AT_ONCE, experiments - start), bool)
+        for interval in looks(kind, len(seen), 0.0, 0.05, rng):
+            variance = np.interp(interval.high - interval.estimate, widths, grid, right=math.inf)
+            seen |= np.abs(interval.estimate) > 1.959964 * np.sqrt(variance)
         alarms += int(seen.sum())
     return alarms / experiments
 
 
 def srm_false_alarms(*, experiments: int, seed: int) -> float:
-    """Share of experiments whose units fall as the weights say and that some look suspects: one after each of 4,000 units."""
-    rng = np.random.default_rng(seed)
-    lgamma = (
-        np.array([math.lgamma(SRM_CONCENTRATION * 0.3 + i) for i in range(4_001)]),
-        np.array([math.lgamma(SRM_CONCENTRATION * 0.7 + i) for i in range(4_001)]),
-    )
-    whole = np.array([math.lgamma(SRM_CONCENTRATION + i) for i in range(4_001)])
-    alarms = 0
+    """Share of experiments whose units fall as the weights say and that some look suspects: one after each of 2,000 units."""
+    rng, alarms = np.random.default_rng(seed), 0
+    total = np.arange(1, 2_001)
     for _ in range(0, experiments, AT_ONCE):
-        ones = np.cumsum(rng.random((AT_ONCE, 4_000)) < 0.3, axis=1)
-        total = np.arange(1, 4_001)
-        log_e = (
-            (whole[0] - whole[total])[None]
-            + (lgamma[0][ones] - lgamma[0][0])
-            + (lgamma[1][total - ones] - lgamma[1][0])
-            - ones * math.log(0.3)
-            - (total - ones) * math.log(0.7)
-        )
-        alarms += int((log_e.max(axis=1) >= math.log(1 / SRM_ALPHA)).sum())
+        ones = np.cumsum(rng.random((AT_ONCE, len(total))) < 0.3, axis=1)
+        evidence = log_evidence_of_mismatch({"a": ones, "b": total - ones}, {"a": 3.0, "b": 7.0})
+        alarms += int((evidence.max(axis=1) >= math.log(1 / SRM_ALPHA)).sum())
     return alarms / experiments
 
 
@@ -128,8 +127,8 @@ def main() -> None:
         "metric", "false alarms", "of a t-test at every look", title=f"no effect, alpha .05, {options.experiments:,} each"
     )
     for kind in KINDS:
-        rates = [find(kind, experiments=options.experiments, alpha=0.05, seed=1) for find in (false_alarms, naive_false_alarms)]
-        table.add_row(kind, *(f"{rate:.4f}" for rate in rates))
+        promised = false_alarms(kind, experiments=options.experiments, alpha=0.05, seed=1)
+        table.add_row(kind, f"{promised:.4f}", f"{naive_false_alarms(kind, experiments=options.experiments, seed=1):.4f}")
     table.add_row("units", f"{srm_false_alarms(experiments=options.experiments, seed=2):.4f}", "(alpha .001)")
     out.print(table)
     effects = {"share": (0.02, 0.04, 0.08, 0.16), "mean": (0.02, 0.04, 0.08, 0.16)}

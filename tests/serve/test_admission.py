@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from guards.policy import BUILT_IN
-from serve.api.admission import ALLOWED, GENERATING, REFUSED_FIELDS, Admission, admitted
+from serve.api.admission import ALLOWED, GENERATING, REFUSED_FIELDS, Admission, AdmittedRequest, admitted
 from serve.experiment import Experiment, parse_experiment
-from serve.registry.snapshot import Key, Snapshot, digest_secret
+from serve.registry.snapshot import LOOPBACK, Key, Snapshot, digest_secret
 from serve.settings import Settings
 from tests.serve.live import live_experiments
 
@@ -325,6 +325,7 @@ def test_websockets_are_closed() -> None:
 
 
 EXPERIMENT = Experiment(
+    id="i",
     order=parse_experiment(
         {"name": "e", "arms": [{"name": "a", "policy": "default"}, {"name": "b", "policy": "none"}], "unit": "user"}
     ),
@@ -360,6 +361,56 @@ def test_an_arm_is_forced_by_those_who_may_choose_policies_and_nobody_else() -> 
     assert answer.status_code == 200 and app.reached[0]["request"].policy.name == "none" and app.reached[0]["request"].entry.forced
     answer, _ = chat({}, snapshot=keyed, headers={"authorization": "Bearer root", "x-experiment-arm": "e/gone"})
     assert answer.status_code == 404 and "e/gone" in answer.json()["error"]["message"]
+
+
+def test_an_answer_that_nobody_waits_for_ends_when_it_is_cancelled() -> None:
+    """vLLM's handlers run in tasks of their own and end when their client goes away, and only then."""
+    ended: list[str] = []
+
+    async def app(_scope: Any, receive: Any, _send: Any) -> None:
+        await receive()
+
+        async def generate() -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                ended.append("aborted")
+                raise
+
+        async def listen() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = [asyncio.create_task(generate()), asyncio.create_task(listen())]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def cancel_one() -> None:
+        admission = admission_around(app, lambda: SNAPSHOT)  # type: ignore[arg-type]
+        request = AdmittedRequest(LOOPBACK, BUILT_IN["none"], SNAPSHOT.plan("none"), in_shadow=True)
+        answering = asyncio.create_task(admission.answer_unseen("/v1/chat/completions", b"{}", request))
+        await asyncio.sleep(0.05)
+        answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+
+    asyncio.run(cancel_one())
+    assert ended == ["aborted"]
+
+
+def test_an_experiment_refuses_what_any_of_its_arms_would() -> None:
+    """Otherwise who fails would depend on the arm, and the arm would show."""
+    acting = dataclasses.replace(RUNNING, enabled={"a": "fingerprint"})
+    statuses = {chat({"user": f"u{i}", "prompt_logprobs": 1}, snapshot=acting)[0].status_code for i in range(20)}
+    assert statuses == {400}
+
+
+def test_metrics_need_a_key_that_may_know_of_policies() -> None:
+    for secret, status in (("chat-secret", 403), ("root", 200)):
+        answer, _ = call("GET", "/metrics", snapshot=KEYED, headers={"authorization": f"Bearer {secret}"})
+        assert answer.status_code == status
 
 
 def test_every_generating_route_is_allowed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def test_the_same_unit_gets_the_same_arm_in_another_process() -> None:
     code = f"from serve.experiment import arm_of; print([arm_of('salt', {weights}, str(i)) for i in range(200)])"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert there == str([arm_of("salt", weights, str(i)) for i in range(200)])
+
+
+def test_all_epochs_together_spend_alpha_and_no_more() -> None:
+    experiment = Experiment(id="i", order=parse_experiment(ORDER), salt="s", start=0.0, epochs=({"a": 1.0, "b": 1.0},))
+    spent = [experiment.model_copy(update={"epochs": experiment.epochs * n}).alpha for n in range(1, 30)]
+    assert sum(spent) == pytest.approx(experiment.order.alpha) and spent[0] == pytest.approx(0.8 * experiment.order.alpha)
 
 
 def test_nobody_gets_an_arm_without_weight() -> None:
@@ -141,16 +148,26 @@ def test_a_policy_cannot_be_deleted_under_an_experiment_and_a_change_to_it_is_to
     experiments.create(parse_experiment({"name": "e", "arms": arms}), actor="t")
     with pytest.raises(InUse, match="'e'"):
         registry.delete_policy("strict", actor="t")
-    assert experiments.changed_policies(experiments.get("e")) == []
+    assert experiments.changes_since(experiments.get("e")) == []
     registry.put_policy(parse_policy({"name": "strict", "description": "another"}), actor="t")
-    assert experiments.changed_policies(experiments.get("e")) == ["strict"]
+    registry.create_key("chat", "", actor="t")
+    assert experiments.changes_since(experiments.get("e")) == ["policy.put strict"]
     experiments.stop("e", actor="t")
+    time.sleep(0.01)
     registry.delete_policy("strict", actor="t")
-    assert experiments.changed_policies(experiments.get("e")) == ["strict"]
+    assert experiments.changes_since(experiments.get("e")) == ["policy.put strict"], "what comes after the end changes nothing"
 
 
 @pytest.mark.parametrize(
-    ("weights", "error"), [({"gone": 1}, InvalidExperiment), ({"a": -1}, InvalidExperiment), ({"a": 0, "b": 0}, InvalidExperiment)]
+    ("weights", "error"),
+    [
+        ({"gone": 1}, InvalidExperiment),
+        ({"a": -1}, InvalidExperiment),
+        ({"a": 0, "b": 0}, InvalidExperiment),
+        ({"a": 1e308}, InvalidExperiment),
+        ({"a": 5e-324, "b": 0}, InvalidExperiment),
+        ({"a": math.nan}, InvalidExperiment),
+    ],
 )
 def test_bad_weights_change_nothing(registry: Registry, weights: dict[str, float], error: type[Exception]) -> None:
     experiments = Experiments(registry)
@@ -169,7 +186,7 @@ def test_an_arm_needs_a_policy_that_exists(registry: Registry) -> None:
 
 def test_in_shadow_the_first_arm_answers_everybody() -> None:
     order = parse_experiment({**ORDER, "mode": "shadow", "sample": 0.5})
-    experiment = Experiment(order=order, salt="s", start=0.0, epochs=({"a": 1.0, "b": 9.0},))
+    experiment = Experiment(id="i", order=order, salt="s", start=0.0, epochs=({"a": 1.0, "b": 9.0},))
     assert {experiment.assigned(str(i)).name for i in range(100)} == {"a"}
     sampled = sum(experiment.sampled(str(i)) for i in range(10_000))
     assert abs(sampled - 5_000) < 4 * 50

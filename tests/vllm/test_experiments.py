@@ -117,18 +117,25 @@ def test_what_other_arms_say_is_observed_and_shown_to_nobody(
     assert not found["sample_ratio"]["mismatch"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_is_counted_as_that_and_nothing_else(
-    client: openai.OpenAI, admin: httpx.Client, server: Server, begin: Any
+    client: openai.OpenAI, admin: httpx.Client, server: Server, begin: Any, stream: bool
 ) -> None:
-    begin("gone")
+    name = f"gone-{str(stream).lower()}"
+    begin(name)
     model = client.models.list().data[0].id
-    body = {"model": model, "messages": [{"role": "user", "content": SCHOOL}], "max_tokens": 400, "stream": True, "user": "u"}
+    body = {"model": model, "messages": [{"role": "user", "content": SCHOOL}], "max_tokens": 400, "stream": stream, "user": "u"}
     body |= {"ignore_eos": True}
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
-        next(answer.iter_lines())
-    found = until(admin, "gone", lambda found: any(arm["counts"] for arm in found["arms"]))
-    assert [arm["counts"] for arm in found["arms"] if arm["counts"]] == [{"client went away": 1}]
-    assert all(arm["units"] == 0 for arm in found["arms"])
+    url = f"{server.url}/v1/chat/completions"
+    if stream:
+        with httpx.stream("POST", url, json=body, timeout=60) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, timeout=1.5)
+    found = until(admin, name, lambda found: any(arm["metrics"] for arm in found["arms"]))
+    metrics = [arm["metrics"] for arm in found["arms"] if arm["metrics"]]
+    assert len(metrics) == 1 and metrics[0].keys() == {"left"} and metrics[0]["left"]["mean"] == 1.0
 
 
 def test_a_forced_arm_answers_and_is_not_a_figure(client: openai.OpenAI, admin: httpx.Client, forget: Any, begin: Any) -> None:

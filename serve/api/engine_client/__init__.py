@@ -95,9 +95,9 @@ class GuardedEngineClient:
             return self._guarded(prompt, sampling_params, request_id, None, options)
         if request.in_shadow:
             options["priority"] = SHADOW_PRIORITY
-        timed = request.text is None or sampling_params.output_kind is not RequestOutputKind.FINAL_ONLY
         outputs = self._guarded(prompt, sampling_params, request_id, request, options)
-        return observed(outputs, request.observation, sampling_params.output_kind, timed)
+        request.observation.prompt_tokens += len(prompt.get("prompt_token_ids", ())) if isinstance(prompt, dict) else 0
+        return observed(outputs, request.observation, sampling_params)
 
     def _guarded(
         self,

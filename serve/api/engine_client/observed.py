@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from serve.api.admission import Observation
 
-MOST_CHARACTERS = 100_000
+MOST_CHARACTERS = 8_000
 """Of an answer, that are kept to be judged."""
 
 
 async def observed(
-    outputs: AsyncGenerator[RequestOutput, None], seen: Observation, kind: RequestOutputKind, timed: bool
+    outputs: AsyncGenerator[RequestOutput, None], seen: Observation, params: SamplingParams
 ) -> AsyncGenerator[RequestOutput, None]:
-    """Pass outputs on and note them in ``seen``, to which several calls of one request may add.
-
-    Args:
-        timed: the time of a first token that only the engine saw is the client's as well; it is not if a guard held it back.
-    """
+    """Pass outputs on and note them in ``seen``, to which several calls of one request may add."""
     texts: dict[int, str] = {}
     tokens: dict[int, int] = {}
+    grows = params.output_kind is RequestOutputKind.DELTA
+    seen.readable &= params.detokenize
     try:
         async for step in outputs:
             now = time.perf_counter() - seen.started
             for output in step.outputs:
-                grows = kind is RequestOutputKind.DELTA
                 texts[output.index] = (texts.get(output.index, "") if grows else "") + output.text
                 tokens[output.index] = (tokens.get(output.index, 0) if grows else 0) + len(output.token_ids)
-            if seen.first_token_s is None and any(tokens.values()):
-                if kind is not RequestOutputKind.FINAL_ONLY:
-                    seen.first_token_s = now
-                elif timed and step.metrics is not None and step.metrics.first_token_latency > 0:
-                    seen.first_token_s = min(now, step.metrics.first_token_latency)
+            # What is not streamed comes all at once, whatever the engine saw first.
+            if seen.first_token_s is None and any(tokens.values()) and params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                seen.first_token_s = now
             seen.total_s = max(seen.total_s, now)
             yield step
+    except (GeneratorExit, asyncio.CancelledError):
+        raise
+    except BaseException:
+        seen.failed = True
+        raise
     finally:
         await outputs.aclose()
         seen.tokens += sum(tokens.values())
