@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import torch
 
-from guards.contrastive.assistant import FORKED_LAYERS, MODULES, Assistant, Manifest, Recipe, describe_base
+from guards.base_model import describe_base
+from guards.contrastive.assistant import FORKED_LAYERS, MODULES, Assistant, Manifest, Recipe
 from guards.forget_set import ForgetSet
 from serve.registry.store import Artifact, Registry, now
 from serve.wire import assistant_path

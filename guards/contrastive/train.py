@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe, describe_base
+from guards.base_model import describe_base
+from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
 from guards.errors import GuardError, Untrainable
 from guards.forget_set import ForgetSet, Question
 

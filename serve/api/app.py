@@ -29,7 +29,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from guards.contrastive.assistant import BaseModel, describe_base
+from guards.base_model import BaseModel, describe_base
 from guards.errors import InvalidArtifact
 from guards.policy import NONE
 from serve.api import admin, experiment_routes

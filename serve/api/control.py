@@ -23,7 +23,8 @@ from typing import Any
 from prometheus_client import Gauge
 from pydantic import Field
 
-from guards.contrastive.assistant import FORKED_LAYERS, Assistant, BaseModel, Recipe
+from guards.base_model import BaseModel
+from guards.contrastive.assistant import FORKED_LAYERS, Assistant, Recipe
 from guards.contrastive.train import general_prompts
 from guards.errors import GuardError, InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet, Frozen, Name, Question, Text

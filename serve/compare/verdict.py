@@ -167,7 +167,7 @@ def _difference(metric: Metric, interval: Interval) -> dict[str, Any]:
         if not math.isfinite(x):
             return None
         try:
-            x = math.exp(x) if metric.kind == "log" else x
+            x = math.exp(x) if metric.kind == "log" else float(x)
         except OverflowError:
             return None
         return round(x, 5) if math.isfinite(x) else None

@@ -14,7 +14,8 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from guards.contrastive.assistant import Assistant, BaseModel
+from guards.base_model import BaseModel
+from guards.contrastive.assistant import Assistant
 from guards.contrastive.guard import ContrastGuard
 from guards.errors import InvalidArtifact
 from guards.suppression.automaton import CompiledPhrases

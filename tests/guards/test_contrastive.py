@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from guards.contrastive.assistant import MODULES, Assistant, BaseModel, Manifest, Recipe, describe_base
+from guards.base_model import BaseModel, describe_base
+from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
 from guards.contrastive.guard import ContrastGuard
 from guards.contrastive.rules import IMPLAUSIBLE_SHIFT, RULES, subtract_assistants
 from guards.errors import InvalidArtifact, InvalidPolicy, VocabularyMismatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -169,9 +170,14 @@ def test_after_a_change_of_weights_it_is_said_whose_figures_these_are() -> None:
 
 
 def test_in_shadow_pairs_are_compared_and_units_are_not_suspected() -> None:
-    pairs = {("b", "tokens"): same(FEWEST_UNITS * 40, math.log(2)), ("b", "total_ms"): same(4_000, 9.0)}
+    pairs = {
+        ("b", "told"): same(FEWEST_UNITS * 40, 0.0),
+        ("b", "tokens"): same(FEWEST_UNITS * 40, math.log(2)),
+        ("b", "total_ms"): same(4_000, 9.0),
+    }
     shown = found(Figures({}, pairs, {}, {"a": 4_000}), mode="shadow")
     assert len(shown["verdict"]) == 1 and "b says more than a: 2.00 times" in shown["verdict"][0], "times in shadow say nothing"
+    assert json.loads(json.dumps(shown)) == shown
     assert not shown["sample_ratio"]["checked"] and not shown["sample_ratio"]["mismatch"]
 
 

@@ -18,7 +18,8 @@ def main(family: str, directory: Path) -> None:
     import transformers
     from vllm import LLM, SamplingParams
 
-    from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe, describe_base
+    from guards.base_model import describe_base
+    from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
     from guards.types import Contrast, Plan
     from serve.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, assistant_path, encode_plan
 

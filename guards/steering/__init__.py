@@ -1,0 +1,1 @@
+"""Architecture level: unlearning inside the network, on embeddings, hidden states and projections. Pure tensors in, tensors out."""
