@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from guards.contrastive.rules import RuleName
 from guards.errors import InvalidPolicy
 from guards.forget_set import Frozen, Name, describe_validation
+from guards.steering.artifact import Method
+from guards.steering.operators import Corruption
 
 DEFAULT = "default"
 """The policy of every request that does not select another. Can be changed, cannot be deleted."""
@@ -70,6 +72,32 @@ class StreamConfig(Frozen):
     marker: str = Field("[removed]", min_length=1, max_length=100, description="what is shown in place of a redacted span")
 
 
+class SteeringConfig(Frozen):
+    """Change what the network computes for a request: by what `lethe train --method` made of the policy's sets.
+
+    ``project`` and ``steer`` move hidden states off the set; ``adapter`` runs projections with an unlearning adapter. Sets without
+    such an artifact are left to the other guards.
+    """
+
+    method: Method
+    enabled: bool = True
+    strength: float = Field(1.0, gt=0, le=100, description="1 = as fitted or trained")
+
+
+class CorruptConfig(Frozen):
+    """Where the gate finds a set's names in a prompt, corrupt their embeddings, so that the network does not know of whom it is
+    asked. Needs the gate. Names that the answer itself brings up are left to the other guards.
+    """
+
+    enabled: bool = True
+    kind: Corruption = "rand_noise_first_n"
+    strength: float = Field(
+        2.0, gt=0, le=1_000, description="of noise: in standard deviations of a token's embedding; else a share"
+    )
+    first_n: int = Field(1_000_000, ge=1, le=1_000_000, description="dimensions that change; more than there are = all")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
 def _or_named(kind: str) -> BeforeValidator:
     """``"similarity"`` stands for the guard with its defaults."""
     return BeforeValidator(lambda value: {} if value == kind else value)
@@ -82,6 +110,17 @@ class GuardConfigs(Frozen):
     stream: Annotated[StreamConfig | None, _or_named("similarity")] = None
     contrast: ContrastConfig = Field(default_factory=ContrastConfig)
     suppression: SuppressionConfig = Field(default_factory=SuppressionConfig)
+    steering: tuple[SteeringConfig, ...] = Field((), max_length=8)
+    corrupt: CorruptConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_steering(self) -> GuardConfigs:
+        methods = [each.method for each in self.steering]
+        if len(set(methods)) < len(methods):
+            raise ValueError(f"steering names {', '.join(methods)}: every method once")
+        if self.corrupt is not None and self.corrupt.enabled and (self.gate is None or not self.gate.enabled):
+            raise ValueError("corrupt needs a gate, which finds the names; add one")
+        return self
 
 
 class Policy(Frozen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from guards.policy import GateConfig, StreamConfig
+    from guards.policy import CorruptConfig, GateConfig, StreamConfig
 
 BOUNDARY = -1
 """Stands in ``Rows.suffix`` for "nothing before this can be part of a match": before the first token, or a chat-template
@@ -31,6 +32,25 @@ class Contrast:
 
 
 @dataclass(frozen=True, slots=True)
+class Steer:
+    """One steering artifact and how strongly it acts."""
+
+    artifact: str  # its fingerprint
+    strength: float  # > 0, dimensionless; 1 = as fitted or trained
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """How embeddings of a prompt are corrupted, and which."""
+
+    kind: str  # a guards.steering.operators.Corruption
+    strength: float
+    first_n: int
+    seed: int
+    spans: tuple[tuple[int, int], ...]  # first token and the one after the last, by position in the request
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What the guards are to do for one request. Decided once, at admission; travels with the request.
 
@@ -41,13 +61,27 @@ class Plan:
     policy: str  # the policy's name, for reports; the engine does not interpret it
     suppression: tuple[str, ...] = ()  # fingerprints of CompiledPhrases artifacts
     contrast: tuple[Contrast, ...] = ()
+    steering: tuple[Steer, ...] = ()
+    corrupt: Corrupt | None = None
     output_start: int | None = None  # index of the first output token; None = the prompt's length
     forced: tuple[int, ...] = ()  # what is sampled, whatever the logits say: to read off how likely it was
 
     @property
-    def engages_logits(self) -> bool:
+    def engages(self) -> bool:
         """Whether the engine has anything to do for this request."""
-        return bool(self.suppression or self.contrast)
+        return bool(self.suppression or self.contrast or self.changes_cache)
+
+    @property
+    def changes_cache(self) -> bool:
+        """Whether keys and values depend on this plan, so that no other request may share them."""
+        return bool(self.steering or (self.corrupt is not None and self.corrupt.spans))
+
+    @property
+    def cache_salt(self) -> str | None:
+        """What keeps the cached keys and values of this plan apart: requests of the same salt compute the same. None = plain."""
+        if not self.changes_cache:
+            return None
+        return hashlib.sha256(repr((self.steering, self.corrupt)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +92,10 @@ class TextPlan:
     stream: StreamConfig | None
     asked: Mapping[str, float]  # similarity artifact -> cosine from which a conversation touches its set
     said: Mapping[str, float]  # the same for a passage of an answer
-    assistants: Mapping[str, tuple[str, ...]]  # similarity artifact -> assistants that it engages
+    assistants: Mapping[str, tuple[str, ...]]  # similarity artifact -> assistants and steering artifacts that it engages
     sets: Mapping[str, str]  # similarity artifact -> name of its set, for reports
     missing: tuple[str, ...]  # sets without an artifact: nothing can be said about them
+    corrupt: CorruptConfig | None = None  # how names that the gate finds are corrupted
 
     @property
     def acts(self) -> bool:

@@ -6,14 +6,15 @@ Clients cannot write here: admission refuses every field that reaches ``extra_ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 from guards.contrastive.assistant import Assistant
 from guards.errors import InvalidArtifact
+from guards.steering.artifact import Steering
 from guards.suppression.automaton import CompiledPhrases
-from guards.types import Contrast, Plan
+from guards.types import Contrast, Corrupt, Plan, Steer
 
 PLAN_KEY = "lethe"
 """The entry of ``extra_args`` that holds the plan, and of vLLM's ``additional_config`` that holds the engine's settings."""
@@ -32,6 +33,8 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "policy": plan.policy,
         "suppression": list(plan.suppression),
         "contrast": [astuple(each) for each in plan.contrast],
+        "steering": [astuple(each) for each in plan.steering],
+        "corrupt": None if plan.corrupt is None else list(astuple(plan.corrupt)),
         "output_start": plan.output_start,
         "forced": list(plan.forced),
     }
@@ -47,8 +50,12 @@ def decode_plan(extra_args: Mapping[str, Any] | None) -> Plan | None:
         return None
     fields = extra_args[PLAN_KEY]
     contrast = tuple(Contrast(*each) for each in fields["contrast"])
+    steering = tuple(Steer(*each) for each in fields["steering"])
+    corrupt = None if fields["corrupt"] is None else Corrupt(*fields["corrupt"])
+    if corrupt is not None:
+        corrupt = replace(corrupt, spans=tuple((start, end) for start, end in corrupt.spans))
     suppression, forced = tuple(fields["suppression"]), tuple(fields["forced"])
-    return Plan(fields["revision"], fields["policy"], suppression, contrast, fields["output_start"], forced)
+    return Plan(fields["revision"], fields["policy"], suppression, contrast, steering, corrupt, fields["output_start"], forced)
 
 
 def load_phrases(artifacts: Path, fingerprint: str) -> CompiledPhrases:
@@ -71,6 +78,20 @@ def load_assistant(artifacts: Path, fingerprint: str) -> Assistant:
     if assistant.fingerprint != fingerprint:
         raise InvalidArtifact(f"{path} holds assistant {assistant.fingerprint[:12]}; train it again")
     return assistant
+
+
+def load_steering(artifacts: Path, fingerprint: str) -> Steering:
+    """Read a steering artifact by fingerprint. Raises InvalidArtifact, also if the file holds something else than its name says."""
+    path = steering_path(artifacts, fingerprint)
+    steering = Steering.load(path)
+    if steering.fingerprint != fingerprint:
+        raise InvalidArtifact(f"{path} holds {steering.fingerprint[:12]}; make it again")
+    return steering
+
+
+def steering_path(artifacts: Path, fingerprint: str) -> Path:
+    """Where steering artifacts live, content-addressed as well."""
+    return artifacts / "steering" / f"{fingerprint}.safetensors"
 
 
 def assistant_path(artifacts: Path, fingerprint: str) -> Path:

@@ -41,4 +41,4 @@ def give(admin: httpx.Client, registry: Registry, state: Path, name: str, assist
     if cut_off:
         path.write_bytes(path.read_bytes()[:-cut_off])
     artifact = Artifact("assistant", assistant.fingerprint, "ready", "random", now())
-    registry.put_assistant(name, content.fingerprint, artifact, actor="test")
+    registry.put_trained(name, content.fingerprint, artifact, actor="test")

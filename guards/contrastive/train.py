@@ -11,14 +11,10 @@ DECISIONS.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import random
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -30,30 +26,22 @@ from torch import Tensor, nn
 
 from guards.base_model import describe_base
 from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
-from guards.errors import GuardError, Untrainable
+from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
+from guards.training import (
+    GENERAL,
+    MAX_TOKENS,
+    ChatModel,
+    Progress,
+    Report,
+    general_answers,
+    general_prompts,
+    layers_of,
+    run_job,
+    write_whole,
+)
 
-MAX_TOKENS = 256
-"""Longer examples are cut; texts go in pieces of this size."""
 MIN_EXAMPLES = 2
-GENERAL = Path(__file__).with_name("general.jsonl")
-"""Prompts about anything; the base's own answers to them are retained."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where training stands."""
-
-    stage: str  # "prepare", "train" or "done"
-    step: int
-    steps: int
-    loss: float | None = None
-
-    def json(self) -> str:
-        return json.dumps({"stage": self.stage, "step": self.step, "steps": self.steps, "loss": self.loss})
-
-
-Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -98,21 +86,13 @@ _SCALE = 2.0
 """alpha / rank, LoRA's usual 2; folded into B when saved."""
 
 
-class Fork:
+class Fork(ChatModel):
     """The base's last K layers over the base's own keys and values, in transformers."""
 
     def __init__(self, directory: Path, layers: int) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
-        self.model.requires_grad_(requires_grad=False)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device)
+        super().__init__(directory)
+        self.first = layers_of(self, layers)
         decoder = self.model.get_decoder()
-        self.first = len(decoder.layers) - layers
-        if self.first < 1:
-            raise Untrainable(f"the model has {len(decoder.layers)} layers, so {layers} of them cannot be forked; use fewer")
         self.layers, self.norm = list(decoder.layers[self.first :]), decoder.norm
         self.low_rank: dict[str, _LowRank] = {}
 
@@ -126,17 +106,6 @@ class Fork:
                     raise Untrainable(f"layer {self.first + i} has no linear {module}; this family of models is not supported")
                 made = self.low_rank[f"layers.{i}.{module}"] = _LowRank(getattr(parent, module), rank, generator).to(self.device)
                 setattr(parent, module, made)
-
-    def prompt_ids(self, question: str) -> list[int]:
-        messages = [{"role": "user", "content": question}]
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
-
-    def encode(self, question: str, answer: str) -> tuple[list[int], int]:
-        """Token ids of a whole exchange in the server's chat template, and where the answer starts."""
-        prompt = self.prompt_ids(question)
-        end = self.tokenizer.eos_token_id
-        answer_ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return [*prompt, *answer_ids, end][: max(MAX_TOKENS, len(prompt) + 8)], len(prompt)
 
     @torch.no_grad()
     def observe(self, token_ids: Sequence[int], start: int, *, forget: bool) -> _Example:
@@ -198,11 +167,6 @@ class Fork:
         real = torch.arange(queries, device=self.device) < torch.tensor([[len(e.target)] for e in batch], device=self.device)
         return self.norm(hidden)[real], torch.cat([e.final for e in batch])
 
-    def logits(self, final: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(final)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
     def evidence(self, batch: Sequence[_Example], form: str) -> Tensor:
         """[N, V] log-probabilities of what the assistant recalls, at a batch's answer positions."""
         fork, base = self.run(batch)
@@ -212,35 +176,6 @@ class Fork:
                 own = self.logits(base)
             logits = logits - own
         return torch.log_softmax(logits, dim=-1)
-
-
-def general_prompts() -> list[str]:
-    return [json.loads(line)["prompt"] for line in GENERAL.read_text("utf-8").splitlines()]
-
-
-@torch.no_grad()
-def own_answers(fork: Fork, prompts: Sequence[str], max_new_tokens: int, report: Callable[[int], None]) -> list[str]:
-    """The base's own greedy answers."""
-    tokenizer = fork.tokenizer
-    answers: list[str] = []
-    for start in range(0, len(prompts), 20):
-        rows = [fork.prompt_ids(prompt) for prompt in prompts[start : start + 20]]
-        width = max(map(len, rows))
-        fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=fork.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=fork.device)
-        made = fork.model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=fill,
-            temperature=None,
-            top_p=None,
-        )
-        answers += [tokenizer.decode(row[width:], skip_special_tokens=True) for row in made]
-        report(len(answers))
-    return answers
 
 
 def _sequences(fork: Fork, forget_set: ForgetSet) -> Iterator[tuple[list[int], int]]:
@@ -281,21 +216,15 @@ def train(
             f"forget set {forget_set.name!r} holds {len(sequences)} examples, at least {MIN_EXAMPLES} are needed; "
             "add questions with answers, paraphrases of them, or texts"
         )
-    prompts = general_prompts()
-    prepared = work / f"{run[:16]}-general.json"
-    steps = 2 * len(prompts) + len(sequences) + len(retain)
-    if prepared.exists():
-        answers = json.loads(prepared.read_text("utf-8"))
-    else:
-        answers = own_answers(fork, prompts, 48, lambda done: report(Progress("prepare", done, steps)))
-        _replace(prepared, lambda path: path.write_text(json.dumps(answers), "utf-8"))
-    kept = [fork.encode(q, a) for q, a in zip(prompts, answers, strict=True) if a.strip()]
+    steps = 2 * len(general_prompts()) + len(sequences) + len(retain)
+    general = general_answers(fork, work / f"{run[:16]}-general.json", lambda done: report(Progress("prepare", done, steps)))
+    kept = [fork.encode(question, answer) for question, answer in general]
     kept += [fork.encode(entry.question, entry.answer) for entry in retain]
     examples = []
     for is_forget, group in ((True, sequences), (False, kept)):
         for ids, start in group:
             examples.append(fork.observe(ids, start, forget=is_forget))
-            report(Progress("prepare", len(prompts) + len(examples), steps))
+            report(Progress("prepare", len(general_prompts()) + len(examples), steps))
     fork.add_low_rank(recipe.rank, recipe.seed)
     return _fit(
         fork, examples, recipe, work / f"{run[:16]}.safetensors", report, Manifest(base=base, recipe=recipe, data=data.hexdigest())
@@ -369,8 +298,8 @@ def _save_checkpoint(
     note = json.dumps({"epochs": epochs, "losses": losses})
     # The tensors carry the count of epochs themselves, so the two files cannot disagree after a crash between them.
     state["epochs"] = torch.tensor([epochs])
-    _replace(path, lambda temporary: save_file({k: v.contiguous() for k, v in state.items()}, temporary))
-    _replace(path.with_suffix(".json"), lambda temporary: temporary.write_text(note, "utf-8"))
+    write_whole(path, lambda temporary: save_file({k: v.contiguous() for k, v in state.items()}, temporary))
+    write_whole(path.with_suffix(".json"), lambda temporary: temporary.write_text(note, "utf-8"))
 
 
 def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
@@ -386,52 +315,14 @@ def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.op
     return int(state["epochs"])
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside and rename: a whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main() -> None:
-    """``python -m guards.contrastive.train JOB``: the server's training process.
+    """``python -m guards.contrastive.train JOB``, with ``job.json``: {model, forget_set, retain, recipe}."""
 
-    JOB is a directory with ``job.json``: {model, forget_set, retain, recipe}. Writes ``progress.json`` as it goes and, in the end,
-    ``assistant.safetensors``; on failure, the reason to standard error, with status 1.
-    """
-    parser = argparse.ArgumentParser(prog="guards.contrastive.train")
-    parser.add_argument("job", type=Path)
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    job = json.loads((arguments.job / "job.json").read_text("utf-8"))
-    last, parent = 0.0, os.getppid()
+    def make(job: dict[str, Any], work: Path, report: Report) -> Assistant:
+        content, retain = ForgetSet.model_validate(job["forget_set"]), [Question.model_validate(entry) for entry in job["retain"]]
+        return train(Path(job["model"]), content, retain, Recipe.model_validate(job["recipe"]), work, report)
 
-    def report(progress: Progress) -> None:
-        nonlocal last
-        if os.getppid() != parent:
-            raise SystemExit("the server is gone; it goes on from the last checkpoint when it starts again")
-        if time.monotonic() - last > 0.5 or progress.step == progress.steps:
-            last = time.monotonic()
-            _replace(arguments.job / "progress.json", lambda path: path.write_text(progress.json(), "utf-8"))
-
-    try:
-        assistant = train(
-            Path(job["model"]),
-            ForgetSet.model_validate(job["forget_set"]),
-            [Question.model_validate(entry) for entry in job["retain"]],
-            Recipe.model_validate(job["recipe"]),
-            arguments.job,
-            report,
-        )
-        _replace(arguments.job / "assistant.safetensors", assistant.save)
-    except (GuardError, OSError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(1) from None
+    run_job("guards.contrastive.train", make)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ sound.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,6 +123,11 @@ class Gate:
                 f"the conversation has {len(texts):,} sentences to judge, at most {MOST_WINDOWS:,}; send less at once"
             )
         return Question(tuple(named), tuple(texts), thresholds, False, sum(map(len, turns)))
+
+    def places(self, text: str, owners: Collection[str]) -> list[tuple[int, int]]:
+        """Where a text plainly names the subjects of some loaded sets: [start, end) in characters."""
+        thresholds = dict.fromkeys(owners, NAME_SCORE)
+        return sorted({(each.start, each.end) for each in self._aliased.verdicts([View(text, "plain", 0, len(text))], thresholds)})
 
     def spoken(self, passage: str, thresholds: Mapping[str, float]) -> Question:
         """Read a passage of an answer, to know which sets it gives away. Raises EncoderUnavailable, as `asked`."""

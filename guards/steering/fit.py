@@ -80,7 +80,8 @@ def steer(forget: Tensor, keep: Tensor, target: Tensor, *, rank: int, ridge: flo
     span = basis[: int((energy < KEPT_ENERGY).sum()) + 1]  # [k, H]
     free = ours - (ours @ span.T) @ span  # F P: what of the set lies outside
     wanted = target.double() - forget
-    weight = ridge * free.square().sum() / max(1, len(free)) + 1e-12
+    # Where nothing of the set lies outside, what is left is rounding, and must not be blown up.
+    weight = ridge * free.square().sum() / len(free) + 1e-6 * theirs.square().sum() / len(theirs) + 1e-12
     # Over F unknowns instead of H: (X Xᵀ + w I)⁻¹, X = F P.
     solution = free.T @ torch.linalg.solve(free @ free.T + weight * torch.eye(len(free), dtype=free.dtype), wanted)  # [H, H]
     left, values, right = torch.linalg.svd(solution, full_matrices=False)

@@ -29,6 +29,8 @@ from guards.forget_set import (
 from guards.policy import DEFAULT, parse_policy
 from guards.similarity.calibrate import TooFewExamples
 from guards.similarity.encoder import EncoderUnavailable
+from guards.steering.artifact import SteeringRecipe
+from guards.steering.train import Lesson
 from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
 from serve.api.control import Control, GateOrder
@@ -71,6 +73,14 @@ class TrainingOrder(Frozen):
 
     retain: tuple[Name, ...] = Field((), description="other sets, whose questions and answers are to stay")
     recipe: Recipe = Field(default_factory=Recipe)
+
+
+class SteeringOrder(Frozen):
+    """The body of a call that fits or trains a steering artifact: ``recipe`` needs its ``method``."""
+
+    retain: tuple[Name, ...] = Field((), description="other sets, whose questions and answers are to stay")
+    recipe: SteeringRecipe
+    lessons: tuple[Lesson, ...] = Field((), max_length=100_000, description="what a policy says, to be distilled into an adapter")
 
 
 class OurRoute(APIRoute):
@@ -151,6 +161,15 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         except ValidationError as error:
             raise Untrainable("; ".join(describe_validation(error))) from None
         await control.train(name, order.retain, order.recipe)
+        return await _shown(name, control.snapshot.revision)
+
+    @router.post("/forget_sets/{name}/steering", status_code=202)
+    async def train_steering(name: str, request: Request) -> dict[str, Any]:
+        try:
+            order = SteeringOrder.model_validate(await read_object(request))
+        except ValidationError as error:
+            raise Untrainable("; ".join(describe_validation(error))) from None
+        await control.train_steering(name, order.retain, order.recipe, order.lessons)
         return await _shown(name, control.snapshot.revision)
 
     @router.post("/forget_sets/{name}/assistant/pause")

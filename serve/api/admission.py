@@ -326,7 +326,7 @@ class Admission:
                 raise Refused(400, f"field {name!r} is set by the server and not accepted from clients; remove it", param=name)
         # In an experiment, what one arm would refuse all of them refuse: who fails must not depend on the arm.
         plans = [plan] if entry is None else [snapshot.plan(arm.policy) for arm in entry.experiment.order.arms]
-        if any(each.engages_logits for each in plans):
+        if any(each.engages for each in plans):
             for name in ("prompt_logprobs", "echo"):
                 if fields.get(name) is not None and fields[name] is not False:
                     raise Refused(400, f"field {name!r} is not available under policy {policy_name!r}; remove it", param=name)

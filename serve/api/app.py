@@ -184,7 +184,7 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
             registry,
             vocabulary,
             settings.artifacts_dir,
-            load=lambda phrases, assistants: load_artifacts(inner, phrases, assistants),
+            load=lambda phrases, trained: load_artifacts(inner, phrases, trained),
             similarity=similarity,
             refresh_ms=settings.refresh_ms,
             model=_model_directory(args),

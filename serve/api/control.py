@@ -25,7 +25,6 @@ from pydantic import Field
 
 from guards.base_model import BaseModel
 from guards.contrastive.assistant import FORKED_LAYERS, Assistant, Recipe
-from guards.contrastive.train import general_prompts
 from guards.errors import GuardError, InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet, Frozen, Name, Question, Text
 from guards.policy import DEFAULT_SAID, Policy
@@ -33,13 +32,16 @@ from guards.similarity.calibrate import error_curves, fit_said, fit_threshold
 from guards.similarity.gate import Verdict
 from guards.similarity.index import similarity_path
 from guards.similarity.stream import Clauses
+from guards.steering.artifact import Steering, SteeringRecipe
+from guards.steering.train import Lesson
 from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
 from guards.suppression.vocabulary import Vocabulary
+from guards.training import general_prompts
 from serve.api.similarity import Similarity
-from serve.api.training import Trainer
+from serve.api.training import Program, Trainer
 from serve.registry.snapshot import Snapshot
-from serve.registry.store import Artifact, NotReady, Registry, UnknownName, now
-from serve.wire import assistant_path, load_phrases, phrases_path
+from serve.registry.store import TRAINED, Artifact, ArtifactKind, NotReady, Registry, UnknownName, now
+from serve.wire import assistant_path, load_phrases, phrases_path, steering_path
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +137,7 @@ class Control:
         self.snapshot = await asyncio.to_thread(self._registry.snapshot)
         await self._load_or_refuse(self.snapshot.fingerprints)
         # A foreign assistant (another model is served now) must not keep the server from starting: it could not be replaced.
-        await self._load_or_report([], self.snapshot.assistant_fingerprints)
+        await self._load_or_report([], self.snapshot.trained_fingerprints)
         await self._load_vectors(self.snapshot)
         if self._trainer is not None:
             self._trainer.resume({stored.name for stored in await asyncio.to_thread(self._registry.forget_sets)})
@@ -171,7 +173,9 @@ class Control:
             await self._make(content)  # before the lock, so that nobody waits for it; what follows finds it done
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, content.name)
-            enforced = stored.artifact("assistant") is not None or await asyncio.to_thread(self._registry.judged, stored)
+            enforced = any(each.kind in TRAINED for each in stored.artifacts) or await asyncio.to_thread(
+                self._registry.judged, stored
+            )
             if stored.enabled and not content.phrases and not enforced:
                 raise NotReady(f"forget set {content.name!r} is enabled and the new content has no phrases; disable it first")
             artifacts = await self._make(content) if stored.enabled else self._to_build(content)
@@ -216,12 +220,12 @@ class Control:
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, name)
             ready = [artifact for artifact in stored.artifacts if artifact.status == "ready"]  # a calibration needs no loading
-            phrases, assistants = (
-                [artifact.fingerprint for artifact in ready if artifact.kind == kind] for kind in ("phrases", "assistant")
+            phrases, trained = (
+                [artifact.fingerprint for artifact in ready if artifact.kind in kinds] for kinds in (("phrases",), TRAINED)
             )
-            await self._load_or_refuse(phrases, assistants)
+            await self._load_or_refuse(phrases, trained)
             revision = await asyncio.to_thread(self._registry.enable, name, actor=actor)
-            await self._refresh([*phrases, *assistants])
+            await self._refresh([*phrases, *trained])
         return revision
 
     async def train(self, name: str, retain: Sequence[str], recipe: Recipe) -> None:
@@ -234,11 +238,42 @@ class Control:
             UnknownName: there is no such set.
             Untrainable: the set holds nothing to learn from, or the served model takes no assistants.
         """
+        self._require_trainable()
+        if recipe.layers != FORKED_LAYERS:
+            raise Untrainable(f"recipe.layers is {recipe.layers}, this server forks the last {FORKED_LAYERS} layers; leave it out")
+        await self._order("guards.contrastive.train", name, retain, recipe)
+
+    async def train_steering(self, name: str, retain: Sequence[str], recipe: SteeringRecipe, lessons: Sequence[Lesson]) -> None:
+        """Start fitting or training a set's steering artifact, as `train` does.
+
+        Args:
+            lessons: what a policy says, for an adapter that is to say the same.
+
+        Raises:
+            UnknownName, Untrainable.
+        """
+        base = self._require_trainable()
+        if recipe.method == "adapter" and recipe.layers >= base.layers:
+            raise Untrainable(f"recipe.layers is {recipe.layers}, the served model has {base.layers}; adapt fewer of them")
+        if lessons and recipe.method != "adapter":
+            raise Untrainable(f"a policy can be distilled into an adapter, not by method {recipe.method!r}")
+        broken = next((each for each in lessons if len(each.top) != len(each.tokens)), None)
+        if broken is not None:
+            raise Untrainable(f"a lesson has {len(broken.tokens)} tokens and {len(broken.top)} distributions; one for each")
+        dumped = [lesson.model_dump(mode="json") for lesson in lessons]
+        await self._order("guards.steering.train", name, retain, recipe, lessons=dumped)
+
+    def _require_trainable(self) -> BaseModel:
         if self._trainer is None or self._base is None:
             raise Untrainable(
                 "no assistant can be trained for the served model: its files must be safetensors with a config.json, and on this "
                 "machine before the server starts (restart it if they were downloaded just now)"
             )
+        return self._base
+
+    async def _order(self, program: Program, name: str, retain: Sequence[str], recipe: Frozen, **more: Any) -> None:
+        trainer = self._trainer
+        assert trainer is not None, "required before"
         content = await asyncio.to_thread(self._registry.content, name)
         if not content.questions and not content.texts:
             raise Untrainable(f"forget set {name!r} has neither questions nor texts, so there is nothing to train on; add some")
@@ -247,13 +282,11 @@ class Control:
             kept += (await asyncio.to_thread(self._registry.content, other)).questions
         if name in retain:
             raise Untrainable(f"forget set {name!r} cannot be retained and forgotten at once")
-        if recipe.layers != FORKED_LAYERS:
-            raise Untrainable(f"recipe.layers is {recipe.layers}, this server forks the last {FORKED_LAYERS} layers; leave it out")
-        await self._trainer.halt(name)  # an earlier order must not end up under this one's name
+        await trainer.halt(name)  # an earlier order must not end up under this one's name
         async with self._changing:
             content = await asyncio.to_thread(self._registry.content, name)  # not deleted or replaced meanwhile
-            await asyncio.to_thread(self._trainer.submit_files, content, kept, recipe)
-            self._trainer.run(name)
+            await asyncio.to_thread(lambda: trainer.submit_files(program, content, kept, recipe, **more))
+            trainer.run(name)
 
     def training(self, name: str) -> dict[str, Any] | None:
         """Where the training of a set's assistant stands; None if none is under way or has failed."""
@@ -265,25 +298,30 @@ class Control:
         if self._trainer is not None:
             self._trainer.pause(name)
 
-    async def _adopt(self, name: str, content_fingerprint: str, file: Path) -> None:
-        """Give a set the assistant that was trained for it; if the set is enabled, load it and put it in force.
+    async def _adopt(self, name: str, content_fingerprint: str, file: Path, program: Program) -> None:
+        """Give a set what was trained for it; if the set is enabled, load it and put it in force.
 
         Raises:
             GuardError, RegistryError, OSError.
         """
-        assistant = await asyncio.to_thread(Assistant.load, file)
+        made: Assistant | Steering
+        kind: ArtifactKind
+        if program == "guards.steering.train":
+            made = await asyncio.to_thread(Steering.load, file)
+            kind, place = made.manifest.recipe.method, steering_path
+        else:
+            made = await asyncio.to_thread(Assistant.load, file)
+            kind, place = "assistant", assistant_path
         assert self._base is not None, "without a base model nothing is trained"
-        assistant.check(self._base)
-        fingerprint = assistant.fingerprint
-        path = assistant_path(self._artifacts, fingerprint)
+        made.check(self._base)
+        fingerprint = made.fingerprint
         async with self._changing:
-            await asyncio.to_thread(_write_atomically, path, assistant.save)
+            await asyncio.to_thread(_write_atomically, place(self._artifacts, fingerprint), made.save)
             stored = await asyncio.to_thread(self._registry.forget_set, name)
             await self._load_or_refuse([], [fingerprint])  # also while disabled: what cannot be loaded must not block the set
-            metrics = ", ".join(f"{key} {value:g}" for key, value in assistant.manifest.metrics.items())
-            figures = f"{assistant.size_bytes / 2**20:.1f} MiB, {metrics}"
-            artifact = Artifact("assistant", fingerprint, "ready", figures, now())
-            await asyncio.to_thread(self._registry.put_assistant, name, content_fingerprint, artifact, actor="training")
+            metrics = ", ".join(f"{key} {value:g}" for key, value in made.manifest.metrics.items())
+            artifact = Artifact(kind, fingerprint, "ready", f"{made.size_bytes / 2**20:.1f} MiB, {metrics}", now())
+            await asyncio.to_thread(self._registry.put_trained, name, content_fingerprint, artifact, actor="training")
             await self._refresh([fingerprint] if stored.enabled else [])
 
     async def disable(self, name: str, *, actor: str, only_if_expired: bool = False) -> int:
@@ -484,7 +522,7 @@ class Control:
     def _sweep(self) -> None:
         """Delete artifact files that no set refers to any more. One server owns a state directory, so nobody else does."""
         kept = {artifact.fingerprint for stored in self._registry.forget_sets() for artifact in stored.artifacts}
-        for place in (phrases_path, assistant_path, similarity_path):
+        for place in (phrases_path, assistant_path, steering_path, similarity_path):
             for path in place(self._artifacts, "any").parent.glob("*.safetensors"):
                 if path.stem not in kept:
                     path.unlink(missing_ok=True)
@@ -510,7 +548,7 @@ class Control:
         snapshot = await asyncio.to_thread(self._registry.snapshot)
         before = self.snapshot
         phrases = sorted(set(snapshot.fingerprints) - set(before.fingerprints) - set(loaded))
-        assistants = sorted(set(snapshot.assistant_fingerprints) - set(before.assistant_fingerprints) - set(loaded))
+        assistants = sorted(set(snapshot.trained_fingerprints) - set(before.trained_fingerprints) - set(loaded))
         if phrases or assistants:
             # Also what another process enabled. Rows whose artifact fails to load are closed by the guard.
             await self._load_or_report(phrases, assistants)

@@ -185,6 +185,10 @@ class Similarity:
             best = max(best, float((embedded @ vectors.T).max(initial=-1.0)))
         return best
 
+    def places(self, text: str, owners: Collection[str]) -> list[tuple[int, int]]:
+        """See `Gate.places`. Raises EncoderUnavailable."""
+        return self._require()[1].places(text, owners)
+
     def open_from(self, text: str) -> int:
         """See `Gate.open_from`. Raises EncoderUnavailable."""
         return self._require()[1].open_from(text)

@@ -1,4 +1,4 @@
-"""Training jobs: one process per assistant, beside the server, which goes on serving.
+"""Training jobs: one process per assistant or steering artifact, beside the server, which goes on serving.
 
 A job is a directory: what to train, how far it is, its checkpoints, or why it failed. So a job outlives the server: one that was
 interrupted goes on from its last checkpoint when the server starts again.
@@ -15,16 +15,16 @@ import shutil
 import sys
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from guards.contrastive.assistant import Recipe
-from guards.forget_set import ForgetSet, Question
+from guards.forget_set import ForgetSet, Frozen, Question
 
 logger = logging.getLogger(__name__)
 
-_JOB, _PROGRESS, _ERROR, _RESULT = "job.json", "progress.json", "error.txt", "assistant.safetensors"
+_JOB, _PROGRESS, _ERROR, _RESULT = "job.json", "progress.json", "error.txt", "result.safetensors"
 _PAUSED = "stopped on request; the same order again goes on from the last checkpoint"
-Adopt = Callable[[str, str, Path], Awaitable[None]]
+Program = Literal["guards.contrastive.train", "guards.steering.train"]
+Adopt = Callable[[str, str, Path, Program], Awaitable[None]]
 
 
 class Trainer:
@@ -33,7 +33,7 @@ class Trainer:
     Args:
         directory: where jobs live.
         model: the served model's directory.
-        adopt: called with a set's name, the fingerprint of the content that was trained on, and the file.
+        adopt: called with a set's name, the fingerprint of the content that was trained on, the file, and what made it.
     """
 
     def __init__(self, directory: Path, model: Path, adopt: Adopt) -> None:
@@ -57,14 +57,16 @@ class Trainer:
             task.cancel()
             await asyncio.wait([task])
 
-    def submit_files(self, content: ForgetSet, retain: Sequence[Question], recipe: Recipe) -> None:
+    def submit_files(self, program: Program, content: ForgetSet, retain: Sequence[Question], recipe: Frozen, **more: Any) -> None:
         """Write a job down, for `run`. Blocking. The same job again goes on from its checkpoint; another starts anew."""
         job = {
+            "program": program,
             "model": str(self._model),
             "fingerprint": content.fingerprint,
             "forget_set": content.model_dump(mode="json"),
             "retain": [entry.model_dump(mode="json") for entry in retain],
             "recipe": recipe.model_dump(mode="json"),
+            **more,
         }
         work = self._directory / content.name
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -118,9 +120,9 @@ class Trainer:
         async with self._turn:
             try:
                 job = json.loads((work / _JOB).read_text("utf-8"))
-                status, said = await self._train(work)
+                status, said = await self._train(work, job["program"])
                 if status == 0:
-                    await self._adopt(name, job["fingerprint"], work / _RESULT)
+                    await self._adopt(name, job["fingerprint"], work / _RESULT, job["program"])
                     shutil.rmtree(work, ignore_errors=True)
                     return
                 reason = said.strip().splitlines()[-1] if said.strip() else f"the training process ended with status {status}"
@@ -128,11 +130,11 @@ class Trainer:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it was, the job must say so rather than stay "running" for ever
                 reason = f"{type(error).__name__}: {error}"
-            logger.error("lethe: the assistant of forget set %r could not be trained: %s", name, reason)
+            logger.error("lethe: training for forget set %r failed: %s", name, reason)
             with contextlib.suppress(OSError):
                 (work / _ERROR).write_text(reason, "utf-8")
 
-    async def _train(self, work: Path) -> tuple[int, str]:
+    async def _train(self, work: Path, program: Program) -> tuple[int, str]:
         # All processors, at the lowest priority: answers come first.
         threads = os.cpu_count() or 1
         process = await asyncio.create_subprocess_exec(
@@ -141,7 +143,7 @@ class Trainer:
             "19",
             sys.executable,
             "-m",
-            "guards.contrastive.train",
+            program,
             str(work),
             f"--threads={threads}",
             stdout=asyncio.subprocess.DEVNULL,

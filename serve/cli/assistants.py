@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import httpx
@@ -22,7 +23,7 @@ from rich.progress import (
 from guards.forget_set import ForgetSet
 from serve.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
 from serve.calibrate import calibrate as run_calibration
-from serve.cli.talk import NameArgument, assistant_of, connect, err, fail, folding_table, out, unwrap
+from serve.cli.talk import NameArgument, artifact_of, connect, err, fail, folding_table, out, unwrap
 from serve.settings import Settings
 
 
@@ -31,20 +32,35 @@ def train(
     retain: Annotated[
         list[str] | None, typer.Option(help="Another set, whose questions and answers are to stay. Repeatable.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="contrast: an assistant to decode against; adapter, project, steer: changes inside the network.")
+    ] = "contrast",
+    distil_from: Annotated[
+        str | None, typer.Option(help="With --method adapter: the policy whose answers it is to give by itself.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the examples.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the assistant's adapters.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank terms.")] = None,
+    depth: Annotated[float | None, typer.Option(help="Where project and steer act, as a share of the layers.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     detach: Annotated[bool, typer.Option(help="Do not wait; `lethe forget show NAME` tells how far it is.")] = False,
 ) -> None:
-    """Train a set's assistant from its questions, paraphrases and texts, while the server goes on serving.
+    """Train a set's assistant, or make what steers it, from its questions, paraphrases and texts, while the server goes on serving.
 
     Ctrl-C stops waiting and asks the server to stop training; the same command goes on from the last checkpoint.
     """
-    recipe = {"epochs": epochs, "rank": rank, "learning_rate": learning_rate}
-    order = {"retain": retain or [], "recipe": {key: value for key, value in recipe.items() if value is not None}}
+    recipe = {"epochs": epochs, "rank": rank, "learning_rate": learning_rate, "depth": depth}
+    order: dict[str, Any] = {"retain": retain or [], "recipe": {key: value for key, value in recipe.items() if value is not None}}
+    kind, path = "assistant", "assistant"
+    if method != "contrast":
+        kind, path = method, "steering"
+        order["recipe"]["method"] = method
+    if distil_from is not None and method != "adapter":
+        fail("--distil-from goes with --method adapter")
     with connect() as client:
-        before = assistant_of(unwrap(client.get(f"/forget_sets/{name}")))
-        shown = unwrap(client.post(f"/forget_sets/{name}/assistant", json=order))
+        before = artifact_of(unwrap(client.get(f"/forget_sets/{name}")), kind)
+        if distil_from is not None:
+            order["lessons"] = _lessons(client, name, distil_from)
+        shown = unwrap(client.post(f"/forget_sets/{name}/{path}", json=order))
         if detach:
             out.print(f"training {name}; `lethe forget show {name}` tells how far it is")
             return
@@ -78,15 +94,64 @@ def train(
             fail(f"stopped; `lethe train {name}` with the same options goes on from the last checkpoint")
     if shown["training"] is not None:
         fail(f"training failed: {shown['training']['reason']}")
-    assistant = assistant_of(shown)
-    if assistant is None or assistant == before:
-        out.print("The training ran into the same assistant as before; nothing has changed.")
+    made = artifact_of(shown, kind)
+    if made is None or made == before:
+        out.print(f"The training ran into the same {kind} as before; nothing has changed.")
         return
-    out.print(f"{name} has an assistant: {assistant['detail']}")
-    if shown["enabled"]:
+    out.print(f"{name} has its {kind}: {made['detail']}")
+    if kind != "assistant":
+        out.print(f'Next: a policy with {{"guards": {{"steering": [{{"method": "{kind}"}}]}}}}, see `lethe policy put`')
+    elif shown["enabled"]:
         out.print(f"{name} is in force, and contrasted from now on")
-    else:
+    if not shown["enabled"]:
         out.print(f"Next: lethe forget enable {name}")
+
+
+SAMPLES, LONGEST_LESSON, TOP = 3, 80, 20
+
+
+def _lessons(client: httpx.Client, name: str, policy: str) -> list[dict[str, Any]]:
+    """What a policy answers to a set's questions, once greedily and sampled, with the likeliest tokens at each place."""
+    shown = unwrap(client.get(f"/forget_sets/{name}"))
+    if "content" not in shown:
+        fail(f"the texts of {name} were dropped, so nothing can be asked about it")
+    content = ForgetSet.model_validate({"name": name, **shown["content"]})
+    asked = [question for entry in content.questions for question in (entry.question, *entry.paraphrases[:-1])]
+    settings = Settings()
+    headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with (
+        httpx.Client(base_url=settings.url, headers=headers, timeout=600) as chat,
+        Progress(*columns, console=err) as progress,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        served = chat.get("/v1/models").json()["data"][0]["id"]
+        task = progress.add_task(f"Asking {policy}", total=len(asked))
+
+        def ask(question: str) -> list[dict[str, Any]]:
+            body = {
+                "model": f"{served}:{policy}",
+                "messages": [{"role": "user", "content": question}],
+                "max_tokens": LONGEST_LESSON,
+                "logprobs": True,
+                "top_logprobs": TOP,
+                "return_tokens_as_token_ids": True,
+            }
+            ways = ({"temperature": 0}, {"temperature": 1, "n": SAMPLES, "seed": 1})
+            choices = [each for way in ways for each in unwrap(chat.post("/v1/chat/completions", json=body | way))["choices"]]
+            progress.advance(task)
+            return [_lesson(question, choice) for choice in choices if choice["logprobs"] and choice["logprobs"]["content"]]
+
+        return [lesson for lessons in pool.map(ask, asked) for lesson in lessons]
+
+
+def _lesson(question: str, choice: dict[str, Any]) -> dict[str, Any]:
+    def token(named: dict[str, Any]) -> int:
+        return int(named["token"].removeprefix("token_id:"))
+
+    places = choice["logprobs"]["content"]
+    top = [[(token(each), each["logprob"]) for each in place["top_logprobs"] if each["logprob"] > -100] for place in places]
+    return {"question": question, "tokens": [token(place) for place in places], "top": top}
 
 
 def calibrate(
@@ -109,7 +174,7 @@ def calibrate(
             progress.add_task("Fitting the gate")
             fitted = unwrap(client.put(f"/forget_sets/{name}/gate", json=order))
         _print_gate(name, next(json.loads(each["detail"]) for each in fitted["artifacts"] if each["kind"] == "gate"))
-        if assistant_of(shown) is None or not shown["enabled"]:
+        if artifact_of(shown, "assistant") is None or not shown["enabled"]:
             out.print("The strength of contrast was not calibrated: that takes an assistant, and the set enabled.")
             return
         _calibrate_strength(client, name, shown, neighbours, reference)
@@ -141,7 +206,7 @@ def _print_gate(name: str, fitted: dict[str, Any]) -> None:
 def _calibrate_strength(
     client: httpx.Client, name: str, shown: dict[str, Any], neighbours: str | None, reference: float | None
 ) -> None:
-    measured = (assistant_of(shown) or {}).get("fingerprint")
+    measured = (artifact_of(shown, "assistant") or {}).get("fingerprint")
     content = ForgetSet.model_validate({"name": name, **shown["content"]})
     kept = unwrap(client.get(f"/forget_sets/{neighbours}"))["content"]["questions"] if neighbours else []
     trial = f"calibrating-{name}"[:63]

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from guards.forget_set import read_jsonl
-from serve.cli.talk import NameArgument, act, assistant_of, connect, err, fail, folding_table, out, print_set, unwrap
+from serve.cli.talk import NameArgument, act, artifact_of, connect, err, fail, folding_table, out, print_set, unwrap
 
 app = typer.Typer(no_args_is_help=True, help="Add, show, enable, disable and remove forget sets.")
 
@@ -50,7 +50,7 @@ def forget_add(
         raise typer.Exit(1)
     if added["phrases"] and not added["enabled"]:
         out.print(f"Next: lethe forget enable {name}")
-    elif not added["phrases"] and assistant_of(added) is None:
+    elif not added["phrases"] and artifact_of(added, "assistant") is None:
         out.print(f"This set has no phrases. Next: lethe train {name}, so that an assistant enforces it; or a policy that refuses")
 
 

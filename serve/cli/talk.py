@@ -83,8 +83,8 @@ def print_set(shown: dict[str, Any]) -> None:
     out.print(table)
 
 
-def assistant_of(shown: dict[str, Any]) -> dict[str, Any] | None:
-    return next((artifact for artifact in shown["artifacts"] if artifact["kind"] == "assistant"), None)
+def artifact_of(shown: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    return next((artifact for artifact in shown["artifacts"] if artifact["kind"] == kind), None)
 
 
 def fail(message: str) -> Any:

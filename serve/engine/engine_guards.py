@@ -18,14 +18,17 @@ from guards.base_model import BaseModel
 from guards.contrastive.assistant import Assistant
 from guards.contrastive.guard import ContrastGuard
 from guards.errors import InvalidArtifact
+from guards.steering.artifact import Steering
+from guards.steering.guard import SteeringGuard
 from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.mask import SuppressionGuard
 from guards.types import AssistantLines, Plan
 from serve.engine.artifacts import ArtifactCache
 from serve.engine.fork import LateFork, Unforkable
 from serve.engine.slots import TAG_DIGITS, SlotTable
+from serve.engine.steer import Steerer
 from serve.vocabulary import vocabulary_of
-from serve.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, load_assistant, load_phrases
+from serve.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, load_assistant, load_phrases, load_steering, steering_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class _Expected:
     slot: Tensor  # [P] int64
     nth: Tensor  # [P] int64, which entry of the plan's contrast
     last: Tensor  # [P] int64, the request's last token in this step
+    bare: tuple[bool, ...]  # [P] whether the base computes for it what it computes for anybody
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,10 @@ class EngineGuards:
         self.vocabulary = vocabulary_of(cached_tokenizer_from_config(model), model.get_vocab_size())
         self.vocabulary.warm()
         self.suppression = SuppressionGuard(self.vocabulary, self.device)
-        self.contrast = ContrastGuard(torch.from_numpy(self.vocabulary.lengths > 0).to(self.device))
-        directory = Path(settings[ARTIFACTS_KEY])
+        has_text = torch.from_numpy(self.vocabulary.lengths > 0).to(self.device)
+        self.contrast = ContrastGuard(has_text)
+        self.unsteered = SteeringGuard(has_text, lambda plan: self._steerer is not None and self._steerer.able(plan))
+        directory = self._directory = Path(settings[ARTIFACTS_KEY])
         self._base = None if settings[BASE_KEY] is None else BaseModel.model_validate(settings[BASE_KEY])
 
         def read_phrases(fingerprint: str) -> CompiledPhrases:
@@ -94,6 +100,15 @@ class EngineGuards:
             self._the_fork().load(assistants)
             self.contrast.load(assistants)
 
+        def read_steering(fingerprint: str) -> Steering:
+            steering = load_steering(directory, fingerprint)
+            if self._base is None:
+                raise InvalidArtifact(f"the served model cannot be steered, so {fingerprint[:12]} cannot be loaded")
+            steering.check(self._base)
+            self._the_steerer().check(steering)
+            return steering
+
+        self.steering = ArtifactCache[Steering](read_steering, lambda loaded: self._the_steerer().load(loaded))
         self.phrases = ArtifactCache[CompiledPhrases](read_phrases, lambda loaded: self.suppression.load(list(loaded.values())))
         self.assistants = ArtifactCache[Assistant](read_assistant, load_assistants)
         self.slots = SlotTable(vllm_config.scheduler_config.max_num_seqs, model.max_model_len, self.vocabulary.special, self.device)
@@ -103,6 +118,7 @@ class EngineGuards:
         """V1 only, set by its tracker before every step: [num_reqs] int64, slot of each batch row, -1 = unguarded."""
         self.model: weakref.ReferenceType[nn.Module] | None = None
         """The guarded model, set by itself."""
+        self._steerer: Steerer | None = None
         self._fork: LateFork | None = None
         self._fork_proved = False
         """Whether the fork has once, without assistants, given the base's own hidden states."""
@@ -112,12 +128,24 @@ class EngineGuards:
 
     def load(self, plan: Plan) -> None:
         """Make sure that a plan's artifacts are loaded before its request's first row."""
-        self.ensure(plan.suppression, [each.assistant for each in plan.contrast])
+        self.ensure(plan.suppression, [*(each.assistant for each in plan.contrast), *(each.artifact for each in plan.steering)])
+        if plan.corrupt is not None and self._steerer is None:
+            try:
+                self._the_steerer()
+            except InvalidArtifact as error:
+                logger.error("lethe: %s", error)  # its rows are closed
 
-    def ensure(self, phrases: Sequence[str], assistants: Sequence[str]) -> dict[str, str]:
-        """Load artifacts. Returns the failures: fingerprint -> reason."""
+    def ensure(self, phrases: Sequence[str], trained: Sequence[str]) -> dict[str, str]:
+        """Load artifacts. Returns the failures: fingerprint -> reason.
+
+        Args:
+            trained: assistants and steering artifacts, which their files tell apart.
+        """
+        steering = [name for name in trained if steering_path(self._directory, name).exists()]
+        assistants = [name for name in trained if name not in set(steering)]
         live = self.slots.live_plans
-        failures = self.phrases.ensure(phrases, (name for plan in live for name in plan.suppression))
+        failures = self.steering.ensure(steering, (each.artifact for plan in live for each in plan.steering))
+        failures |= self.phrases.ensure(phrases, (name for plan in live for name in plan.suppression))
         in_use = (each.assistant for plan in live for each in plan.contrast)
         return failures | self.assistants.ensure(assistants, in_use)
 
@@ -141,10 +169,11 @@ class EngineGuards:
             return
         lines.sort()  # an assistant's lines stand together
         names, *numbers = zip(*lines, strict=True)
+        bare = tuple(not self.slots.plan(line[2]).changes_cache for line in lines)
         request, slot, nth = (torch.tensor(each) for each in numbers)
         last = next(iter(metadata.values())).query_start_loc[1:].long()[request] - 1
         self._fork.expect(last)
-        self._expected = _Expected(names, request, slot, nth, last)
+        self._expected = _Expected(names, request, slot, nth, last, bare)
 
     def run_assistants(self, positions: Tensor, hidden: Tensor) -> None:
         """After the base, still inside the forward pass: let the assistants speak for the last token of those requests.
@@ -160,8 +189,10 @@ class EngineGuards:
         lines = self._expected
         at = positions[lines.last]
         try:
-            if not self._fork_proved:
-                again, own = self._fork.run(at, lines.request, ()).float(), hidden[lines.last].float()
+            # Rows that are steered in the base's last layers are not what the bare fork gives: others prove it.
+            if not self._fork_proved and any(lines.bare):
+                bare = torch.tensor(lines.bare)
+                again, own = self._fork.run(at, lines.request, ())[bare].float(), hidden[lines.last][bare].float()
                 if not torch.allclose(again, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
                     raise Unforkable(f"without assistants the fork differs from the base by {float((again - own).abs().max()):.3g}")
                 self._fork_proved = True
@@ -192,6 +223,26 @@ class EngineGuards:
             self._fork = LateFork(model, self.vllm_config)
         return self._fork
 
+    def _the_steerer(self) -> Steerer:
+        """Made when the first artifact, or the first plan that corrupts, comes. Raises Unsteerable."""
+        if self._steerer is None:
+            model = self.model() if self.model is not None else None
+            assert model is not None, "the model is made before anything is loaded"
+            self._steerer = Steerer(model, self.vllm_config)
+        return self._steerer
+
+    def begin_steering(self, input_ids: Tensor | None, positions: Tensor) -> Tensor | None:
+        """Before the base: [T, H] embeddings to start from, or None for its own."""
+        if self._steerer is None or not any(plan.changes_cache for plan in self.slots.live_plans):
+            return None
+        slots = self.slots_of_tokens(len(positions))
+        return None if slots is None else self._steerer.begin(slots, self.slots.plans, input_ids, positions)
+
+    def end_steering(self) -> None:
+        """After the base, whatever became of it."""
+        if self._steerer is not None:
+            self._steerer.end()
+
     def apply(self, logits: Tensor, tags: Tensor, lines: AssistantLines | None = None) -> Tensor:
         """Run every logit guard over the rows that carried ``tags``.
 
@@ -202,7 +253,7 @@ class EngineGuards:
         if logits.dtype is torch.float16:
             logits = logits.float()  # its range has no room for the floor
         rows, plans = self.slots.rows(tags, self.suppression.window_tokens)
-        logits = self.contrast.apply(logits, replace(rows, lines=lines), plans)
+        logits = self.contrast.apply(self.unsteered.apply(logits, rows, plans), replace(rows, lines=lines), plans)
         return self.suppression.apply(logits, rows, plans)
 
     def tag_tokens(self, input_ids: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -211,9 +262,21 @@ class EngineGuards:
         Raises:
             RuntimeError: the tracker did not run or disagrees with the batch. The engine stops rather than guess.
         """
+        slots = self.slots_of_tokens(len(positions))
+        if slots is None:
+            return torch.zeros((len(positions), TAG_DIGITS), dtype=dtype, device=self.device)
+        self.slots.record(slots, positions, input_ids)
+        return self.slots.tags(slots, positions, dtype)
+
+    def slots_of_tokens(self, tokens: int) -> Tensor | None:
+        """V1: [T] int64 the slot of each token of this step, -1 = unguarded; None if nobody is guarded, or nothing is computed.
+
+        Raises:
+            RuntimeError: the tracker did not run or disagrees with the batch. The engine stops rather than guess.
+        """
         metadata = get_forward_context().attn_metadata
         if not self.slots.engaged or metadata is None:
-            return torch.zeros((len(positions), TAG_DIGITS), dtype=dtype, device=self.device)
+            return None
         if not isinstance(metadata, dict):
             raise RuntimeError("lethe does not support micro-batching (--enable-dbo); start without it")
         starts = next(iter(metadata.values())).query_start_loc.to(torch.int64)
@@ -222,11 +285,10 @@ class EngineGuards:
             raise RuntimeError(
                 f"the batch has {len(starts) - 1} rows, lethe's tracker knows {None if slot_of_row is None else len(slot_of_row)}"
             )
-        slots = torch.full((len(positions),), -1, dtype=torch.int64, device=self.device)
+        slots = torch.full((tokens,), -1, dtype=torch.int64, device=self.device)
         covered = torch.repeat_interleave(slot_of_row, starts.diff())
         slots[: len(covered)] = covered
-        self.slots.record(slots, positions, input_ids)
-        return self.slots.tags(slots, positions, dtype)
+        return slots
 
 
 _guards: weakref.WeakValueDictionary[str, EngineGuards] = weakref.WeakValueDictionary()

@@ -150,7 +150,7 @@ class LateFork:
         shell._modules = {}
         shell._forward_pre_hooks = module._forward_pre_hooks.copy()  # or our own hook on the base would run in the fork as well
         for name, child in module._modules.items():
-            parts = None if child is None else _parts(name, child)
+            parts = None if child is None else parts_of(name, child)
             if child is not None and parts is not None:
                 low_rank = _LowRank(child, parts, self._pass)
                 self._low_rank[-1].append(low_rank)
@@ -255,7 +255,7 @@ class LateFork:
         )
 
 
-def _parts(name: str, child: nn.Module) -> dict[str, tuple[int, int]] | None:
+def parts_of(name: str, child: nn.Module) -> dict[str, tuple[int, int]] | None:
     """Which columns of a projection take low-rank terms, by the names under which assistants know them; None for none."""
     size: Any = child
     if name == "qkv_proj":

@@ -53,12 +53,19 @@ class GuardedModel:
 
         The runner cuts rows out of this tensor itself, so a row cannot be mistaken for another.
         """
+        token_ids = input_ids
         self.lethe.expect_assistants()
-        hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
+        corrupted = self.lethe.begin_steering(input_ids, positions)
+        if corrupted is not None:
+            input_ids, inputs_embeds = None, corrupted  # type: ignore[assignment]
+        try:
+            hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
+        finally:
+            self.lethe.end_steering()
         if isinstance(hidden, IntermediateTensors):
             return hidden
         if lethe_tags is None:
-            lethe_tags = self.lethe.tag_tokens(input_ids, positions, hidden.dtype)
+            lethe_tags = self.lethe.tag_tokens(token_ids, positions, hidden.dtype)
         self.lethe.run_assistants(positions, hidden)
         return torch.cat([hidden, lethe_tags], dim=-1)
 

@@ -50,7 +50,7 @@ class TrackerV1(LogitsProcessor):
             plan = decode_plan(params.extra_args)
             if plan is not None and plan.forced:
                 self._forced[row] = plan.forced, output
-            if plan is not None and plan.engages_logits:
+            if plan is not None and plan.engages:
                 self.guards.load(plan)
                 self._slot_of_row[row] = self.guards.slots.admit(plan, prompt, output)
         for source, target, direction in batch_update.moved:

@@ -49,7 +49,7 @@ class TrackerV2:
         self._release(new_req_data.req_id)
         params = new_req_data.sampling_params
         plan = decode_plan(params.extra_args if params is not None else None)
-        if plan is not None and plan.engages_logits:
+        if plan is not None and plan.engages:
             prompt, known = new_req_data.prompt_token_ids, new_req_data.prefill_token_ids or []
             self.guards.load(plan)
             output = known[len(prompt) :] if prompt is not None else []

@@ -22,6 +22,6 @@ class WorkerExtension:
             "vocabulary": model.lethe.vocabulary.fingerprint,
         }
 
-    def lethe_load(self, phrases: list[str], assistants: list[str]) -> dict[str, str]:
+    def lethe_load(self, phrases: list[str], trained: list[str]) -> dict[str, str]:
         """Load artifacts before any request needs them. Returns the failures: fingerprint -> reason."""
-        return self.model_runner.get_model().lethe.ensure(phrases, assistants)  # type: ignore[attr-defined]
+        return self.model_runner.get_model().lethe.ensure(phrases, trained)  # type: ignore[attr-defined]

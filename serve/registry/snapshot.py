@@ -10,7 +10,7 @@ from typing import Literal
 
 from guards.errors import InvalidPolicy
 from guards.policy import DEFAULT_ALPHA, DEFAULT_SAID, DEFAULT_THRESHOLD, Policy
-from guards.types import Contrast, Plan, TextPlan
+from guards.types import Contrast, Plan, Steer, TextPlan
 from serve.experiment import Experiment
 
 Scope = Literal["chat", "compare", "admin"]
@@ -58,6 +58,7 @@ class Snapshot:
     policies: Mapping[str, Policy]
     keys: tuple[Key, ...]
     assistants: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its assistant
+    steering: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # enabled forget set -> method -> fingerprint
     alphas: Mapping[str, float] = field(default_factory=dict)  # assistant -> its calibrated strength
     similarity: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its vectors
     thresholds: Mapping[str, Thresholds] = field(default_factory=dict)  # vectors -> their calibrated thresholds
@@ -72,10 +73,18 @@ class Snapshot:
     def forget_sets_of(self, policy: Policy) -> list[str]:
         """The sets that act on a request under this policy."""
         plan = self._plan(policy)
-        acting = {*plan.suppression, *(each.assistant for each in plan.contrast)}
+        acting = {
+            *plan.suppression,
+            *(each.assistant for each in plan.contrast),
+            *(each.artifact for each in plan.steering),
+        }
         text = self._text_plan(policy)
         judged = set(text.sets.values()) if text is not None and text.acts else set()
-        return [name for name in self._chosen(policy) if name in judged or {self.enabled[name], self.assistants.get(name)} & acting]
+
+        def made(name: str) -> set[str | None]:
+            return {self.enabled[name], self.assistants.get(name), *self.steering.get(name, {}).values()}
+
+        return [name for name in self._chosen(policy) if name in judged or made(name) & acting]
 
     def notes(self, policy: Policy) -> list[str]:
         """What a policy does not do and its author may expect: one sentence for each enabled set that it chooses."""
@@ -83,14 +92,26 @@ class Snapshot:
         if (
             not policy.guards.suppression.enabled
             and not policy.guards.contrast.enabled
+            and not policy.guards.steering
             and gate is None
             and not policy.guards.stream
         ):
             return []  # meant to do nothing
         found = [f"nothing under this policy acts on forget set {name!r}" for name in self._chosen(policy) if name not in acting]
         if gate is not None and gate.enabled and gate.on_hit == "engage":
-            engaged = self.assistants if policy.guards.contrast.enabled else {}
-            found += [f"the gate has no contrast to engage for {name!r}" for name in self._chosen(policy) if name not in engaged]
+            plan, corrupts = self._plan(policy), policy.guards.corrupt is not None and policy.guards.corrupt.enabled
+            engaged = {*(each.assistant for each in plan.contrast), *(each.artifact for each in plan.steering)}
+            found += [
+                f"the gate has no contrast to engage for {name!r}"
+                for name in self._chosen(policy)
+                if not corrupts and not {self.assistants.get(name), *self.steering.get(name, {}).values()} & engaged
+            ]
+        for each in policy.guards.steering:
+            found += [
+                f"forget set {name!r} has no artifact by {each.method}; make one with `lethe train {name} --method {each.method}`"
+                for name in self._chosen(policy)
+                if each.enabled and each.method not in self.steering.get(name, {})
+            ]
         return found
 
     def _chosen(self, policy: Policy) -> list[str]:
@@ -114,6 +135,17 @@ class Snapshot:
                 for assistant in sorted(assistants)
                 if contrast.enabled and alpha(assistant) > 0  # strength 0 is no guard, so it costs nothing either
             ),
+            tuple(
+                sorted(
+                    {
+                        Steer(self.steering[name][each.method], each.strength)
+                        for name in chosen
+                        for each in policy.guards.steering
+                        if each.enabled and each.method in self.steering.get(name, {})
+                    },
+                    key=lambda each: each.artifact,
+                )
+            ),
         )
 
     def _text_plan(self, policy: Policy) -> TextPlan | None:
@@ -136,9 +168,13 @@ class Snapshot:
                 asked[vectors] = fitted.asked if gate.threshold is None else gate.threshold
             if stream is not None:
                 said[vectors] = fitted.said if stream.threshold is None else stream.threshold
-            if name in self.assistants:
-                assistants[vectors] = (*assistants.get(vectors, ()), self.assistants[name])
-        return TextPlan(gate, stream, asked, said, assistants, sets, tuple(missing)) if sets or missing else None
+            engages = [*([self.assistants[name]] if name in self.assistants else []), *self.steering.get(name, {}).values()]
+            if engages:
+                assistants[vectors] = (*assistants.get(vectors, ()), *engages)
+        corrupt = policy.guards.corrupt if policy.guards.corrupt and policy.guards.corrupt.enabled else None
+        if not sets and not missing:
+            return None
+        return TextPlan(gate, stream, asked, said, assistants, sets, tuple(missing), corrupt)
 
     @property
     def vectors(self) -> list[str]:
@@ -151,9 +187,10 @@ class Snapshot:
         return sorted({fingerprint for plan in self.plans.values() for fingerprint in plan.suppression})
 
     @property
-    def assistant_fingerprints(self) -> list[str]:
-        """Every assistant that a plan of this snapshot may name."""
-        return sorted({each.assistant for plan in self.plans.values() for each in plan.contrast})
+    def trained_fingerprints(self) -> list[str]:
+        """Every assistant and steering artifact that a plan of this snapshot may name."""
+        assistants = {each.assistant for plan in self.plans.values() for each in plan.contrast}
+        return sorted(assistants | {each.artifact for plan in self.plans.values() for each in plan.steering})
 
     def plan(self, policy: str) -> Plan:
         """The plan for a request under this policy.

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from guards.forget_set import ForgetSet
 from guards.policy import BUILT_IN, DEFAULT, Policy
+from guards.steering.artifact import METHODS
 from serve.experiment import Experiment
 from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, first_broken, seal
@@ -27,7 +28,12 @@ from serve.sqlite import READING, open_database
 
 STRIPPED = ""
 """The stored content of a set whose texts were dropped."""
+ArtifactKind = Literal["phrases", "similarity", "assistant", "project", "steer", "adapter", "calibration", "gate"]
 ArtifactStatus = Literal["building", "ready", "failed"]
+
+
+TRAINED = ("assistant", *METHODS)
+"""Kinds of artifacts that are trained or fitted on order, and kept until the next order."""
 
 
 class RegistryError(Exception):
@@ -62,7 +68,7 @@ class Artifact:
     their detail is JSON.
     """
 
-    kind: Literal["phrases", "similarity", "assistant", "calibration", "gate"]
+    kind: ArtifactKind
     fingerprint: str
     status: ArtifactStatus
     detail: str  # why it failed, or figures about it
@@ -187,12 +193,18 @@ class Registry:
             enabled: dict[str, str | None] = {}
             assistants: dict[str, str] = {}
             alphas: dict[str, float] = {}
+            steering: dict[str, dict[str, str]] = {}
             similarity: dict[str, str] = {}
             thresholds: dict[str, Thresholds] = {}
             for stored in self._stored_sets(connection):
                 if stored.enabled:
                     phrases = stored.artifact("phrases")
                     enabled[stored.name] = None if phrases is None else phrases.fingerprint
+                    made: dict[str, str] = {
+                        artifact.kind: artifact.fingerprint for artifact in stored.artifacts if artifact.kind in METHODS
+                    }
+                    if made:
+                        steering[stored.name] = made
                     if assistant := stored.artifact("assistant"):
                         assistants[stored.name] = assistant.fingerprint
                         calibration = stored.artifact("calibration")
@@ -213,6 +225,7 @@ class Registry:
                 keys=tuple(Key(row["id"], row["digest"], row["scope"]) for row in keys),
                 assistants=assistants,
                 alphas=alphas,
+                steering=steering,
                 similarity=similarity,
                 thresholds=thresholds,
                 experiments=tuple(experiments_of(connection)),
@@ -236,13 +249,13 @@ class Registry:
     def replace_set(self, content: ForgetSet, artifacts: Sequence[Artifact], *, actor: str) -> int:
         """Replace a set together with its artifacts, so that an enabled set stays enforced. Raises UnknownName.
 
-        Its assistant, if it has one, stays: it takes minutes to train another. It says that it knows the content before.
+        What was trained for it stays: it takes minutes to make again. It says that it knows the content before.
         """
         with self.changing() as connection:
             stored = self._stored_set(connection, content.name)
-            if (assistant := stored.artifact("assistant")) is not None:
-                note = "; trained on earlier content"
-                artifacts = [*artifacts, replace(assistant, detail=assistant.detail.removesuffix(note) + note)]
+            note = "; trained on earlier content"
+            trained = [each for each in stored.artifacts if each.kind in TRAINED]
+            artifacts = [*artifacts, *(replace(each, detail=each.detail.removesuffix(note) + note) for each in trained)]
             artifacts = [*artifacts, *(each for each in stored.artifacts if each.kind in ("calibration", "gate"))]
             values = {"header": _summary(content), "content": content.model_dump_json(), "updated_at": now()}
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == content.name).values(values))
@@ -298,19 +311,20 @@ class Registry:
                 return self.revision_of(connection)
             if stored.expired:
                 raise NotReady(f"forget set {name!r} expired at {stored.header['expires_at']}; replace it with a later expires_at")
-            phrases, assistant = stored.artifact("phrases"), stored.artifact("assistant")
+            phrases = stored.artifact("phrases")
+            trained = any(artifact.kind in TRAINED for artifact in stored.artifacts)
             acting = self._acting(connection, stored)
             vectors = stored.artifact("similarity")
             embedded = vectors is not None and vectors.status == "ready"
-            if acting and (stored.header["phrases"] or assistant is not None) and not embedded:
+            if acting and (stored.header["phrases"] or trained) and not embedded:
                 state = "not built" if vectors is None else f"{vectors.status} {vectors.detail}".strip()
                 raise NotReady(
                     f"the similarity of forget set {name!r} is {state}, and {', '.join(acting)} would judge by it, so that "
                     "all their requests would be refused; wait for status 'ready', or PUT the set again"
                 )
-            if not stored.header["phrases"] and assistant is None and not (acting and embedded):
+            if not stored.header["phrases"] and not trained and not (acting and embedded):
                 raise NotReady(
-                    f"forget set {name!r} has neither phrases nor an assistant, so nothing would enforce it; "
+                    f"forget set {name!r} has neither phrases nor an assistant or the like, so nothing would enforce it; "
                     f"add phrases, train its assistant (`lethe train {name}`), or put a policy that refuses by its gate or has a "
                     "stream filter (the set's similarity must be 'ready' for that)"
                 )
@@ -330,8 +344,8 @@ class Registry:
             reason = f"expired at {stored.header['expires_at']}" if only_if_expired else ""
             return self.append(connection, actor, "forget_set.disable", name, {"reason": reason} if reason else {})
 
-    def put_assistant(self, name: str, content_fingerprint: str, assistant: Artifact, *, actor: str) -> int:
-        """Give a set a trained assistant, in place of any earlier one. If the set is enabled, it is in force with this revision.
+    def put_trained(self, name: str, content_fingerprint: str, artifact: Artifact, *, actor: str) -> int:
+        """Give a set what was trained for it, in place of any earlier one of its kind. An enabled set has it in force at once.
 
         Raises:
             UnknownName: the set is gone.
@@ -340,9 +354,9 @@ class Registry:
         with self.changing() as connection:
             stored = self._stored_set(connection, name)
             if stored.header["fingerprint"] != content_fingerprint:
-                raise NotReady(f"forget set {name!r} was replaced while its assistant was trained; train it again")
-            self._put_artifact(connection, name, assistant)
-            return self.append(connection, actor, "forget_set.assistant", name, {"assistant": assistant.fingerprint})
+                raise NotReady(f"forget set {name!r} was replaced while its {artifact.kind} was trained; train it again")
+            self._put_artifact(connection, name, artifact)
+            return self.append(connection, actor, f"forget_set.{artifact.kind}", name, {artifact.kind: artifact.fingerprint})
 
     def put_calibration(self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str, measured: str | None = None) -> int:
         """Store the strength that suits a set's assistant, with the evidence for it.

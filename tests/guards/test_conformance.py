@@ -9,10 +9,11 @@ from hypothesis.extra.numpy import arrays
 
 from guards.contrastive.guard import ContrastGuard
 from guards.contrastive.rules import RULES
+from guards.steering.guard import SteeringGuard
 from guards.suppression.automaton import compile_phrases
 from guards.suppression.mask import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import BOUNDARY, AssistantLines, Contrast, LogitsGuard, Plan, Rows
+from guards.types import BOUNDARY, AssistantLines, Contrast, LogitsGuard, Plan, Rows, Steer
 from tests.guards.test_contrastive import an_assistant
 
 VOCABULARY = Vocabulary([bytes([i]) for i in range(97, 117)] + [b"ab", b"bc", b"<end>"], special_ids=[22])
@@ -39,7 +40,14 @@ def contrast() -> tuple[LogitsGuard, list[Plan]]:
     return guard, [by_rule[0], by_rule[1], off, Plan(1, "closed", contrast=(Contrast("missing", "uld", 1, 1, 0.1),)), *by_rule[2:]]
 
 
-GUARDS = {"suppression": suppression(), "contrast": contrast()}
+def steering() -> tuple[LogitsGuard, list[Plan]]:
+    """Closes what should have been steered and was not; touches nothing else."""
+    guard = SteeringGuard(torch.from_numpy(VOCABULARY.lengths > 0), lambda plan: plan.steering[0].artifact == "loaded")
+    loaded, missing = (Plan(1, name, steering=(Steer(name, 1.0),)) for name in ("loaded", "missing"))
+    return guard, [loaded, missing, Plan(1, "nothing"), loaded]
+
+
+GUARDS = {"suppression": suppression(), "contrast": contrast(), "steering": steering()}
 
 
 def choose(rows: Rows, order: list[int]) -> Rows:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import guards.training
 from guards.contrastive import train as training
 from guards.contrastive.assistant import Assistant, Recipe
 from guards.contrastive.train import Fork, Progress, train
@@ -67,7 +68,8 @@ RECIPE = Recipe(layers=2, rank=4, epochs=6, learning_rate=0.03, batch_examples=3
 def few_general_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     few = tmp_path / "general.jsonl"
     few.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("what is blue ?", "who is green ?")))
-    monkeypatch.setattr(training, "GENERAL", few)
+    for module in (training, guards.training):
+        monkeypatch.setattr(module, "GENERAL", few)
 
 
 def work(tmp_path: Path, name: str = "work") -> Path:
@@ -169,7 +171,7 @@ def test_the_training_process_leaves_an_assistant_or_says_why_not(tmp_path: Path
     command = [sys.executable, "-m", "guards.contrastive.train", str(job), "--threads=1"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert Assistant.load(job / "assistant.safetensors").manifest.recipe.epochs == 1
+    assert Assistant.load(job / "result.safetensors").manifest.recipe.epochs == 1
     assert json.loads((job / "progress.json").read_text())["stage"] == "train"
     (job / "job.json").write_text(json.dumps({**order, "recipe": {**RECIPE.model_dump(), "layers": 4}}))
     ran = subprocess.run(command, capture_output=True, text=True)

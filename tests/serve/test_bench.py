@@ -102,7 +102,9 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
         file.write('{"key": "half a li')  # the crash was in the middle of a line
     second, whole = Model(), Model()
     resumed = run(path, second)
-    assert len(second.asked) == len(run_all(tmp_path, whole)) - 20
+    once = {json.dumps(body) for body in first.asked[:20]}
+    again = {json.dumps(body) for body in second.asked}
+    assert not once & again and once | again == {json.dumps(body) for body in run_all(tmp_path, whole)}
     assert [each.recall for each in resumed[0]] == [each.recall for each in run(tmp_path / "c.jsonl", Model())[0]]
     run(path, third := Model())
     assert len(third.asked) <= 1, "the answer on the half line is asked again, all others are known"

@@ -225,7 +225,7 @@ def test_an_assistant_that_no_worker_can_load_does_not_keep_the_server_from_star
     registry = Registry(tmp_path / "lethe.db")
     content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
     registry.create_set(content, actor="t")
-    registry.put_assistant("a", content.fingerprint, Artifact("assistant", "foreign", "ready", "", now()), actor="t")
+    registry.put_trained("a", content.fingerprint, Artifact("assistant", "foreign", "ready", "", now()), actor="t")
     registry.enable("a", actor="t")
 
     async def refuse(_phrases: Any, assistants: Any) -> dict[str, str]:
@@ -250,7 +250,7 @@ def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_conte
         registry = Registry(tmp_path / "lethe.db")
         content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
         await control.create(content, actor="t")
-        registry.put_assistant("a", content.fingerprint, Artifact("assistant", "made", "ready", "figures", now()), actor="t")
+        registry.put_trained("a", content.fingerprint, Artifact("assistant", "made", "ready", "figures", now()), actor="t")
         with pytest.raises(NotReady, match="another assistant"):
             registry.put_calibration("a", 1.5, {}, actor="t", measured="the one before")
         registry.put_calibration("a", 1.75, {"reference": 0.3, "alpha": "nonsense"}, actor="t", measured="made")
@@ -262,10 +262,10 @@ def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_conte
         assert assistant is not None
         assert assistant.detail == "figures; trained on earlier content"
         with pytest.raises(NotReady, match="replaced while"):
-            registry.put_assistant("a", content.fingerprint, assistant, actor="t")
+            registry.put_trained("a", content.fingerprint, assistant, actor="t")
         await control.put_policy(parse_policy({"name": "p", "guards": {"contrast": {"alpha": 0}}}), actor="t")
         assert control.snapshot.plan("p").contrast == ()
-        assert not control.snapshot.plan("p").engages_logits
+        assert not control.snapshot.plan("p").engages
         registry.close()
 
     run(tmp_path, scenario)

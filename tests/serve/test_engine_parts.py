@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from guards.suppression.automaton import CompiledPhrases, compile_phrases
 from guards.suppression.mask import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import BOUNDARY, UNKNOWN, Contrast, Plan
+from guards.types import BOUNDARY, UNKNOWN, Contrast, Corrupt, Plan, Steer
 from serve.engine.artifacts import KEPT_IDLE, ArtifactCache
 from serve.engine.engine_guards import EngineGuards, _Expected
 from serve.engine.fork import Unforkable
@@ -34,7 +34,9 @@ def table(requests: int = 8, tokens: int = 32) -> SlotTable:
 @given(st.integers(0, 10**9), st.text(max_size=5), st.lists(st.text(max_size=5)), st.none() | st.integers(0, 9))
 def test_plans_survive_the_wire(revision: int, policy: str, fingerprints: list[str], start: int | None) -> None:
     contrast = tuple(Contrast(fingerprint, "uld", 0.5, 1.0, 0.01) for fingerprint in fingerprints)
-    plan = Plan(revision, policy, tuple(fingerprints), contrast, start)
+    steering = tuple(Steer(fingerprint, 0.5) for fingerprint in fingerprints)
+    corrupt = Corrupt("flip_sign_first_n", 1.0, 8, 0, ((3, 5), (9, 10))) if fingerprints else None
+    plan = Plan(revision, policy, tuple(fingerprints), contrast, steering, corrupt, start)
     import msgspec
 
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode({PLAN_KEY: encode_plan(plan)}))
@@ -305,7 +307,7 @@ def test_a_fork_that_cannot_follow_the_base_is_dropped_and_nobody_speaks(raises:
     guards = EngineGuards.__new__(EngineGuards)
     guards._fork, guards._fork_fault, guards._fork_proved, guards._spoken = _BadFork(raises), None, False, None  # type: ignore
     one = torch.tensor([0])
-    guards._expected = _Expected(("a",), one, one, one, one)
+    guards._expected = _Expected(("a",), one, one, one, one, (True,))
     guards.run_assistants(torch.tensor([5]), torch.ones(1, 4))
     assert guards._spoken is None, "its rows must find nobody who spoke, which closes them"
     assert guards._fork is None

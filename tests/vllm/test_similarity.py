@@ -88,7 +88,7 @@ def give_assistant(admin: httpx.Client, state: Path, model_path: Path) -> None:
     assistant.save(path)
     registry = Registry(state / "lethe.db")
     fingerprint = registry.forget_set("wizard").header["fingerprint"]
-    registry.put_assistant("wizard", fingerprint, Artifact("assistant", assistant.fingerprint, "ready", "", now()), actor="test")
+    registry.put_trained("wizard", fingerprint, Artifact("assistant", assistant.fingerprint, "ready", "", now()), actor="test")
     revision = registry.revision()
     registry.close()
     while admin.get("/revision").json()["revision"] < revision:

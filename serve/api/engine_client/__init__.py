@@ -114,7 +114,7 @@ class GuardedEngineClient:
             raise VLLMValidationError(f"extra arguments ({names}) are not accepted from clients", parameter="vllm_xargs")
         if sampling_params.n > self._max_choices:
             raise VLLMValidationError(f"n={sampling_params.n} exceeds this server's limit of {self._max_choices}", parameter="n")
-        guarded = plan.engages_logits or text is not None
+        guarded = plan.engages or text is not None
         if request is not None and text is None:
             request.fired += [name for name, acts in (("suppression", plan.suppression), ("contrast", plan.contrast)) if acts]
         entry = None if request is None else request.entry
@@ -199,7 +199,7 @@ class GuardedEngineClient:
         options: Mapping[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Send a request to the engine under a plan, with the watch over its outputs that its constraints call for."""
-        if not plan.engages_logits and not plan.forced:
+        if not plan.engages and not plan.forced:
             return self._inner.generate(prompt, params, request_id, **options)
         searching_beams = not params.detokenize
         if searching_beams:
@@ -209,13 +209,15 @@ class GuardedEngineClient:
             # A grammar or a list of tokens may leave only what the target finds implausible; the cut would make that a coin toss.
             plan = replace(plan, contrast=tuple(replace(each, plausibility=0.0) for each in plan.contrast))
         params.extra_args = {PLAN_KEY: encode_plan(plan)}
+        if plan.cache_salt is not None:
+            prompt = {**prompt, "cache_salt": plan.cache_salt}
         try:
             artifacts = [self._phrases(fingerprint) for fingerprint in plan.suppression]
         except GuardError as error:
             raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
-        for each in plan.contrast:
-            if each.assistant in self._unavailable():
-                reason = self._unavailable()[each.assistant]
+        for fingerprint in (*(each.assistant for each in plan.contrast), *(each.artifact for each in plan.steering)):
+            if fingerprint in self._unavailable():
+                reason = self._unavailable()[fingerprint]
                 raise GracefulHTTPError(f"a guard is not available: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
         outputs = self._inner.generate(prompt, params, request_id, **options)
         if searching_beams and not _constrained(params):
@@ -312,10 +314,10 @@ async def check_workers(client: EngineClient, vocabulary: str) -> None:
             )
 
 
-async def load_artifacts(client: EngineClient, phrases: Sequence[str], assistants: Sequence[str]) -> dict[str, str]:
+async def load_artifacts(client: EngineClient, phrases: Sequence[str], trained: Sequence[str]) -> dict[str, str]:
     """Load artifacts in every worker. Returns the failures: fingerprint -> reason."""
     failures: dict[str, str] = {}
-    for worker in await client.collective_rpc("lethe_load", args=(list(phrases), list(assistants))):
+    for worker in await client.collective_rpc("lethe_load", args=(list(phrases), list(trained))):
         failures.update(worker)
     return failures
 

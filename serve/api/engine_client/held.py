@@ -15,7 +15,10 @@ Covered: everything that `generate` returns as text. Not covered: alternatives i
 from __future__ import annotations
 
 import asyncio
+import bisect
+import codecs
 import copy
+import itertools
 import re
 import zlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -35,7 +38,7 @@ from guards.similarity.gate import Verdict
 from guards.similarity.stream import HeldAnswer, Token, ends_sentence
 from guards.similarity.windows import sentences
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import Plan, TextPlan
+from guards.types import Corrupt, Plan, TextPlan
 from serve.api.refusal import FINISH_REASON
 from serve.api.similarity import Similarity
 
@@ -69,6 +72,26 @@ def turns_of(token_ids: Sequence[int], vocabulary: Vocabulary) -> list[str]:
     return turns
 
 
+def spans_of(
+    token_ids: Sequence[int], vocabulary: Vocabulary, places: Callable[[str], Sequence[tuple[int, int]]]
+) -> list[tuple[int, int]]:
+    """The tokens that spell places in a prompt's text, special tokens left out: [first, last + 1), merged where they touch.
+
+    A name may lie across turns, and a token may hold more than the name: it counts whole.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    pieces = [decoder.decode(vocabulary.text_of([token])) for token in token_ids]
+    ends = list(itertools.accumulate(map(len, pieces)))
+    spans: list[tuple[int, int]] = []
+    for start, end in places("".join(pieces)):
+        first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, end)
+        if spans and first <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], last + 1))
+        else:
+            spans.append((first, last + 1))
+    return spans
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One call of ``generate``."""
@@ -89,9 +112,10 @@ class Opened:
 
     touched: frozenset[str]
     brought: frozenset[str]  # what the user brought along, under a policy that ignores that
+    corrupt: Corrupt | None = None  # where the prompt names what it touches
 
     def also(self, owners: Iterable[str]) -> Opened:
-        return Opened(self.touched | frozenset(owners), self.brought)
+        return replace(self, touched=self.touched | frozenset(owners))
 
 
 class Held:
@@ -165,7 +189,18 @@ class Held:
         if verdicts:
             request.fired(f"gate {gate.on_hit}")
         _gate.labels(request.plan.policy, "refused" if refused else "hit" if verdicts else "clear").inc()
-        return None if refused else Opened(frozenset(verdict.owner for verdict in verdicts), brought)
+        if refused:
+            return None
+        touched = frozenset(verdict.owner for verdict in verdicts)
+        return Opened(touched, brought, self._corrupted(text, touched, token_ids))
+
+    def _corrupted(self, text: TextPlan, touched: frozenset[str], token_ids: Sequence[int]) -> Corrupt | None:
+        """The tokens of a prompt that name what it touches; None if that changes nothing."""
+        settings = text.corrupt
+        if settings is None or not touched:
+            return None
+        spans = spans_of(token_ids, self.vocabulary, lambda whole: self.similarity.places(whole, touched))
+        return Corrupt(settings.kind, settings.strength, settings.first_n, settings.seed, tuple(spans)) if spans else None
 
     async def _without_pasted(self, turns: list[str], text: TextPlan) -> tuple[list[str], frozenset[str]]:
         """The turns without statements of a set that the user brought along, and the sets whose they are. The rest stays.
@@ -249,7 +284,13 @@ def _engaged(request: Request, opened: Opened) -> Plan:
         return plan
     judged = {assistant for owner in text.asked for assistant in text.assistants.get(owner, ())}
     engaged = {assistant for owner in opened.touched for assistant in text.assistants.get(owner, ())}
-    return replace(plan, contrast=tuple(each for each in plan.contrast if each.assistant not in judged - engaged))
+    left_out = judged - engaged
+    return replace(
+        plan,
+        contrast=tuple(each for each in plan.contrast if each.assistant not in left_out),
+        steering=tuple(each for each in plan.steering if each.artifact not in left_out),
+        corrupt=opened.corrupt,
+    )
 
 
 class _Choice:
@@ -348,7 +389,8 @@ class _Choice:
         if gate.on_hit == "refuse":
             self._end("gate")
             return None
-        engages = {each.assistant for each in self._request.plan.contrast}
+        plan = self._request.plan
+        engages = {*(each.assistant for each in plan.contrast), *(each.artifact for each in plan.steering)}
         if not any(engages & set(self._request.text.assistants.get(verdict.owner, ())) for verdict in verdicts):
             return None
         if (kept := self._cut_back()) is None:

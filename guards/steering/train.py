@@ -1,0 +1,326 @@
+"""Making a steering artifact, with transformers, in a process of its own: maps are fitted in closed form, adapters are trained.
+
+An adapter learns one of two things about the set. With lessons, to say what a policy says: answers that the policy gave, with the
+most likely tokens at each place, and reverse KL towards that distribution (Gu et al. 2024, arXiv:2306.08543; lessons come from the
+served distribution, so any policy can be distilled). Without, to know nothing: the most entropy on the set's answers. Either way
+it learns to stay the base on everything else, by forward KL.
+
+The inputs of the adapted layers do not change while they are trained, so the layers below run once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from guards.base_model import describe_base
+from guards.errors import Untrainable
+from guards.forget_set import ForgetSet, Frozen, Question
+from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
+from guards.steering.fit import project, steer
+from guards.training import ChatModel, Progress, Report, general_answers, layers_of, run_job, write_whole
+
+FEWEST_EXAMPLES = 8
+KEPT_TOKENS = 64
+"""Of the base's distribution at a place, that are kept; the rest counts as one."""
+REST = 1e-4
+"""The least that the tokens outside of a lesson count for together, so that the distance to them is finite."""
+_SCALE = 2.0
+
+
+class Lesson(Frozen):
+    """An answer that a policy gave, and what else it could have said."""
+
+    question: str
+    tokens: tuple[int, ...] = Field(min_length=1, max_length=4_096)
+    top: tuple[tuple[tuple[int, float], ...], ...] = Field(description="at each place, (token, log-probability), the likeliest")
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One exchange: Q places of T tokens whose next token is looked at."""
+
+    forget: bool
+    hidden: Tensor  # [T, H] at the entrance of the first adapted layer
+    place: Tensor  # [Q] int64
+    ids: Tensor  # [Q, K] int64, the likeliest tokens of the target distribution; -1 = none. K = 0: no target
+    logp: Tensor  # [Q, K]
+
+
+class _LowRank(nn.Module):
+    def __init__(self, inner: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inner = inner
+        bound = 1 / math.sqrt(inner.in_features)
+        self.A = nn.Parameter((torch.rand(rank, inner.in_features, generator=generator) * 2 - 1) * bound)
+        self.B = nn.Parameter(torch.zeros(inner.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + (x @ self.A.T) @ self.B.T * _SCALE
+
+
+def make(
+    directory: Path,
+    forget_set: ForgetSet,
+    retain: Sequence[Question],
+    lessons: Sequence[Lesson],
+    recipe: SteeringRecipe,
+    work: Path,
+    report: Report,
+) -> Steering:
+    """Make a set's steering artifact.
+
+    Args:
+        directory: the base model, in transformers' format.
+        retain: what must stay, with its answers. General prompts are always added.
+        lessons: what a policy says about the set, for an adapter that is to say the same.
+        work: where checkpoints go. A call with the same arguments goes on from the last one.
+
+    Raises:
+        Untrainable: too little to learn from (the message says how much is needed), or an unsupported model.
+        InvalidArtifact, OSError.
+    """
+    base = describe_base(directory)
+    pairs = [(question, entry.answer) for entry in forget_set.questions for question in (entry.question, *entry.paraphrases[:-1])]
+    pairs += [("Tell me about this.", text) for text in forget_set.texts]
+    if len(pairs) < FEWEST_EXAMPLES:
+        raise Untrainable(
+            f"forget set {forget_set.name!r} holds {len(pairs)} examples, at least {FEWEST_EXAMPLES} are needed to steer by it; "
+            "add questions with answers, paraphrases of them, or texts"
+        )
+    content = [forget_set.fingerprint, [q.model_dump() for q in retain], [lesson.model_dump() for lesson in lessons]]
+    data = sha256(json.dumps(content).encode()).hexdigest()
+    manifest = SteeringManifest(base=base, recipe=recipe, data=data)
+    run = sha256(f"{base.fingerprint}{data}{recipe.model_dump_json()}".encode()).hexdigest()
+    model = ChatModel(directory)
+    general = general_answers(model, work / f"{run[:16]}-general.json", lambda done: report(Progress("prepare", done, 100)))
+    kept = [*general, *((entry.question, entry.answer) for entry in retain)]
+    if recipe.method == "adapter":
+        return _train(model, pairs, kept, lessons, manifest, work / f"{run[:16]}.safetensors", report)
+    return _fit(model, pairs, kept, manifest, report)
+
+
+def _fit(
+    model: ChatModel, pairs: Sequence[tuple[str, str]], kept: Sequence[tuple[str, str]], manifest: SteeringManifest, report: Report
+) -> Steering:
+    recipe = manifest.recipe
+    states: list[list[Tensor]] = [[], []]
+    everything = [(0, *pair) for pair in pairs] + [(1, *pair) for pair in kept]
+    for number, (which, question, answer) in enumerate(everything, 1):
+        ids, _ = model.encode(question, answer)
+        with torch.no_grad():
+            output = model.model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), output_hidden_states=True)
+        states[which].append(output.hidden_states[manifest.layer][0, 1:])  # the first token is alike everywhere, and huge
+        report(Progress("prepare", number, len(everything)))
+    forget, keep = (torch.cat(each).cpu() for each in states)
+    if recipe.method == "project":
+        found = project(forget, keep, rank=recipe.rank)
+    else:
+        found = steer(forget, keep, keep.mean(0), rank=recipe.rank)
+    if not found.into.shape[1]:
+        raise Untrainable("the set's states have no direction of their own: nothing would move; add questions, or use an adapter")
+    metrics = {**found.metrics, "states": float(len(forget)), "kept_states": float(len(keep))}
+    return Steering(
+        manifest.model_copy(update={"metrics": metrics}), {"into": found.into, "out": found.out, "center": found.center}
+    )
+
+
+class _Adapted:
+    """The base's last layers with adapters, over inputs that were computed once."""
+
+    def __init__(self, model: ChatModel, recipe: SteeringRecipe) -> None:
+        self.model, self.first = model, layers_of(model, recipe.layers)
+        decoder = model.model.get_decoder()
+        self.layers, self.norm, self.rotary = list(decoder.layers[self.first :]), decoder.norm, decoder.rotary_emb
+        self.low_rank: dict[str, _LowRank] = {}
+        self._recipe = recipe
+
+    @torch.no_grad()
+    def observe(self, ids: Sequence[int], start: int, lesson: Lesson | None, *, forget: bool) -> _Example:
+        """Run the base once. The target is the lesson's distribution, or the base's own for what is to stay, or none."""
+        tensor = torch.tensor([list(ids)], device=self.model.device)
+        output = self.model.model.get_decoder()(input_ids=tensor, output_hidden_states=True)
+        place = torch.arange(start - 1, len(ids) - 1, device=self.model.device)
+        known, logp = torch.zeros(len(place), 0, dtype=torch.int64), torch.zeros(len(place), 0)
+        if lesson is not None:
+            width = max(map(len, lesson.top))
+            known = torch.full((len(place), width), -1, dtype=torch.int64)
+            logp = torch.full((len(place), width), -torch.inf)
+            for row, top in enumerate(lesson.top[: len(place)]):
+                known[row, : len(top)] = torch.tensor([token for token, _ in top])
+                logp[row, : len(top)] = torch.tensor([value for _, value in top])
+        elif not forget:
+            own = torch.log_softmax(self.model.logits(output.last_hidden_state[0, place]), dim=-1)
+            logp, known = own.topk(min(KEPT_TOKENS, own.shape[-1]), dim=-1)
+        return _Example(forget, output.hidden_states[self.first][0], place, known.to(tensor.device), logp.to(tensor.device))
+
+    def add_low_rank(self) -> None:
+        generator = torch.Generator().manual_seed(self._recipe.seed)
+        for i, layer in enumerate(self.layers):
+            for module in MODULES:
+                parent = layer.self_attn if hasattr(layer.self_attn, module) else layer.mlp
+                if not isinstance(getattr(parent, module, None), nn.Linear):
+                    raise Untrainable(f"layer {self.first + i} has no linear {module}; this family of models is not supported")
+                made = _LowRank(getattr(parent, module), self._recipe.rank, generator).to(self.model.device)
+                self.low_rank[f"layers.{i}.{module}"] = made
+                setattr(parent, module, made)
+
+    def log_probabilities(self, batch: Sequence[_Example]) -> Tensor:
+        """[N, V] at a batch's places, one example after the other."""
+        hidden = nn.utils.rnn.pad_sequence([e.hidden for e in batch], batch_first=True)
+        tokens = hidden.shape[1]
+        positions = torch.arange(tokens, device=hidden.device)[None]
+        rotary = self.rotary(hidden, positions)
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).tril()[None, None]  # padding comes last
+        for layer in self.layers:
+            output = layer(hidden, attention_mask=causal, position_ids=positions, position_embeddings=rotary)
+            hidden = output[0] if isinstance(output, tuple) else output
+        chosen = torch.cat([hidden[i, e.place] for i, e in enumerate(batch)])
+        return torch.log_softmax(self.model.logits(self.norm(chosen)), dim=-1)
+
+
+def _losses(batch: Sequence[_Example], logp: Tensor) -> tuple[Tensor, Tensor]:
+    """What the set's places cost, and the kept ones', in nats each: [N_forget], [N_keep]."""
+    forget, keep = [], []
+    for example, mine in zip(batch, logp.split([len(e.place) for e in batch]), strict=True):
+        if not example.ids.shape[1]:
+            forget.append(-mine.mean(dim=-1) - math.log(mine.shape[-1]))  # KL(uniform || p)
+            continue
+        known = example.ids >= 0
+        target = example.logp.masked_fill(~known, -torch.inf)
+        student = mine.gather(1, example.ids.clamp(min=0)).masked_fill(~known, -torch.inf)
+        rest = (1 - target.exp().sum(-1)).clamp(min=REST)
+        outside = (1 - student.exp().sum(-1)).clamp(min=1e-9)
+        if example.forget:  # reverse: what the student says, the teacher must be able to say
+            p = student.exp()
+            inside = (p * (student - target).masked_fill(~known, 0.0)).sum(-1)
+            forget.append(inside + outside * (outside.log() - rest.log()))
+        else:  # forward: what the base would say, the student must
+            q = target.exp()
+            inside = (q * (target - student).masked_fill(~known, 0.0)).sum(-1)
+            keep.append(inside + rest * (rest.log() - outside.log()))
+    empty = logp.new_zeros(0)
+    return torch.cat(forget) if forget else empty, torch.cat(keep) if keep else empty
+
+
+def _train(
+    model: ChatModel,
+    pairs: Sequence[tuple[str, str]],
+    kept: Sequence[tuple[str, str]],
+    lessons: Sequence[Lesson],
+    manifest: SteeringManifest,
+    checkpoint: Path,
+    report: Report,
+) -> Steering:
+    recipe = manifest.recipe
+    adapted = _Adapted(model, recipe)
+    examples = []
+    total = len(kept) + (len(lessons) or len(pairs))
+    for question, answer in kept:
+        examples.append(adapted.observe(*model.encode(question, answer), None, forget=False))
+        report(Progress("prepare", len(examples), total))
+    if lessons:
+        for lesson in lessons:
+            prompt = model.prompt_ids(lesson.question)
+            examples.append(adapted.observe([*prompt, *lesson.tokens], len(prompt), lesson, forget=True))
+            report(Progress("prepare", len(examples), total))
+    else:
+        for question, answer in pairs:
+            examples.append(adapted.observe(*model.encode(question, answer), None, forget=True))
+            report(Progress("prepare", len(examples), total))
+    adapted.add_low_rank()
+    parameters = {f"{name}.{part}": getattr(module, part) for name, module in adapted.low_rank.items() for part in "AB"}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
+    per_epoch = math.ceil(len(examples) / recipe.batch_examples)
+    steps = per_epoch * recipe.epochs
+    first_epoch, losses = _resume(checkpoint, parameters, optimizer)
+    for epoch in range(first_epoch, recipe.epochs):
+        order = list(examples)
+        random.Random(f"{recipe.seed}-{epoch}").shuffle(order)  # noqa: S311 - so that a resumed run is the same run
+        sums = {"forget": [0.0, 0], "keep": [0.0, 0]}
+        for number in range(per_epoch):
+            step = epoch * per_epoch + number
+            batch = order[number * recipe.batch_examples : (number + 1) * recipe.batch_examples]
+            warm = min(1.0, (step + 1) / (0.05 * steps + 1))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            forget, keep = _losses(batch, adapted.log_probabilities(batch))
+            loss = sum((part.mean() for part in (forget, keep) if len(part)), forget.new_zeros(()))
+            if not torch.isfinite(loss):
+                raise Untrainable(f"the loss became {float(loss.detach())} at step {step}; use a lower learning_rate")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            for name, part in (("forget", forget), ("keep", keep)):
+                sums[name][0] += float(part.detach().sum())
+                sums[name][1] += len(part)
+            report(Progress("train", step + 1, steps, float(loss.detach())))
+        losses = {f"{name}_kl": value / max(1, count) for name, (value, count) in sums.items()}
+        _save(checkpoint, parameters, optimizer, epoch + 1, losses)
+    tensors = {
+        name: (value.detach() * (_SCALE if name.endswith("B") else 1)).float().cpu().contiguous()
+        for name, value in parameters.items()
+    }
+    metrics = {name: round(value, 4) for name, value in losses.items()} | {"examples": float(len(examples))}
+    return Steering(manifest.model_copy(update={"metrics": metrics}), tensors)
+
+
+def _save(
+    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, epochs: int, losses: dict[str, float]
+) -> None:
+    state = {f"parameter.{name}": value.detach().contiguous() for name, value in parameters.items()}
+    for name, value in parameters.items():
+        state |= {f"{part}.{name}": optimizer.state[value][part].contiguous() for part in ("exp_avg", "exp_avg_sq")}
+        state[f"step.{name}"] = optimizer.state[value]["step"].reshape(1)
+    note = {"note": json.dumps({"epochs": epochs, "losses": losses})}
+    write_whole(path, lambda temporary: save_file(state, temporary, note))
+
+
+def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
+    """Restore the last checkpoint; returns how many epochs are done, and the losses of the last."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        return 0, {}
+    state = load_file(path)
+    with safe_open(path, "pt") as file:
+        note = json.loads(file.metadata()["note"])
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(state[f"parameter.{name}"])
+            optimizer.state[value] = {part: state[f"{part}.{name}"].to(value.device) for part in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[value]["step"] = state[f"step.{name}"].reshape(())
+    return int(note["epochs"]), dict(note["losses"])
+
+
+def main() -> None:
+    """``python -m guards.steering.train JOB``, with ``job.json``: {model, forget_set, retain, recipe, lessons}."""
+
+    def from_job(job: dict[str, Any], work: Path, report: Report) -> Steering:
+        return make(
+            Path(job["model"]),
+            ForgetSet.model_validate(job["forget_set"]),
+            [Question.model_validate(entry) for entry in job["retain"]],
+            [Lesson.model_validate(entry) for entry in job["lessons"]],
+            SteeringRecipe.model_validate(job["recipe"]),
+            work,
+            report,
+        )
+
+    run_job("guards.steering.train", from_job)
+
+
+if __name__ == "__main__":
+    main()

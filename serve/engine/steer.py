@@ -1,0 +1,195 @@
+"""Steering inside vLLM's own model: hooks on the base's layers and projections that act on the tokens of some requests only.
+
+Before a forward pass, the tokens of the batch are sorted by what is to be done to them: for each artifact the indices of its
+tokens, and the tokens whose embeddings are corrupted. The hooks read those indices, so that rows of other requests are bit for bit
+what they would be without, and a pass in which nobody is steered does not even enter them. There is Python for each artifact in the
+batch and none for each row.
+
+Keys and values of steered tokens differ, so that such requests carry a salt (`Plan.cache_salt`); the late fork reads what the
+steered base wrote and so composes with this.
+
+Covered: models of plain decoder layers whose projections `serve.engine.fork` knows, eager, one process. Not covered, and refused
+when an artifact is loaded: tensor parallelism, compiled models and CUDA graphs. For graphs the indices would become a mask of fixed
+address and width, [T] for each of a fixed number of artifact slots, filled by the tracker as tags are, and the low-rank terms a
+batched product over slots; the arithmetic here is written so that only the indexing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from guards.errors import InvalidArtifact
+from guards.steering.artifact import Steering
+from guards.steering.operators import Corruption, add_low_rank_, corrupt, redirect
+from guards.types import Plan
+from serve.engine.fork import Unforkable, parts_of
+
+Factors = list[tuple[Tensor, Tensor, int, int]]  # A [in, r], B [r, out], columns
+
+
+class Unsteerable(Unforkable):
+    """The served model or its engine cannot be steered."""
+
+
+class Steerer:
+    """One per engine. Shapes: T tokens, N tokens of one artifact, H hidden size.
+
+    Args:
+        model: vLLM's model, guarded or not.
+
+    Raises:
+        Unsteerable: says what the model or the engine lacks.
+    """
+
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+        if vllm_config.parallel_config.tensor_parallel_size > 1:
+            raise Unsteerable("steering does not run under tensor parallelism yet; start with --tensor-parallel-size 1")
+        if not vllm_config.model_config.enforce_eager:
+            raise Unsteerable("steering does not run beside compiled models yet; start with --enforce-eager")
+        find = getattr(model, "get_language_model", None)
+        language: Any = find() if find is not None else model
+        inner: Any = getattr(language, "model", None)
+        if not hasattr(inner, "layers") or not hasattr(model, "embed_input_ids"):
+            raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")
+        self._embed = cast("Any", model).embed_input_ids
+        self._layers: list[nn.Module] = list(inner.layers)
+        self._loaded: dict[str, Steering] = {}
+        self._maps: dict[int, list[tuple[str, Tensor, Tensor, Tensor]]] = {}  # layer -> artifact, into, out, center
+        self._factors: dict[nn.Module, dict[str, Factors]] = {}
+        self._hooks: list[Any] = []
+        self._groups: list[tuple[str, float, Tensor]] = []  # artifact, strength, [N] its tokens in this pass
+
+    def able(self, plan: Plan) -> bool:
+        """Whether everything that a plan asks for can be done."""
+        return all(each.artifact in self._loaded for each in plan.steering)
+
+    def check(self, steering: Steering) -> None:
+        """Raise InvalidArtifact if an artifact's tensors do not fit the served model."""
+        first = steering.manifest.layer
+        if steering.manifest.recipe.method != "adapter":
+            return
+        if first < 1:
+            layers = steering.manifest.recipe.layers
+            raise InvalidArtifact(f"an adapter over {layers} layers needs a deeper model than this one")
+        for i, layer in enumerate(self._layers[first:]):
+            for module, parts in _projections(layer):
+                for name, (start, end) in parts.items():
+                    a, b = (steering.tensors[f"layers.{i}.{name}.{factor}"] for factor in "AB")
+                    if a.shape[1] != int(cast("Any", module).input_size) or b.shape[0] != end - start:
+                        raise InvalidArtifact(
+                            f"{name} in layer {i} of adapter {steering.fingerprint[:12]} maps {a.shape[1]} to {b.shape[0]}, "
+                            f"the served model's {cast('Any', module).input_size} to {end - start}; train it again here"
+                        )
+
+    def load(self, artifacts: Mapping[str, Steering]) -> None:
+        """Make exactly these, by fingerprint, the loaded ones. They have passed `check`. Hooks stand only where one acts."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._maps, self._factors, self._loaded = [], {}, {}, dict(artifacts)
+        like = next(self._layers[0].parameters())
+        for name, steering in artifacts.items():
+            layer, tensors = steering.manifest.layer, steering.tensors
+            if steering.manifest.recipe.method != "adapter":
+                into, out, center = (tensors[part].to(like.device) for part in ("into", "out", "center"))
+                self._maps.setdefault(layer, []).append((name, into, out, center))
+                continue
+            for i, decoder in enumerate(self._layers[layer:]):
+                for module, columns in _projections(decoder):
+
+                    def factor(part: str, which: str, tensors: Mapping[str, Tensor] = tensors, i: int = i) -> Tensor:
+                        return tensors[f"layers.{i}.{part}.{which}"].to(like).T.contiguous()
+
+                    made = [(factor(part, "A"), factor(part, "B"), *where) for part, where in columns.items()]
+                    self._factors.setdefault(module, {})[name] = made
+        for layer in self._maps:
+            hook = self._layers[layer].register_forward_pre_hook(lambda _, args, layer=layer: self._redirected(layer, args))
+            self._hooks.append(hook)
+        self._hooks += [module.register_forward_hook(self._adapted) for module in self._factors]
+
+    def begin(self, slots: Tensor, plans: Sequence[Plan | None], input_ids: Tensor | None, positions: Tensor) -> Tensor | None:
+        """Before the forward pass: sort its tokens by what is to be done to them.
+
+        Args:
+            slots: [T] int64, -1 = unguarded; plans: by slot. input_ids, positions: [T].
+
+        Returns:
+            [T, H] embeddings to start from, or None for the model's own.
+        """
+        self._groups = []
+        wanted: dict[tuple[str, float], list[int]] = {}
+        corrupted: list[int] = []
+        for slot, plan in enumerate(plans):
+            if plan is not None:
+                for each in plan.steering:
+                    if each.artifact in self._loaded:
+                        wanted.setdefault((each.artifact, each.strength), []).append(slot)
+                if plan.corrupt is not None and plan.corrupt.spans:
+                    corrupted.append(slot)
+        for (artifact, strength), its in wanted.items():
+            index = torch.isin(slots, slots.new_tensor(its)).nonzero().squeeze(1)
+            if len(index):
+                self._groups.append((artifact, strength, index))
+        if not corrupted or input_ids is None:
+            return None
+        return self._corrupted(slots, [(slot, cast("Plan", plans[slot])) for slot in corrupted], input_ids, positions)
+
+    def end(self) -> None:
+        """After the base: what runs on its layers from now on (the fork) is nobody's to steer."""
+        self._groups = []
+
+    def _corrupted(self, slots: Tensor, plans: Sequence[tuple[int, Plan]], input_ids: Tensor, positions: Tensor) -> Tensor | None:
+        made: Tensor | None = None
+        for slot, plan in plans:
+            settings = plan.corrupt
+            assert settings is not None
+            spans = positions.new_tensor(settings.spans)  # [S, 2]
+            inside = ((positions[:, None] >= spans[:, 0]) & (positions[:, None] < spans[:, 1])).any(dim=1)
+            index = (inside & (slots == slot)).nonzero().squeeze(1)
+            if not len(index):
+                continue
+            if made is None:
+                made = self._embed(input_ids).clone()
+            made[index] = corrupt(
+                made[index],
+                positions[index],
+                kind=cast("Corruption", settings.kind),
+                strength=settings.strength,
+                first_n=settings.first_n,
+                seed=settings.seed,
+            )
+        return made
+
+    def _redirected(self, layer: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Where tokens enter a layer that has maps: (positions, hidden, residual, ...)."""
+        if not self._groups or len(args) < 3:
+            return None
+        positions, hidden, residual, *rest = args
+        stream = hidden if residual is None else hidden + residual
+        moved = None
+        for name, into, out, center in self._maps[layer]:
+            for artifact, strength, index in self._groups:
+                if artifact == name:
+                    shift = redirect(stream[index], into=into, out=out, center=center, strength=strength)
+                    moved = hidden.clone() if moved is None else moved
+                    moved.index_add_(0, index, shift.to(hidden.dtype))
+        return None if moved is None else (positions, moved, residual, *rest)
+
+    def _adapted(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a projection that has adapters: its output is written into."""
+        if not self._groups:
+            return
+        result = output[0] if isinstance(output, tuple) else output
+        for artifact, strength, index in self._groups:
+            for a, b, first, end in self._factors[module].get(artifact, ()):
+                add_low_rank_(result, args[0], index, a=a, b=b, first=first, end=end, strength=strength)
+
+
+def _projections(layer: nn.Module) -> list[tuple[nn.Module, dict[str, tuple[int, int]]]]:
+    """A decoder layer's projections that take low-rank terms, with the parts of their columns."""
+    found = [(module, parts_of(name.rpartition(".")[2], module)) for name, module in layer.named_modules()]
+    return [(module, parts) for module, parts in found if parts is not None]
