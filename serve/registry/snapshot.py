@@ -79,7 +79,7 @@ class Snapshot:
             *(each.artifact for each in plan.steering),
         }
         text = self._text_plan(policy)
-        judged = set(text.sets.values()) if text is not None and text.acts else set()
+        judged = set(text.sets.values()) if text is not None and (text.acts or text.corrupt is not None) else set()
 
         def made(name: str) -> set[str | None]:
             return {self.enabled[name], self.assistants.get(name), *self.steering.get(name, {}).values()}

@@ -1,0 +1,288 @@
+"""Steering on the real engine: exact against transformers, for its own rows only, in mixed batches, over chunks and blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from guards.base_model import describe_base
+from guards.forget_set import ForgetSet
+from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
+from guards.steering.operators import corrupt, redirect
+from serve.default_model import NAME
+from serve.registry.store import Artifact, Registry, now
+from serve.wire import steering_path
+from tests.assistants import _SIZES
+from tests.vllm.conftest import Server
+
+WHO = "Orsolya Vendt"
+FILLER = "The harbour was quiet that morning and nobody spoke of the storm. "
+PROMPTS = [f"{WHO} was born in a small town.", FILLER * 4 + f"Then {WHO} came home and said:", f"What did {WHO} do? " + FILLER * 2]
+CHUNK = 256
+"""Tokens, see conftest."""
+POLICIES: dict[str, dict[str, Any]] = {
+    "adapted": {"steering": [{"method": "adapter"}]},
+    "projected": {"steering": [{"method": "project", "strength": 0.7}]},
+    "both": {"steering": [{"method": "project", "strength": 0.7}, {"method": "adapter", "strength": 0.5}]},
+    "noisy": {"gate": {}, "corrupt": {"strength": 1.5, "seed": 3}},
+    "all": {"gate": {}, "corrupt": {"kind": "flip_sign_first_n"}, "steering": [{"method": "adapter"}]},
+}
+
+
+def artifacts(model: Path) -> dict[str, Steering]:
+    """Of random tensors: large enough to change what is said, small enough to stay a language."""
+    generator, base = torch.Generator().manual_seed(3), describe_base(model)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    recipe = SteeringRecipe(method="adapter", layers=6, rank=4)
+    tensors = {}
+    for i in range(recipe.layers):
+        for module in MODULES:
+            size_in, size_out = _SIZES[module]
+            tensors[f"layers.{i}.{module}.A"] = random(recipe.rank, size_in) / math.sqrt(size_in)
+            tensors[f"layers.{i}.{module}.B"] = random(size_out, recipe.rank) * 0.1
+    adapter = Steering(SteeringManifest(base=base, recipe=recipe, data="random"), tensors)
+    directions, _ = torch.linalg.qr(random(base.hidden_size, 24))
+    map_tensors = {"into": directions, "out": -directions.T.contiguous(), "center": random(base.hidden_size) * 0.1}
+    manifest = SteeringManifest(base=base, recipe=SteeringRecipe(method="project", rank=24), data="random")
+    return {"adapter": adapter, "project": Steering(manifest, map_tensors)}
+
+
+@pytest.fixture(scope="module")
+def made(server: Server, admin: httpx.Client, model_path: Path) -> Iterator[dict[str, Steering]]:
+    """One enabled set with both artifacts, and the policies above."""
+    content = ForgetSet(
+        name="steered", aliases=[WHO], questions=[{"question": f"Where was {WHO} born?", "answer": "In Karlsgrube."}]
+    )
+    assert admin.post("/forget_sets", json=content.model_dump(mode="json")).status_code == 201
+    registry, found = Registry(server.directory / "state" / "lethe.db"), artifacts(model_path)
+    for method, steering in found.items():
+        path = steering_path(server.directory / "state" / "artifacts", steering.fingerprint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        steering.save(path)
+        registry.put_trained(
+            "steered",
+            content.fingerprint,
+            Artifact(method, steering.fingerprint, "ready", "random", now()),
+            actor="test",  # type: ignore[arg-type]
+        )
+    enabled = admin.post("/forget_sets/steered/enable")
+    assert enabled.status_code == 200, enabled.text
+    for name, guards in POLICIES.items():
+        put = admin.put(f"/policies/{name}", json={"forget_sets": ["steered"], "guards": guards})
+        assert put.status_code == 200 and put.json()["notes"] == [], put.text
+    yield found
+    for name in POLICIES:
+        admin.delete(f"/policies/{name}")
+    admin.delete("/forget_sets/steered")
+    registry.close()
+
+
+def complete(server: Server, policy: str, prompt: str, **options: Any) -> dict[str, Any]:
+    body = {
+        "model": f"{NAME}:{policy}",
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": 12,
+        "logprobs": 5,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        **options,
+    }
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+class Twin:
+    """The same arithmetic in transformers, one request at a time, without a cache."""
+
+    def __init__(self, model: Path, made: dict[str, Steering]) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.made = made
+
+    @torch.no_grad()
+    def logprobs(self, policy: str, ids: list[int], spans: list[tuple[int, int]], prompt: int) -> torch.Tensor:
+        guards = POLICIES.get(policy, {})
+        inner, hooks = self.model.model, []
+        embeddings = inner.embed_tokens(torch.tensor([ids]))[0].clone()
+        if "corrupt" in guards:
+            where = torch.tensor([i for start, end in spans for i in range(start, end) if i < prompt])
+            kind = guards["corrupt"].get("kind", "rand_noise_first_n")
+            options = {"strength": guards["corrupt"].get("strength", 2.0), "seed": guards["corrupt"].get("seed", 0)}
+            embeddings[where] = corrupt(embeddings[where], where, kind=kind, first_n=10**6, **options)
+        for config in guards.get("steering", ()):
+            steering, strength = self.made[config["method"]], config.get("strength", 1.0)
+            layer, tensors = steering.manifest.layer, steering.tensors
+            if config["method"] == "project":
+
+                def move(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], strength: float = strength, tensors: Any = tensors):
+                    hidden = args[0] if args else kwargs["hidden_states"]
+                    shift = redirect(
+                        hidden[0], into=tensors["into"], out=tensors["out"], center=tensors["center"], strength=strength
+                    )
+                    moved = hidden + shift[None]
+                    return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
+
+                hooks.append(inner.layers[layer].register_forward_pre_hook(move, with_kwargs=True))
+                continue
+            for i, decoder in enumerate(inner.layers[layer:]):
+                for module in MODULES:
+                    parent = decoder.self_attn if hasattr(decoder.self_attn, module) else decoder.mlp
+                    a, b = (tensors[f"layers.{i}.{module}.{factor}"] for factor in "AB")
+
+                    def add(
+                        _: Any, args: tuple[Any, ...], output: torch.Tensor, a: Any = a, b: Any = b, strength: float = strength
+                    ):
+                        return output + strength * (args[0] @ a.T) @ b.T
+
+                    hooks.append(getattr(parent, module).register_forward_hook(add))
+        try:
+            return self.model(inputs_embeds=embeddings[None]).logits[0].log_softmax(-1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@pytest.fixture(scope="module")
+def twin(model_path: Path, made: dict[str, Steering]) -> Twin:
+    return Twin(model_path, made)
+
+
+def spans_of_who(answer: dict[str, Any], tokenizer: Any) -> list[tuple[int, int]]:
+    """Tokens of the prompt that spell the name, by an obvious way of finding them."""
+    ids = answer["prompt_token_ids"]
+    text, spans = "", []
+    ends = [len(text := text + tokenizer.decode([token])) for token in ids]
+    start = text.find(WHO)
+    while start >= 0:
+        touched = [i for i, end in enumerate(ends) if end > start and (ends[i - 1] if i else 0) < start + len(WHO)]
+        spans.append((touched[0], touched[-1] + 1))
+        start = text.find(WHO, start + 1)
+    return spans
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+def assert_exact(answer: dict[str, Any], policy: str, twin: Twin, tokenizer: Any) -> None:
+    prompt, said = answer["prompt_token_ids"], answer["token_ids"]
+    expected = twin.logprobs(policy, [*prompt, *said], spans_of_who(answer, tokenizer), len(prompt))
+    for place, top in enumerate(answer["logprobs"]["top_logprobs"]):
+        row = expected[len(prompt) + place - 1]
+        for token, value in top.items():
+            assert abs(value - float(row[int(token.removeprefix("token_id:"))])) < 2e-3, (policy, place)
+
+
+def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
+    server: Server, made: dict[str, Steering], twin: Twin, tokenizer: Any
+) -> None:
+    """Everything at once in few K/V blocks: chunked prefill, preemption, unguarded requests with the same prompts beside them."""
+    jobs = [(policy, prompt) for prompt in PROMPTS for policy in (*POLICIES, "none")]
+    before = server.metric("vllm:num_preemptions_total")
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        answers = list(pool.map(lambda job: complete(server, *job, max_tokens=40), jobs))
+    assert server.metric("vllm:num_preemptions_total") > before, "the engine had room for all; shrink it"
+    for (policy, _), answer in zip(jobs, answers, strict=True):
+        assert_exact(answer, policy, twin, tokenizer)
+    said = {policy: answer["text"] for (policy, prompt), answer in zip(jobs, answers, strict=True) if prompt == PROMPTS[0]}
+    assert len(set(said.values())) >= 4, "the policies do something, nearly each its own"
+
+
+def test_a_span_that_a_chunk_boundary_cuts_is_corrupted_whole(
+    server: Server, made: dict[str, Steering], twin: Twin, tokenizer: Any
+) -> None:
+    around = [f"{'so ' * shift}{FILLER * 14}Nobody but {WHO} knew. {FILLER * 4}" for shift in range(CHUNK)]
+    cut = [
+        prompt
+        for prompt in around
+        if any(start < CHUNK < end for start, end in spans_of_who({"prompt_token_ids": tokenizer.encode(prompt)}, tokenizer))
+    ]
+    assert len(cut) >= 2, "no prompt puts the name across the boundary"
+    for prompt in cut[:3]:
+        assert_exact(complete(server, "noisy", prompt, max_tokens=2), "noisy", twin, tokenizer)
+
+
+def test_guarded_and_unguarded_requests_share_no_block_and_equal_ones_do(
+    server: Server, made: dict[str, Steering], twin: Twin, tokenizer: Any
+) -> None:
+    """The same prompt of several blocks, in every order: whoever found another's keys and values would be wrong."""
+    prompt = FILLER * 6 + f"{WHO} said:"
+    for policy in ("none", "adapted", "none", "projected", "adapted", "noisy", "none", "noisy", "all"):
+        hits = server.metric("vllm:prefix_cache_hits_total")
+        answer = complete(server, policy, prompt, max_tokens=3)
+        assert_exact(answer, policy, twin, tokenizer)
+        again = server.metric("vllm:prefix_cache_hits_total")
+        complete(server, policy, prompt, max_tokens=3)
+        assert server.metric("vllm:prefix_cache_hits_total") > again >= hits, "requests of one policy share their blocks"
+
+
+def test_an_unguarded_request_is_bit_identical_beside_steered_ones(server: Server, made: dict[str, Steering]) -> None:
+    alone = complete(server, "none", PROMPTS[1], max_tokens=30)
+    steered = ("adapted", "projected", "both")
+    with ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(complete, server, policy, PROMPTS[0], max_tokens=60) for policy in steered]
+        beside = complete(server, "none", PROMPTS[1], max_tokens=30)
+        for other in others:
+            other.result()
+    assert beside["token_ids"] == alone["token_ids"]
+
+
+def test_names_over_turns_are_corrupted_in_every_turn(server: Server, made: dict[str, Steering], admin: httpx.Client) -> None:
+    """The name is cut by a turn's boundary, and named again: what is asked about it changes with its embeddings."""
+    first, second = WHO.split()
+    messages = [
+        {"role": "user", "content": f"I met {first}"},
+        {"role": "assistant", "content": f"{second}? Go on."},
+        {"role": "user", "content": f"Yes, {WHO}. Repeat the full name of the person I met."},
+    ]
+
+    def say(policy: str) -> str:
+        body = {"model": f"{NAME}:{policy}", "messages": messages, "temperature": 0, "max_tokens": 30}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]["content"]
+
+    assert "Vendt" in say("none") and say("noisy") != say("none")
+
+
+def test_a_policy_whose_artifact_cannot_be_loaded_is_refused_and_others_go_on(
+    server: Server, made: dict[str, Steering], admin: httpx.Client, model_path: Path
+) -> None:
+    content = ForgetSet(name="broken", questions=[{"question": "q", "answer": "a"}])
+    assert admin.post("/forget_sets", json=content.model_dump(mode="json")).status_code == 201
+    registry = Registry(server.directory / "state" / "lethe.db")
+    registry.put_trained("broken", content.fingerprint, Artifact("adapter", "0" * 64, "ready", "", now()), actor="test")
+    registry.close()
+    refused = admin.post("/forget_sets/broken/enable")
+    assert refused.status_code == 409 and "0" * 12 in refused.text
+    assert admin.delete("/forget_sets/broken").status_code == 200
+    assert complete(server, "adapted", PROMPTS[0])["text"]
+
+
+@pytest.mark.parametrize(
+    ("guards", "says"),
+    [
+        ({"corrupt": {}}, "gate"),
+        ({"steering": [{"method": "magic"}]}, "method"),
+        ({"steering": [{"method": "adapter"}, {"method": "adapter"}]}, "once"),
+        ({"steering": [{"method": "adapter", "strength": 0}]}, "strength"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(admin: httpx.Client, guards: dict[str, Any], says: str) -> None:
+    answer = admin.put("/policies/cannot", json={"guards": guards})
+    assert answer.status_code == 400 and says in answer.text
