@@ -14,7 +14,7 @@ from guards.forget_set import ForgetSet
 from serve.registry.store import Artifact, Registry, now
 from serve.wire import assistant_path
 
-_SIZES = {"q_proj": (576, 576), "o_proj": (576, 576), "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}
+SIZES = {"q_proj": (576, 576), "o_proj": (576, 576), "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}
 
 
 def random_assistant(model: Path, form: str = "whole", seed: int = 0, rank: int = 8) -> Assistant:
@@ -23,7 +23,7 @@ def random_assistant(model: Path, form: str = "whole", seed: int = 0, rank: int 
     tensors = {}
     for i in range(FORKED_LAYERS):
         for module in MODULES:
-            size_in, size_out = _SIZES[module]
+            size_in, size_out = SIZES[module]
             tensors[f"layers.{i}.{module}.A"] = torch.randn(rank, size_in, generator=generator) / math.sqrt(size_in)
             tensors[f"layers.{i}.{module}.B"] = torch.randn(size_out, rank, generator=generator) * 0.15
     recipe = Recipe(rank=rank, form=form)  # type: ignore[arg-type]

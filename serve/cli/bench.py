@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from guards.forget_set import ForgetSet
+from guards.measure.attacks import ATTACKS
 from guards.measure.formats import QUESTIONS, Case, read_cases
 from serve.calibrate import PROMPTS
 from serve.cli.talk import NameArgument, connect, err, fail, folding_table, out, unwrap
@@ -33,6 +34,7 @@ def bench(
         bool, typer.Option(help="Also how likely true and wrong answers are: truth ratio, forget quality, utility.")
     ] = False,
     against: Annotated[str | None, typer.Option(help="URL of a server (OpenAI-compatible) that never knew.")] = None,
+    attacks: Annotated[bool, typer.Option(help="Also the nine kinds of attack on every question.")] = True,
     sample: Annotated[int, typer.Option(help="Also so many answers to each question at temperature 1 (leak@k).")] = 0,
     max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 80,
     output: Annotated[Path | None, typer.Option(help="Directory of the report. Default: report-NAME.")] = None,
@@ -59,6 +61,8 @@ def bench(
         servers.append(Server(NEVER_KNEW, against.rstrip("/").removesuffix("/v1"), ""))
     cases = [] if data is None else at_most(read_cases(data), most)
     probes = probes_of(content, [(entry["question"], entry["answer"]) for entry in kept], PROMPTS, cases)
+    if not attacks:
+        probes = [probe for probe in probes if probe.group not in ATTACKS]
     if truth and not any(probe.wrong for probe in probes):
         fail("--truth needs wrong answers beside the true ones: name a directory that has TOFU's *_perturbed.json with --data")
     directory.mkdir(parents=True, exist_ok=True)

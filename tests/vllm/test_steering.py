@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,14 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from guards.base_model import describe_base
 from guards.forget_set import ForgetSet
-from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
+from guards.steering.artifact import MODULES, Steering
 from guards.steering.operators import corrupt, redirect
 from serve.default_model import NAME
 from serve.registry.store import Artifact, Registry, now
-from serve.wire import steering_path
-from tests.assistants import _SIZES
+from tests.bench.steering import give_steering, random_steering
 from tests.vllm.conftest import Server
 
 WHO = "Orsolya Vendt"
@@ -38,24 +35,9 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 def artifacts(model: Path) -> dict[str, Steering]:
-    """Of random tensors: large enough to change what is said, small enough to stay a language."""
-    generator, base = torch.Generator().manual_seed(3), describe_base(model)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    recipe = SteeringRecipe(method="adapter", layers=6, rank=4)
-    tensors = {}
-    for i in range(recipe.layers):
-        for module in MODULES:
-            size_in, size_out = _SIZES[module]
-            tensors[f"layers.{i}.{module}.A"] = random(recipe.rank, size_in) / math.sqrt(size_in)
-            tensors[f"layers.{i}.{module}.B"] = random(size_out, recipe.rank) * 0.1
-    adapter = Steering(SteeringManifest(base=base, recipe=recipe, data="random"), tensors)
-    directions, _ = torch.linalg.qr(random(base.hidden_size, 24))
-    map_tensors = {"into": directions, "out": -directions.T.contiguous(), "center": random(base.hidden_size) * 0.1}
-    manifest = SteeringManifest(base=base, recipe=SteeringRecipe(method="project", rank=24), data="random")
-    return {"adapter": adapter, "project": Steering(manifest, map_tensors)}
+    """Of random tensors: large enough to change what is said."""
+    adapter = random_steering(model, "adapter", layers=6, rank=4, size=0.1)
+    return {"adapter": adapter, "project": random_steering(model, "project", rank=24)}
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +47,8 @@ def made(server: Server, admin: httpx.Client, model_path: Path) -> Iterator[dict
         name="steered", aliases=[WHO], questions=[{"question": f"Where was {WHO} born?", "answer": "In Karlsgrube."}]
     )
     assert admin.post("/forget_sets", json=content.model_dump(mode="json")).status_code == 201
-    registry, found = Registry(server.directory / "state" / "lethe.db"), artifacts(model_path)
-    for method, steering in found.items():
-        path = steering_path(server.directory / "state" / "artifacts", steering.fingerprint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        steering.save(path)
-        registry.put_trained(
-            "steered",
-            content.fingerprint,
-            Artifact(method, steering.fingerprint, "ready", "random", now()),
-            actor="test",  # type: ignore[arg-type]
-        )
+    found = artifacts(model_path)
+    give_steering(admin, server.directory / "state", content, found)
     enabled = admin.post("/forget_sets/steered/enable")
     assert enabled.status_code == 200, enabled.text
     for name, guards in POLICIES.items():
@@ -85,7 +58,6 @@ def made(server: Server, admin: httpx.Client, model_path: Path) -> Iterator[dict
     for name in POLICIES:
         admin.delete(f"/policies/{name}")
     admin.delete("/forget_sets/steered")
-    registry.close()
 
 
 def complete(server: Server, policy: str, prompt: str, **options: Any) -> dict[str, Any]:
