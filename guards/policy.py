@@ -86,7 +86,8 @@ class SteeringConfig(Frozen):
 
 class CorruptConfig(Frozen):
     """Where the gate finds a set's names in a prompt, corrupt their embeddings, so that the network does not know of whom it is
-    asked. Needs the gate. Names that the answer itself brings up are left to the other guards.
+    asked. Needs the gate. A conversation that touches a set without plainly naming it is refused, unless something else of the
+    policy acts on it. Names that the answer itself brings up are left to the other guards.
     """
 
     enabled: bool = True
@@ -118,8 +119,9 @@ class GuardConfigs(Frozen):
         methods = [each.method for each in self.steering]
         if len(set(methods)) < len(methods):
             raise ValueError(f"steering names {', '.join(methods)}: every method once")
-        if self.corrupt is not None and self.corrupt.enabled and (self.gate is None or not self.gate.enabled):
-            raise ValueError("corrupt needs a gate, which finds the names; add one")
+        gated = self.gate is not None and self.gate.enabled and self.gate.on_hit == "engage"
+        if self.corrupt is not None and self.corrupt.enabled and not gated:
+            raise ValueError('corrupt needs a gate with on_hit "engage", which finds the names; add one')
         return self
 
 

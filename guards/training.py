@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from guards.errors import GuardError, Untrainable
+from guards.forget_set import ForgetSet
 
 MAX_TOKENS = 256
 """Longer examples are cut; texts go in pieces of this size."""
@@ -60,6 +61,18 @@ class ChatModel:
         end = self.tokenizer.eos_token_id
         answer_ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return [*prompt, *answer_ids, end][: max(MAX_TOKENS, len(prompt) + 8)], len(prompt)
+
+    def sequences(self, forget_set: ForgetSet) -> Iterator[tuple[list[int], int]]:
+        """What a set teaches: its answers, in every way they are asked for but the last, which calibration needs, and its texts."""
+        for entry in forget_set.questions:
+            for question in (entry.question, *entry.paraphrases[:-1]):
+                yield self.encode(question, entry.answer)
+        for text in forget_set.texts:
+            ids = self.tokenizer(text)["input_ids"]
+            for start in range(0, max(1, len(ids) - 1), MAX_TOKENS - 1):
+                piece = ids[start : start + MAX_TOKENS]
+                if len(piece) > 1:
+                    yield piece, 1
 
     @torch.no_grad()
     def own_answers(self, prompts: Sequence[str], max_new_tokens: int, report: Callable[[int], None]) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +30,6 @@ from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
 from guards.training import (
     GENERAL,
-    MAX_TOKENS,
     ChatModel,
     Progress,
     Report,
@@ -178,19 +177,6 @@ class Fork(ChatModel):
         return torch.log_softmax(logits, dim=-1)
 
 
-def _sequences(fork: Fork, forget_set: ForgetSet) -> Iterator[tuple[list[int], int]]:
-    """What a set teaches: its answers, in every way they are asked for but the last, which calibration needs, and its texts."""
-    for entry in forget_set.questions:
-        for question in (entry.question, *entry.paraphrases[:-1]):
-            yield fork.encode(question, entry.answer)
-    for text in forget_set.texts:
-        ids = fork.tokenizer(text)["input_ids"]
-        for start in range(0, max(1, len(ids) - 1), MAX_TOKENS - 1):
-            piece = ids[start : start + MAX_TOKENS]
-            if len(piece) > 1:
-                yield piece, 1
-
-
 def train(
     directory: Path, forget_set: ForgetSet, retain: Sequence[Question], recipe: Recipe, work: Path, report: Report
 ) -> Assistant:
@@ -210,7 +196,7 @@ def train(
     data = sha256(json.dumps([forget_set.fingerprint, [q.model_dump() for q in retain], GENERAL.read_text("utf-8")]).encode())
     run = sha256(f"{base.fingerprint}{data.hexdigest()}{recipe.model_dump_json()}".encode()).hexdigest()
     fork = Fork(directory, recipe.layers)
-    sequences = list(_sequences(fork, forget_set))
+    sequences = list(fork.sequences(forget_set))
     if len(sequences) < MIN_EXAMPLES:
         raise Untrainable(
             f"forget set {forget_set.name!r} holds {len(sequences)} examples, at least {MIN_EXAMPLES} are needed; "

@@ -82,8 +82,10 @@ def steer(forget: Tensor, keep: Tensor, target: Tensor, *, rank: int, ridge: flo
     wanted = target.double() - forget
     # Where nothing of the set lies outside, what is left is rounding, and must not be blown up.
     weight = ridge * free.square().sum() / len(free) + 1e-6 * theirs.square().sum() / len(theirs) + 1e-12
-    # Over F unknowns instead of H: (X Xᵀ + w I)⁻¹, X = F P.
-    solution = free.T @ torch.linalg.solve(free @ free.T + weight * torch.eye(len(free), dtype=free.dtype), wanted)  # [H, H]
+    # (Xᵀ X + w I)⁻¹ Xᵀ = Xᵀ (X Xᵀ + w I)⁻¹ with X = F P: over whichever are fewer, states or hidden units.
+    few = len(free) <= free.shape[1]
+    square = (free @ free.T if few else free.T @ free) + weight * torch.eye(min(free.shape), dtype=free.dtype)
+    solution = free.T @ torch.linalg.solve(square, wanted) if few else torch.linalg.solve(square, free.T @ wanted)  # [H, H]
     left, values, right = torch.linalg.svd(solution, full_matrices=False)
     kept = min(rank, int((values > 1e-8 * values.max().clamp(min=1e-30)).sum())) if float(values.max()) > 1e-10 else 0
     into, out = left[:, :kept], values[:kept, None] * right[:kept]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -39,12 +39,18 @@ REST = 1e-4
 _SCALE = 2.0
 
 
+Exchange = tuple[list[int], int]
+"""Token ids, and where what is looked at begins."""
+
+
 class Lesson(Frozen):
     """An answer that a policy gave, and what else it could have said."""
 
     question: str
     tokens: tuple[int, ...] = Field(min_length=1, max_length=4_096)
-    top: tuple[tuple[tuple[int, float], ...], ...] = Field(description="at each place, (token, log-probability), the likeliest")
+    top: tuple[Annotated[tuple[tuple[int, float], ...], Field(min_length=1)], ...] = Field(
+        description="at each place, (token, log-probability), the likeliest"
+    )
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,8 @@ def make(
         InvalidArtifact, OSError.
     """
     base = describe_base(directory)
-    pairs = [(question, entry.answer) for entry in forget_set.questions for question in (entry.question, *entry.paraphrases[:-1])]
-    pairs += [("Tell me about this.", text) for text in forget_set.texts]
+    model = ChatModel(directory)
+    pairs = list(model.sequences(forget_set))
     if len(pairs) < FEWEST_EXAMPLES:
         raise Untrainable(
             f"forget set {forget_set.name!r} holds {len(pairs)} examples, at least {FEWEST_EXAMPLES} are needed to steer by it; "
@@ -103,22 +109,20 @@ def make(
     data = sha256(json.dumps(content).encode()).hexdigest()
     manifest = SteeringManifest(base=base, recipe=recipe, data=data)
     run = sha256(f"{base.fingerprint}{data}{recipe.model_dump_json()}".encode()).hexdigest()
-    model = ChatModel(directory)
     general = general_answers(model, work / f"{run[:16]}-general.json", lambda done: report(Progress("prepare", done, 100)))
-    kept = [*general, *((entry.question, entry.answer) for entry in retain)]
+    kept = [model.encode(*pair) for pair in (*general, *((entry.question, entry.answer) for entry in retain))]
     if recipe.method == "adapter":
         return _train(model, pairs, kept, lessons, manifest, work / f"{run[:16]}.safetensors", report)
     return _fit(model, pairs, kept, manifest, report)
 
 
 def _fit(
-    model: ChatModel, pairs: Sequence[tuple[str, str]], kept: Sequence[tuple[str, str]], manifest: SteeringManifest, report: Report
+    model: ChatModel, pairs: Sequence[Exchange], kept: Sequence[Exchange], manifest: SteeringManifest, report: Report
 ) -> Steering:
     recipe = manifest.recipe
     states: list[list[Tensor]] = [[], []]
-    everything = [(0, *pair) for pair in pairs] + [(1, *pair) for pair in kept]
-    for number, (which, question, answer) in enumerate(everything, 1):
-        ids, _ = model.encode(question, answer)
+    everything = [(0, ids) for ids, _ in pairs] + [(1, ids) for ids, _ in kept]
+    for number, (which, ids) in enumerate(everything, 1):
         with torch.no_grad():
             output = model.model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), output_hidden_states=True)
         states[which].append(output.hidden_states[manifest.layer][0, 1:])  # the first token is alike everywhere, and huge
@@ -216,8 +220,8 @@ def _losses(batch: Sequence[_Example], logp: Tensor) -> tuple[Tensor, Tensor]:
 
 def _train(
     model: ChatModel,
-    pairs: Sequence[tuple[str, str]],
-    kept: Sequence[tuple[str, str]],
+    pairs: Sequence[Exchange],
+    kept: Sequence[Exchange],
     lessons: Sequence[Lesson],
     manifest: SteeringManifest,
     checkpoint: Path,
@@ -227,8 +231,8 @@ def _train(
     adapted = _Adapted(model, recipe)
     examples = []
     total = len(kept) + (len(lessons) or len(pairs))
-    for question, answer in kept:
-        examples.append(adapted.observe(*model.encode(question, answer), None, forget=False))
+    for ids, start in kept:
+        examples.append(adapted.observe(ids, start, None, forget=False))
         report(Progress("prepare", len(examples), total))
     if lessons:
         for lesson in lessons:
@@ -236,8 +240,8 @@ def _train(
             examples.append(adapted.observe([*prompt, *lesson.tokens], len(prompt), lesson, forget=True))
             report(Progress("prepare", len(examples), total))
     else:
-        for question, answer in pairs:
-            examples.append(adapted.observe(*model.encode(question, answer), None, forget=True))
+        for ids, start in pairs:
+            examples.append(adapted.observe(ids, start, None, forget=True))
             report(Progress("prepare", len(examples), total))
     adapted.add_low_rank()
     parameters = {f"{name}.{part}": getattr(module, part) for name, module in adapted.low_rank.items() for part in "AB"}

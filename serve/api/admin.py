@@ -80,6 +80,7 @@ class SteeringOrder(Frozen):
 
     retain: tuple[Name, ...] = Field((), description="other sets, whose questions and answers are to stay")
     recipe: SteeringRecipe
+    distil: bool = Field(False, description="whether lessons must be there")
     lessons: tuple[Lesson, ...] = Field((), max_length=100_000, description="what a policy says, to be distilled into an adapter")
 
 
@@ -169,7 +170,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
             order = SteeringOrder.model_validate(await read_object(request))
         except ValidationError as error:
             raise Untrainable("; ".join(describe_validation(error))) from None
-        await control.train_steering(name, order.retain, order.recipe, order.lessons)
+        await control.train_steering(name, order.retain, order.recipe, order.lessons, distil=order.distil)
         return await _shown(name, control.snapshot.revision)
 
     @router.post("/forget_sets/{name}/assistant/pause")

@@ -173,9 +173,7 @@ class Control:
             await self._make(content)  # before the lock, so that nobody waits for it; what follows finds it done
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, content.name)
-            enforced = any(each.kind in TRAINED for each in stored.artifacts) or await asyncio.to_thread(
-                self._registry.judged, stored
-            )
+            enforced = stored.artifact("assistant") is not None or await asyncio.to_thread(self._registry.judged, stored)
             if stored.enabled and not content.phrases and not enforced:
                 raise NotReady(f"forget set {content.name!r} is enabled and the new content has no phrases; disable it first")
             artifacts = await self._make(content) if stored.enabled else self._to_build(content)
@@ -243,18 +241,23 @@ class Control:
             raise Untrainable(f"recipe.layers is {recipe.layers}, this server forks the last {FORKED_LAYERS} layers; leave it out")
         await self._order("guards.contrastive.train", name, retain, recipe)
 
-    async def train_steering(self, name: str, retain: Sequence[str], recipe: SteeringRecipe, lessons: Sequence[Lesson]) -> None:
+    async def train_steering(
+        self, name: str, retain: Sequence[str], recipe: SteeringRecipe, lessons: Sequence[Lesson], *, distil: bool
+    ) -> None:
         """Start fitting or training a set's steering artifact, as `train` does.
 
         Args:
             lessons: what a policy says, for an adapter that is to say the same.
+            distil: that is what is wanted; without lessons it would become its opposite, an adapter that knows nothing.
 
         Raises:
-            UnknownName, Untrainable.
+            UnknownName, Untrainable, NotReady.
         """
         base = self._require_trainable()
         if recipe.method == "adapter" and recipe.layers >= base.layers:
             raise Untrainable(f"recipe.layers is {recipe.layers}, the served model has {base.layers}; adapt fewer of them")
+        if distil and not lessons:
+            raise Untrainable("there is nothing to distil: no lesson came; the policy must answer the set's questions")
         if lessons and recipe.method != "adapter":
             raise Untrainable(f"a policy can be distilled into an adapter, not by method {recipe.method!r}")
         broken = next((each for each in lessons if len(each.top) != len(each.tokens)), None)
@@ -282,6 +285,9 @@ class Control:
             kept += (await asyncio.to_thread(self._registry.content, other)).questions
         if name in retain:
             raise Untrainable(f"forget set {name!r} cannot be retained and forgotten at once")
+        ordered = (program, getattr(recipe, "method", "contrast"))
+        if (busy := await asyncio.to_thread(trainer.busy_with, name)) is not None and busy != ordered:
+            raise NotReady(f"forget set {name!r} is being trained by method {busy[1]}; wait, or pause that first")
         await trainer.halt(name)  # an earlier order must not end up under this one's name
         async with self._changing:
             content = await asyncio.to_thread(self._registry.content, name)  # not deleted or replaced meanwhile

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _JOB, _PROGRESS, _ERROR, _RESULT = "job.json", "progress.json", "error.txt", "result.safetensors"
 _PAUSED = "stopped on request; the same order again goes on from the last checkpoint"
 Program = Literal["guards.contrastive.train", "guards.steering.train"]
+CONTRAST: Program = "guards.contrastive.train"
 Adopt = Callable[[str, str, Path, Program], Awaitable[None]]
 
 
@@ -76,6 +77,16 @@ class Trainer:
         temporary.write_text(json.dumps(job), "utf-8")
         os.replace(temporary, work / _JOB)
 
+    def busy_with(self, name: str) -> tuple[str, str] | None:
+        """Program and method of a set's job that waits or runs; None if there is none."""
+        if name not in self._tasks:
+            return None
+        try:
+            job = json.loads((self._directory / name / _JOB).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return job.get("program", CONTRAST), job["recipe"].get("method", "contrast")
+
     def pause(self, name: str) -> None:
         """Stop a set's training for now."""
         if task := self._tasks.pop(name, None):
@@ -120,9 +131,9 @@ class Trainer:
         async with self._turn:
             try:
                 job = json.loads((work / _JOB).read_text("utf-8"))
-                status, said = await self._train(work, job["program"])
+                status, said = await self._train(work, job.get("program", CONTRAST))
                 if status == 0:
-                    await self._adopt(name, job["fingerprint"], work / _RESULT, job["program"])
+                    await self._adopt(name, job["fingerprint"], work / _RESULT, job.get("program", CONTRAST))
                     shutil.rmtree(work, ignore_errors=True)
                     return
                 reason = said.strip().splitlines()[-1] if said.strip() else f"the training process ended with status {status}"

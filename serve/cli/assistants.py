@@ -21,9 +21,11 @@ from rich.progress import (
 )
 
 from guards.forget_set import ForgetSet
+from guards.training import write_whole
 from serve.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
 from serve.calibrate import calibrate as run_calibration
 from serve.cli.talk import NameArgument, artifact_of, connect, err, fail, folding_table, out, unwrap
+from serve.compare.report import config_fingerprint
 from serve.settings import Settings
 
 
@@ -59,7 +61,7 @@ def train(
     with connect() as client:
         before = artifact_of(unwrap(client.get(f"/forget_sets/{name}")), kind)
         if distil_from is not None:
-            order["lessons"] = _lessons(client, name, distil_from)
+            order |= {"lessons": _lessons(client, name, distil_from), "distil": True}
         shown = unwrap(client.post(f"/forget_sets/{name}/{path}", json=order))
         if detach:
             out.print(f"training {name}; `lethe forget show {name}` tells how far it is")
@@ -118,6 +120,10 @@ def _lessons(client: httpx.Client, name: str, policy: str) -> list[dict[str, Any
     content = ForgetSet.model_validate({"name": name, **shown["content"]})
     asked = [question for entry in content.questions for question in (entry.question, *entry.paraphrases[:-1])]
     settings = Settings()
+    policies = [{**unwrap(client.get(f"/policies/{policy}")), "revision": 0}]
+    kept = settings.cache_dir / "lessons" / f"{config_fingerprint(shown, policies, settings.url)}.json"
+    if kept.exists():  # the same again, so that training goes on from its checkpoint
+        return list(json.loads(kept.read_text("utf-8")))
     headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with (
@@ -142,7 +148,15 @@ def _lessons(client: httpx.Client, name: str, policy: str) -> list[dict[str, Any
             progress.advance(task)
             return [_lesson(question, choice) for choice in choices if choice["logprobs"] and choice["logprobs"]["content"]]
 
-        return [lesson for lessons in pool.map(ask, asked) for lesson in lessons]
+        lessons = list(pool.map(ask, asked))
+    if silent := [question for question, each in zip(asked, lessons, strict=True) if not each]:
+        fail(
+            f"policy {policy} gave no answer to {len(silent)} of {len(asked)} questions, such as {silent[0]!r}; distil one that answers"
+        )
+    kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = [each for every in lessons for each in every]
+    write_whole(kept, lambda path: path.write_text(json.dumps(found), "utf-8"))
+    return found
 
 
 def _lesson(question: str, choice: dict[str, Any]) -> dict[str, Any]:

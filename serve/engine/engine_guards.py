@@ -79,7 +79,8 @@ class EngineGuards:
         self.suppression = SuppressionGuard(self.vocabulary, self.device)
         has_text = torch.from_numpy(self.vocabulary.lengths > 0).to(self.device)
         self.contrast = ContrastGuard(has_text)
-        self.unsteered = SteeringGuard(has_text, lambda plan: self._steerer is not None and self._steerer.able(plan))
+        self._never_steered: set[str] = set()
+        self.unsteered = SteeringGuard(has_text, self._is_steered)
         directory = self._directory = Path(settings[ARTIFACTS_KEY])
         self._base = None if settings[BASE_KEY] is None else BaseModel.model_validate(settings[BASE_KEY])
 
@@ -128,7 +129,10 @@ class EngineGuards:
 
     def load(self, plan: Plan) -> None:
         """Make sure that a plan's artifacts are loaded before its request's first row."""
-        self.ensure(plan.suppression, [*(each.assistant for each in plan.contrast), *(each.artifact for each in plan.steering)])
+        steering = [each.artifact for each in plan.steering]
+        failures = self.ensure(plan.suppression, [*(each.assistant for each in plan.contrast), *steering])
+        # Blocks that were computed without it are cached under its salt: it must not be taken for loaded when it comes later.
+        self._never_steered |= failures.keys() & set(steering)
         if plan.corrupt is not None and self._steerer is None:
             try:
                 self._the_steerer()
@@ -169,7 +173,7 @@ class EngineGuards:
             return
         lines.sort()  # an assistant's lines stand together
         names, *numbers = zip(*lines, strict=True)
-        bare = tuple(not self.slots.plan(line[2]).changes_cache for line in lines)
+        bare = tuple(not self.slots.plan(line[2]).steering for line in lines)
         request, slot, nth = (torch.tensor(each) for each in numbers)
         last = next(iter(metadata.values())).query_start_loc[1:].long()[request] - 1
         self._fork.expect(last)
@@ -223,6 +227,10 @@ class EngineGuards:
             self._fork = LateFork(model, self.vllm_config)
         return self._fork
 
+    def _is_steered(self, plan: Plan) -> bool:
+        failed = self._never_steered & {each.artifact for each in plan.steering}
+        return not failed and self._steerer is not None and self._steerer.able(plan)
+
     def _the_steerer(self) -> Steerer:
         """Made when the first artifact, or the first plan that corrupts, comes. Raises Unsteerable."""
         if self._steerer is None:
@@ -231,12 +239,12 @@ class EngineGuards:
             self._steerer = Steerer(model, self.vllm_config)
         return self._steerer
 
-    def begin_steering(self, input_ids: Tensor | None, positions: Tensor) -> Tensor | None:
+    def begin_steering(self, input_ids: Tensor | None, positions: Tensor, embeddings: Tensor | None) -> Tensor | None:
         """Before the base: [T, H] embeddings to start from, or None for its own."""
         if self._steerer is None or not any(plan.changes_cache for plan in self.slots.live_plans):
             return None
         slots = self.slots_of_tokens(len(positions))
-        return None if slots is None else self._steerer.begin(slots, self.slots.plans, input_ids, positions)
+        return None if slots is None else self._steerer.begin(slots, self.slots.plans, input_ids, positions, embeddings)
 
     def end_steering(self) -> None:
         """After the base, whatever became of it."""

@@ -55,7 +55,7 @@ class GuardedModel:
         """
         token_ids = input_ids
         self.lethe.expect_assistants()
-        corrupted = self.lethe.begin_steering(input_ids, positions)
+        corrupted = self.lethe.begin_steering(input_ids, positions, inputs_embeds)
         if corrupted is not None:
             input_ids, inputs_embeds = None, corrupted  # type: ignore[assignment]
         try:

@@ -2,8 +2,9 @@
 
 Before a forward pass, the tokens of the batch are sorted by what is to be done to them: for each artifact the indices of its
 tokens, and the tokens whose embeddings are corrupted. The hooks read those indices, so that rows of other requests are bit for bit
-what they would be without, and a pass in which nobody is steered does not even enter them. There is Python for each artifact in the
-batch and none for each row.
+what they would be without, and a pass in which nobody is steered does not even enter them. There is Python for each plan in the
+batch, as in the tracker, and none for each row or token. Whatever did not act although it should have is not called loaded again:
+its rows are closed.
 
 Keys and values of steered tokens differ, so that such requests carry a salt (`Plan.cache_salt`); the late fork reads what the
 steered base wrote and so composes with this.
@@ -16,6 +17,7 @@ batched product over slots; the arithmetic here is written so that only the inde
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -24,10 +26,12 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from guards.errors import InvalidArtifact
-from guards.steering.artifact import Steering
+from guards.steering.artifact import MODULES, Steering
 from guards.steering.operators import Corruption, add_low_rank_, corrupt, redirect
 from guards.types import Plan
 from serve.engine.fork import Unforkable, parts_of
+
+logger = logging.getLogger(__name__)
 
 Factors = list[tuple[Tensor, Tensor, int, int]]  # A [in, r], B [r, out], columns
 
@@ -49,6 +53,10 @@ class Steerer:
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         if vllm_config.parallel_config.tensor_parallel_size > 1:
             raise Unsteerable("steering does not run under tensor parallelism yet; start with --tensor-parallel-size 1")
+        if vllm_config.lora_config is not None:
+            raise Unsteerable("steering does not run beside vLLM's own LoRA yet; start without --enable-lora")
+        if vllm_config.device_config.device_type != "cpu":
+            raise Unsteerable("steering runs on vLLM's CPU backend only, so far; use phrases on this server")
         if not vllm_config.model_config.enforce_eager:
             raise Unsteerable("steering does not run beside compiled models yet; start with --enforce-eager")
         find = getattr(model, "get_language_model", None)
@@ -57,16 +65,19 @@ class Steerer:
         if not hasattr(inner, "layers") or not hasattr(model, "embed_input_ids"):
             raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")
         self._embed = cast("Any", model).embed_input_ids
+        self._like = torch.empty(0, dtype=vllm_config.model_config.dtype, device=next(inner.norm.parameters()).device)
         self._layers: list[nn.Module] = list(inner.layers)
         self._loaded: dict[str, Steering] = {}
         self._maps: dict[int, list[tuple[str, Tensor, Tensor, Tensor]]] = {}  # layer -> artifact, into, out, center
         self._factors: dict[nn.Module, dict[str, Factors]] = {}
         self._hooks: list[Any] = []
         self._groups: list[tuple[str, float, Tensor]] = []  # artifact, strength, [N] its tokens in this pass
+        self._acted: set[str] = set()  # artifacts that a hook of this pass applied
+        self._idle: set[str] = set()  # those that were to act and were not reached: this model computes in another way
 
     def able(self, plan: Plan) -> bool:
         """Whether everything that a plan asks for can be done."""
-        return all(each.artifact in self._loaded for each in plan.steering)
+        return all(each.artifact in self._loaded and each.artifact not in self._idle for each in plan.steering)
 
     def check(self, steering: Steering) -> None:
         """Raise InvalidArtifact if an artifact's tensors do not fit the served model."""
@@ -77,7 +88,10 @@ class Steerer:
             layers = steering.manifest.recipe.layers
             raise InvalidArtifact(f"an adapter over {layers} layers needs a deeper model than this one")
         for i, layer in enumerate(self._layers[first:]):
-            for module, parts in _projections(layer):
+            found = _projections(layer)
+            if missing := set(MODULES) - {name for _, parts in found for name in parts}:
+                raise InvalidArtifact(f"layer {first + i} has no {min(missing)} of its own kind, so no adapter can act on it")
+            for module, parts in found:
                 for name, (start, end) in parts.items():
                     a, b = (steering.tensors[f"layers.{i}.{name}.{factor}"] for factor in "AB")
                     if a.shape[1] != int(cast("Any", module).input_size) or b.shape[0] != end - start:
@@ -91,8 +105,8 @@ class Steerer:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._maps, self._factors, self._loaded = [], {}, {}, dict(artifacts)
-        like = next(self._layers[0].parameters())
-        for name, steering in artifacts.items():
+        like = self._like
+        for name, steering in sorted(artifacts.items()):  # in an order that no history decides
             layer, tensors = steering.manifest.layer, steering.tensors
             if steering.manifest.recipe.method != "adapter":
                 into, out, center = (tensors[part].to(like.device) for part in ("into", "out", "center"))
@@ -107,20 +121,32 @@ class Steerer:
                     made = [(factor(part, "A"), factor(part, "B"), *where) for part, where in columns.items()]
                     self._factors.setdefault(module, {})[name] = made
         for layer in self._maps:
-            hook = self._layers[layer].register_forward_pre_hook(lambda _, args, layer=layer: self._redirected(layer, args))
-            self._hooks.append(hook)
+            # First of all hooks, so that the fork's tap sees what the layer sees, whichever was made first.
+            self._hooks.append(
+                self._layers[layer].register_forward_pre_hook(
+                    lambda _, args, kwargs, layer=layer: self._redirected(layer, args, kwargs), prepend=True, with_kwargs=True
+                )
+            )
         self._hooks += [module.register_forward_hook(self._adapted) for module in self._factors]
 
-    def begin(self, slots: Tensor, plans: Sequence[Plan | None], input_ids: Tensor | None, positions: Tensor) -> Tensor | None:
+    def begin(
+        self,
+        slots: Tensor,
+        plans: Sequence[Plan | None],
+        input_ids: Tensor | None,
+        positions: Tensor,
+        embeddings: Tensor | None = None,
+    ) -> Tensor | None:
         """Before the forward pass: sort its tokens by what is to be done to them.
 
         Args:
             slots: [T] int64, -1 = unguarded; plans: by slot. input_ids, positions: [T].
+            embeddings: [T, H], if the runner made them (of images, say).
 
         Returns:
             [T, H] embeddings to start from, or None for the model's own.
         """
-        self._groups = []
+        self._groups, self._acted = [], set()
         wanted: dict[tuple[str, float], list[int]] = {}
         corrupted: list[int] = []
         for slot, plan in enumerate(plans):
@@ -136,13 +162,24 @@ class Steerer:
                 self._groups.append((artifact, strength, index))
         if not corrupted or input_ids is None:
             return None
-        return self._corrupted(slots, [(slot, cast("Plan", plans[slot])) for slot in corrupted], input_ids, positions)
+        chosen = [(slot, cast("Plan", plans[slot])) for slot in corrupted]
+        return self._corrupted(slots, chosen, input_ids, positions, embeddings)
 
     def end(self) -> None:
         """After the base: what runs on its layers from now on (the fork) is nobody's to steer."""
+        if idle := {artifact for artifact, _, _ in self._groups} - self._acted:
+            self._idle |= idle
+            logger.error("lethe: %s did not act on this model's layers; its requests are closed", ", ".join(sorted(idle)))
         self._groups = []
 
-    def _corrupted(self, slots: Tensor, plans: Sequence[tuple[int, Plan]], input_ids: Tensor, positions: Tensor) -> Tensor | None:
+    def _corrupted(
+        self,
+        slots: Tensor,
+        plans: Sequence[tuple[int, Plan]],
+        input_ids: Tensor,
+        positions: Tensor,
+        embeddings: Tensor | None,
+    ) -> Tensor | None:
         made: Tensor | None = None
         for slot, plan in plans:
             settings = plan.corrupt
@@ -153,7 +190,7 @@ class Steerer:
             if not len(index):
                 continue
             if made is None:
-                made = self._embed(input_ids).clone()
+                made = (self._embed(input_ids) if embeddings is None else embeddings).clone()
             made[index] = corrupt(
                 made[index],
                 positions[index],
@@ -164,20 +201,22 @@ class Steerer:
             )
         return made
 
-    def _redirected(self, layer: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Where tokens enter a layer that has maps: (positions, hidden, residual, ...)."""
-        if not self._groups or len(args) < 3:
+    def _redirected(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Where tokens enter a layer that has maps: (positions, hidden, residual or not, ...). One map after the other."""
+        if not self._groups or len(args) < 2:
             return None
-        positions, hidden, residual, *rest = args
-        stream = hidden if residual is None else hidden + residual
+        positions, hidden, *rest = args
+        residual = rest[0] if rest and isinstance(rest[0], Tensor) and rest[0].shape == hidden.shape else None
         moved = None
         for name, into, out, center in self._maps[layer]:
             for artifact, strength, index in self._groups:
                 if artifact == name:
-                    shift = redirect(stream[index], into=into, out=out, center=center, strength=strength)
                     moved = hidden.clone() if moved is None else moved
+                    stream = moved[index] if residual is None else moved[index] + residual[index]
+                    shift = redirect(stream, into=into, out=out, center=center, strength=strength)
                     moved.index_add_(0, index, shift.to(hidden.dtype))
-        return None if moved is None else (positions, moved, residual, *rest)
+                    self._acted.add(name)
+        return None if moved is None else ((positions, moved, *rest), kwargs)
 
     def _adapted(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a projection that has adapters: its output is written into."""
@@ -185,6 +224,8 @@ class Steerer:
             return
         result = output[0] if isinstance(output, tuple) else output
         for artifact, strength, index in self._groups:
+            if artifact in self._factors[module]:
+                self._acted.add(artifact)
             for a, b, first, end in self._factors[module].get(artifact, ()):
                 add_low_rank_(result, args[0], index, a=a, b=b, first=first, end=end, strength=strength)
 

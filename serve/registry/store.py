@@ -312,7 +312,7 @@ class Registry:
             if stored.expired:
                 raise NotReady(f"forget set {name!r} expired at {stored.header['expires_at']}; replace it with a later expires_at")
             phrases = stored.artifact("phrases")
-            trained = any(artifact.kind in TRAINED for artifact in stored.artifacts)
+            trained = stored.artifact("assistant") is not None or self._steered(connection, stored)
             acting = self._acting(connection, stored)
             vectors = stored.artifact("similarity")
             embedded = vectors is not None and vectors.status == "ready"
@@ -324,9 +324,9 @@ class Registry:
                 )
             if not stored.header["phrases"] and not trained and not (acting and embedded):
                 raise NotReady(
-                    f"forget set {name!r} has neither phrases nor an assistant or the like, so nothing would enforce it; "
-                    f"add phrases, train its assistant (`lethe train {name}`), or put a policy that refuses by its gate or has a "
-                    "stream filter (the set's similarity must be 'ready' for that)"
+                    f"forget set {name!r} has neither phrases nor an assistant, so nothing would enforce it; "
+                    f"add phrases, train its assistant (`lethe train {name}`), or put a policy that steers by what it has, that "
+                    "refuses by its gate or has a stream filter (the set's similarity must be 'ready' for the last two)"
                 )
             if stored.header["phrases"] and (phrases is None or phrases.status != "ready"):
                 state = "not built yet" if phrases is None else f"{phrases.status} {phrases.detail}".strip()
@@ -466,9 +466,15 @@ class Registry:
             yield connection
 
     def judged(self, stored: StoredSet) -> bool:
-        """Whether some policy acts on a set by similarity alone."""
+        """Whether some policy acts on a set by similarity or by steering alone."""
         with self.reading() as connection:
-            return bool(self._acting(connection, stored))
+            return bool(self._acting(connection, stored)) or self._steered(connection, stored)
+
+    def _steered(self, connection: sa.Connection, stored: StoredSet) -> bool:
+        """Whether some policy would steer by what was made of a set."""
+        made: dict[str, str] = {each.kind: each.fingerprint for each in stored.artifacts if each.kind in METHODS}
+        assumed = Snapshot(0, {stored.name: None}, self.policies_of(connection), (), steering={stored.name: made})
+        return any(plan.steering for plan in assumed.plans.values())
 
     def _acting(self, connection: sa.Connection, stored: StoredSet) -> list[str]:
         """The policies that would act on a set by similarity."""

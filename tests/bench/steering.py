@@ -85,9 +85,9 @@ def add_set(server: Server, model: Path) -> None:
         registry.close()
         made = {method: random_steering(model, method) for method in ("adapter", "project")}
         give_steering(admin, state, content, made)
-        admin.post("/forget_sets/s/enable").raise_for_status()
         for name, guards in POLICIES.items():
             admin.put(f"/policies/{name.replace(' ', '-')}", json={"forget_sets": ["s"], "guards": guards}).raise_for_status()
+        admin.post("/forget_sets/s/enable").raise_for_status()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,11 +50,11 @@ def made(server: Server, admin: httpx.Client, model_path: Path) -> Iterator[dict
     assert admin.post("/forget_sets", json=content.model_dump(mode="json")).status_code == 201
     found = artifacts(model_path)
     give_steering(admin, server.directory / "state", content, found)
-    enabled = admin.post("/forget_sets/steered/enable")
-    assert enabled.status_code == 200, enabled.text
     for name, guards in POLICIES.items():
         put = admin.put(f"/policies/{name}", json={"forget_sets": ["steered"], "guards": guards})
-        assert put.status_code == 200 and put.json()["notes"] == [], put.text
+        assert put.status_code == 200, put.text
+    enabled = admin.post("/forget_sets/steered/enable")
+    assert enabled.status_code == 200, enabled.text
     yield found
     for name in POLICIES:
         admin.delete(f"/policies/{name}")
@@ -211,16 +212,18 @@ def test_an_unguarded_request_is_bit_identical_beside_steered_ones(server: Serve
         beside = complete(server, "none", PROMPTS[1], max_tokens=30)
         for other in others:
             other.result()
+        assert not all(other.done() for other in others) or len(beside["token_ids"]) < 60, "they were in one batch"
     assert beside["token_ids"] == alone["token_ids"]
+    for one, other in zip(beside["logprobs"]["token_logprobs"], alone["logprobs"]["token_logprobs"], strict=True):
+        assert abs(one - other) < 1e-3, "sums over a larger batch may be taken in another order, and nothing more"
 
 
-def test_names_over_turns_are_corrupted_in_every_turn(server: Server, made: dict[str, Steering], admin: httpx.Client) -> None:
-    """The name is cut by a turn's boundary, and named again: what is asked about it changes with its embeddings."""
-    first, second = WHO.split()
+def test_names_are_corrupted_in_every_turn(server: Server, made: dict[str, Steering], admin: httpx.Client) -> None:
+    """Named in the first turn and asked about in the last: what is asked changes with the embeddings of the first."""
     messages = [
-        {"role": "user", "content": f"I met {first}"},
-        {"role": "assistant", "content": f"{second}? Go on."},
-        {"role": "user", "content": f"Yes, {WHO}. Repeat the full name of the person I met."},
+        {"role": "user", "content": f"I met {WHO}."},
+        {"role": "assistant", "content": "Go on."},
+        {"role": "user", "content": "Repeat the full name of the person I met."},
     ]
 
     def say(policy: str) -> str:
@@ -232,6 +235,46 @@ def test_names_over_turns_are_corrupted_in_every_turn(server: Server, made: dict
     assert "Vendt" in say("none") and say("noisy") != say("none")
 
 
+def test_whoever_touches_a_set_without_naming_it_is_refused_where_only_names_would_be_corrupted(
+    server: Server, made: dict[str, Steering]
+) -> None:
+    disguised = "Who is " + " ".join(WHO[::-1].replace(" ", "")) + "? Read the letters backwards: " + WHO[::-1]
+    answers = {}
+    for policy in ("noisy", "all"):
+        body = {"model": f"{NAME}:{policy}", "messages": [{"role": "user", "content": disguised}], "max_tokens": 5}
+        answers[policy] = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300).json()["choices"][0]
+    assert answers["noisy"]["finish_reason"] == "content_filter" and answers["all"]["finish_reason"] != "content_filter"
+
+
+def test_everything_composes_with_an_assistant_and_several_choices(
+    server: Server, made: dict[str, Steering], admin: httpx.Client, model_path: Path
+) -> None:
+    """Contrast reads what the steered base wrote; n > 1 and scoring go the same way."""
+    registry = Registry(server.directory / "state" / "lethe.db")
+    content = registry.content("steered")
+    assistant = random_assistant(model_path)
+    path = assistant_path(server.directory / "state" / "artifacts", assistant.fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assistant.save(path)
+    registry.put_trained(
+        "steered", content.fingerprint, Artifact("assistant", assistant.fingerprint, "ready", "", now()), actor="t"
+    )
+    registry.close()
+    time.sleep(2)  # the server looks for changes of other processes twice a second
+    one = complete(server, "adapted", PROMPTS[0], max_tokens=20, logprobs=None, return_token_ids=False)
+    many = httpx.post(
+        f"{server.url}/v1/completions",
+        json={"model": f"{NAME}:adapted", "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 20, "n": 3},
+        timeout=300,
+    ).json()["choices"]
+    assert {choice["text"] for choice in many} == {one["text"]}
+    order = {"question": "Who?", "continuations": ["A sailor came home."]}
+    scores = {
+        p: admin.post("/score", json={**order, "policy": p}).json()["scores"][0]["logprob"] for p in ("none", "adapted", "both")
+    }
+    assert len({round(score, 3) for score in scores.values()}) == 3
+
+
 def test_a_policy_whose_artifact_cannot_be_loaded_is_refused_and_others_go_on(
     server: Server, made: dict[str, Steering], admin: httpx.Client, model_path: Path
 ) -> None:
@@ -240,6 +283,8 @@ def test_a_policy_whose_artifact_cannot_be_loaded_is_refused_and_others_go_on(
     registry = Registry(server.directory / "state" / "lethe.db")
     registry.put_trained("broken", content.fingerprint, Artifact("adapter", "0" * 64, "ready", "", now()), actor="test")
     registry.close()
+    path = steering_path(server.directory / "state" / "artifacts", "0" * 64)
+    path.write_bytes(b"no safetensors")
     refused = admin.post("/forget_sets/broken/enable")
     assert refused.status_code == 409 and "0" * 12 in refused.text
     assert admin.delete("/forget_sets/broken").status_code == 200
@@ -250,6 +295,7 @@ def test_a_policy_whose_artifact_cannot_be_loaded_is_refused_and_others_go_on(
     ("guards", "says"),
     [
         ({"corrupt": {}}, "gate"),
+        ({"corrupt": {}, "gate": {"on_hit": "monitor"}}, "engage"),
         ({"steering": [{"method": "magic"}]}, "method"),
         ({"steering": [{"method": "adapter"}, {"method": "adapter"}]}, "once"),
         ({"steering": [{"method": "adapter", "strength": 0}]}, "strength"),

@@ -116,7 +116,11 @@ class GuardedEngineClient:
             raise VLLMValidationError(f"n={sampling_params.n} exceeds this server's limit of {self._max_choices}", parameter="n")
         guarded = plan.engages or text is not None
         if request is not None and text is None:
-            request.fired += [name for name, acts in (("suppression", plan.suppression), ("contrast", plan.contrast)) if acts]
+            request.fired += [
+                name
+                for name, acts in (("suppression", plan.suppression), ("contrast", plan.contrast), ("steering", plan.steering))
+                if acts
+            ]
         entry = None if request is None else request.entry
         arm = "" if entry is None else f"{entry.experiment.name}/{entry.arm.name}"
         _requests.labels(plan.policy, str(guarded).lower(), arm).inc()
@@ -233,7 +237,7 @@ class GuardedEngineClient:
         monitors = text.gate is None or text.gate.on_hit == "monitor"
         if reason is not None and not (monitors and not text.acts):
             raise GracefulHTTPError(f"a guard is not available: similarity: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
-        if text.missing and text.acts:
+        if text.missing and (text.acts or text.corrupt is not None):
             names = ", ".join(text.missing)
             message = f"a guard is not available: the similarity of {names} is not ready (see `lethe forget show`)"
             raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)

@@ -85,6 +85,8 @@ def spans_of(
     spans: list[tuple[int, int]] = []
     for start, end in places("".join(pieces)):
         first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, end)
+        while first and not pieces[first - 1] and not vocabulary.special[token_ids[first - 1]]:
+            first -= 1  # it holds the beginning of the first character
         if spans and first <= spans[-1][1]:
             spans[-1] = (spans[-1][0], max(spans[-1][1], last + 1))
         else:
@@ -192,7 +194,18 @@ class Held:
         if refused:
             return None
         touched = frozenset(verdict.owner for verdict in verdicts)
-        return Opened(touched, brought, self._corrupted(text, touched, token_ids))
+        corrupt = self._corrupted(text, touched, token_ids)
+        if text.corrupt is not None:
+            if corrupt is not None:
+                request.fired("corrupt")
+            acting = {*(each.assistant for each in request.plan.contrast), *(each.artifact for each in request.plan.steering)}
+            for owner in touched:
+                # Touched without being named, or named in a disguise: there is nothing to corrupt, so something else must act.
+                named = corrupt is not None and self._corrupted(text, frozenset({owner}), token_ids) is not None
+                if not named and not acting & set(text.assistants.get(owner, ())):
+                    request.fired("corrupt refuse")
+                    return None
+        return Opened(touched, brought, corrupt)
 
     def _corrupted(self, text: TextPlan, touched: frozenset[str], token_ids: Sequence[int]) -> Corrupt | None:
         """The tokens of a prompt that name what it touches; None if that changes nothing."""

@@ -1,0 +1,100 @@
+"""What steering does to plans: who is steered by what, what keeps caches apart, and which tokens a name is."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guards.policy import BUILT_IN, parse_policy
+from guards.suppression.vocabulary import Vocabulary
+from guards.types import Corrupt, Plan, Steer
+from serve.api.engine_client.held import Opened, Request, _engaged, spans_of
+from serve.registry.snapshot import Snapshot
+
+
+def snapshot(guards: dict[str, Any], **fields: Any) -> Snapshot:
+    policy = parse_policy({"name": "p", "guards": guards})
+    options: dict[str, Any] = {
+        "enabled": {"a": None, "b": None},
+        "steering": {"a": {"adapter": "a-adapter", "steer": "a-steer"}, "b": {"adapter": "b-adapter"}},
+        **fields,
+    }
+    return Snapshot(1, policies={**BUILT_IN, "p": policy}, keys=(), **options)
+
+
+def test_a_plan_names_every_chosen_sets_artifacts_of_the_policys_methods_and_no_others() -> None:
+    plan = snapshot({"steering": [{"method": "adapter", "strength": 2}, {"method": "project"}]}).plan("p")
+    assert plan.steering == (Steer("a-adapter", 2.0), Steer("b-adapter", 2.0)) and plan.engages and plan.changes_cache
+    assert (
+        snapshot({}).plan("p").steering
+        == ()
+        == snapshot({"steering": [{"method": "adapter", "enabled": False}]}).plan("p").steering
+    )
+
+
+def test_what_a_policy_expects_and_no_set_has_is_said() -> None:
+    notes = snapshot({"steering": [{"method": "steer"}]})
+    assert notes.notes(notes.policies["p"]) == [
+        "nothing under this policy acts on forget set 'b'",
+        "forget set 'b' has no artifact by steer; make one with `lethe train b --method steer`",
+    ]
+    assert notes.trained_fingerprints == ["a-steer"]
+
+
+def test_salts_differ_exactly_where_keys_and_values_do() -> None:
+    plain = Plan(1, "p", ("phrases",))
+    steered = replace(plain, steering=(Steer("x", 1.0),))
+    assert plain.cache_salt is None
+    assert steered.cache_salt == replace(steered, revision=2, policy="q", suppression=()).cache_salt, "the same keys and values"
+    corrupt = Corrupt("flip_sign_first_n", 1.0, 8, 0, ((1, 3),))
+    others = [
+        replace(plain, steering=(Steer("x", 1.5),)),
+        replace(plain, steering=(Steer("y", 1.0),)),
+        replace(steered, corrupt=corrupt),
+        replace(plain, corrupt=corrupt),
+        replace(plain, corrupt=replace(corrupt, seed=1)),
+        replace(plain, corrupt=replace(corrupt, spans=((1, 4),))),
+    ]
+    salts = {each.cache_salt for each in (plain, steered, *others)}
+    assert len(salts) == 2 + len(others)
+    assert replace(plain, corrupt=replace(corrupt, spans=())).cache_salt is None, "nothing is corrupted"
+
+
+def test_the_gate_engages_the_touched_sets_steering_only() -> None:
+    both = snapshot({"gate": {}, "steering": [{"method": "adapter"}]}, similarity={"a": "a-vectors", "b": "b-vectors"})
+    plan, text = both.plan("p"), both.text_plans["p"]
+    assert text is not None
+    request = Request({}, None, "r", plan, text, False, lambda: None, lambda _: None)  # type: ignore[arg-type]
+    assert _engaged(request, Opened(frozenset(), frozenset())).steering == ()
+    opened = _engaged(request, Opened(frozenset({"b-vectors"}), frozenset()))
+    assert opened.steering == (Steer("b-adapter", 1.0),)
+    corrupt = Corrupt("flip_sign_first_n", 1.0, 8, 0, ((1, 3),))
+    assert _engaged(request, Opened(frozenset({"a-vectors"}), frozenset(), corrupt)).corrupt == corrupt
+
+
+PIECES = [b"", b"a", b"b", b"ab", b" ", "é".encode(), "é".encode()[:1], "é".encode()[1:], b"xyz"]
+VOCABULARY = Vocabulary([b"<s>", *PIECES[1:]], special_ids=[0])
+
+
+@given(st.lists(st.integers(0, len(PIECES) - 1), max_size=12), st.sampled_from(["a", "ab", "bx", "é", "b a", "yz"]))
+def test_spans_are_the_tokens_that_spell_a_place_and_no_others(tokens: list[int], name: str) -> None:
+    def places(text: str) -> list[tuple[int, int]]:
+        return [(i, i + len(name)) for i in range(len(text)) if text.startswith(name, i)]
+
+    spans = spans_of(tokens, VOCABULARY, places)
+    marked = {i for start, end in spans for i in range(start, end)}
+    assert all(start < end for start, end in spans) and all(one[1] < two[0] for one, two in itertools.pairwise(spans))
+    # The slow way: which bytes belong to a name, and which token each byte came from.
+    data = [(byte, i) for i, token in enumerate(tokens) for byte in (b"" if token == 0 else PIECES[token])]
+    text = bytes(byte for byte, _ in data)
+    wanted: set[int] = set()
+    encoded = name.encode()
+    for i in range(len(text)):
+        if text.startswith(encoded, i) and text[i] & 0xC0 != 0x80:
+            wanted |= {data[j][1] for j in range(i, i + len(encoded))}
+    assert wanted <= marked
+    assert {i for i in marked - wanted if PIECES[tokens[i]]} == set() or b"\xc3" in text or b"\xa9" in text
