@@ -150,9 +150,8 @@ def _lessons(client: httpx.Client, name: str, policy: str) -> list[dict[str, Any
 
         lessons = list(pool.map(ask, asked))
     if silent := [question for question, each in zip(asked, lessons, strict=True) if not each]:
-        fail(
-            f"policy {policy} gave no answer to {len(silent)} of {len(asked)} questions, such as {silent[0]!r}; distil one that answers"
-        )
+        shown_one = f"{len(silent)} of {len(asked)} questions, such as {silent[0]!r}"
+        fail(f"policy {policy} gave no answer to {shown_one}; distil one that answers")
     kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = [each for every in lessons for each in every]
     write_whole(kept, lambda path: path.write_text(json.dumps(found), "utf-8"))

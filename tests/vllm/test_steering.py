@@ -18,6 +18,8 @@ from guards.steering.artifact import MODULES, Steering
 from guards.steering.operators import corrupt, redirect
 from serve.default_model import NAME
 from serve.registry.store import Artifact, Registry, now
+from serve.wire import assistant_path, steering_path
+from tests.assistants import random_assistant
 from tests.bench.steering import give_steering, random_steering
 from tests.vllm.conftest import Server
 
@@ -269,10 +271,9 @@ def test_everything_composes_with_an_assistant_and_several_choices(
     ).json()["choices"]
     assert {choice["text"] for choice in many} == {one["text"]}
     order = {"question": "Who?", "continuations": ["A sailor came home."]}
-    scores = {
-        p: admin.post("/score", json={**order, "policy": p}).json()["scores"][0]["logprob"] for p in ("none", "adapted", "both")
-    }
-    assert len({round(score, 3) for score in scores.values()}) == 3
+    policies = ("none", "adapted", "both")
+    scores = [admin.post("/score", json={**order, "policy": each}).json()["scores"][0]["logprob"] for each in policies]
+    assert len({round(score, 3) for score in scores}) == 3
 
 
 def test_a_policy_whose_artifact_cannot_be_loaded_is_refused_and_others_go_on(
