@@ -252,7 +252,15 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
             order = ScoreOrder.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
-        return {"revision": control.snapshot.revision, "policy": order.policy, "scores": await scorer.score(order)}
+        scoring = asyncio.create_task(scorer.score(order))
+        try:
+            while not (await asyncio.wait([scoring], timeout=1))[0]:
+                if await request.is_disconnected():  # hundreds of answers are not worked out for nobody
+                    raise InvalidPolicy("the client went away before everything was scored")
+            scores = await scoring
+        finally:
+            scoring.cancel()
+        return {"revision": control.snapshot.revision, "policy": order.policy, "scores": scores}
 
     @router.post("/compare")
     async def compare(request: Request) -> Response:

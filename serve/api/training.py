@@ -43,6 +43,7 @@ class Trainer:
         self._adopt = adopt
         self._turn = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()  # cancelled, and their processes perhaps not gone yet
 
     def resume(self, existing: Collection[str]) -> None:
         """Go on with every job that neither succeeded nor failed, and delete those of sets that are gone."""
@@ -91,6 +92,8 @@ class Trainer:
         """Stop a set's training for now."""
         if task := self._tasks.pop(name, None):
             task.cancel()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
             (self._directory / name / _ERROR).write_text(_PAUSED, "utf-8")
 
     async def cancel(self, name: str) -> None:
@@ -100,7 +103,7 @@ class Trainer:
 
     async def stop(self) -> None:
         """Stop all processes; `resume` goes on with their jobs."""
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._ending]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -148,24 +151,28 @@ class Trainer:
     async def _train(self, work: Path, program: Program) -> tuple[int, str]:
         # All processors, at the lowest priority: answers come first.
         threads = os.cpu_count() or 1
-        process = await asyncio.create_subprocess_exec(
-            "nice",
-            "-n",
-            "19",
-            sys.executable,
-            "-m",
-            program,
-            str(work),
-            f"--threads={threads}",
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
+        spawning = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
+                "nice",
+                "-n",
+                "19",
+                sys.executable,
+                "-m",
+                program,
+                str(work),
+                f"--threads={threads}",
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
         )
         try:
+            process = await asyncio.shield(spawning)  # or a process that is just being born would be nobody's
             _, said = await process.communicate()
         except asyncio.CancelledError:
+            process = await spawning
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+            await process.communicate()
             raise
         assert process.returncode is not None
         return process.returncode, said.decode("utf-8", "replace")

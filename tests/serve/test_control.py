@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from guards.base_model import BaseModel
 from guards.contrastive.assistant import Recipe
 from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet
 from guards.policy import parse_policy
+from guards.steering.artifact import SteeringRecipe
+from guards.steering.train import Lesson
 from guards.suppression.vocabulary import Vocabulary
 from serve.api.control import Control
 from serve.api.similarity import Similarity
@@ -279,3 +282,52 @@ def test_training_is_refused_where_it_cannot_work(tmp_path: Path) -> None:
         assert control.training("a") is None
 
     run(tmp_path, scenario)
+
+
+def test_a_set_is_in_force_by_steering_only_where_a_policy_steers(tmp_path: Path) -> None:
+    async def scenario(control: Control, engine: Engine) -> None:
+        registry = Registry(tmp_path / "lethe.db")
+        content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
+        await control.create(content, actor="t")
+        registry.put_trained("a", content.fingerprint, Artifact("adapter", "made", "ready", "", now()), actor="t")
+        with pytest.raises(NotReady, match="steers"):
+            await control.enable("a", actor="t")
+        await control.put_policy(parse_policy({"name": "p", "guards": {"steering": [{"method": "adapter"}]}}), actor="t")
+        await control.enable("a", actor="t")
+        assert [each.artifact for each in control.snapshot.plan("p").steering] == ["made"]
+        assert not control.snapshot.plan("default").engages
+        registry.close()
+
+    run(tmp_path, scenario)
+
+
+def test_steering_is_refused_where_it_cannot_be_made(tmp_path: Path) -> None:
+    lesson = Lesson(question="q", tokens=(1, 2), top=(((1, -0.1),),))
+
+    async def main() -> None:
+        registry, artifacts = Registry(tmp_path / "lethe.db"), tmp_path / "artifacts"
+        base = BaseModel(fingerprint="f", layers=6, hidden_size=4, vocabulary=9)
+        control = Control(
+            registry, VOCABULARY, artifacts, Engine().load, Similarity(None, artifacts), 20, model=tmp_path / "none", base=base
+        )
+        await control.start()
+        try:
+            await control.create(ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}]), actor="t")
+            adapter, project = (SteeringRecipe(method=method, layers=2) for method in ("adapter", "project"))
+            with pytest.raises(Untrainable, match="6; adapt fewer"):
+                await control.train_steering("a", [], SteeringRecipe(method="adapter", layers=6), [], distil=False)
+            with pytest.raises(Untrainable, match="nothing to distil"):
+                await control.train_steering("a", [], adapter, [], distil=True)
+            with pytest.raises(Untrainable, match="into an adapter"):
+                await control.train_steering("a", [], project, [lesson], distil=True)
+            with pytest.raises(Untrainable, match="2 tokens and 1 distributions"):
+                await control.train_steering("a", [], adapter, [lesson], distil=True)
+            await control.train_steering("a", [], project, [], distil=False)
+            with pytest.raises(NotReady, match="by method project"):
+                await control.train("a", [], Recipe())
+            await control.pause_training("a")
+        finally:
+            await control.stop()
+            registry.close()
+
+    asyncio.run(main())
