@@ -266,7 +266,7 @@ def test_everything_composes_with_an_assistant_and_several_choices(
     one = complete(server, "adapted", PROMPTS[0], max_tokens=20, logprobs=None, return_token_ids=False)
     many = httpx.post(
         f"{server.url}/v1/completions",
-        json={"model": f"{NAME}:adapted", "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 20, "n": 3},
+        json={"model": f"{NAME}:adapted", "prompt": PROMPTS[0], "temperature": 0.001, "seed": 1, "max_tokens": 20, "n": 3},
         timeout=300,
     ).json()["choices"]
     assert {choice["text"] for choice in many} == {one["text"]}
