@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from guards.base_model import BaseModel
 from guards.errors import GuardError, Untrainable
 from guards.forget_set import ForgetSet
 
@@ -108,9 +110,16 @@ def general_prompts() -> list[str]:
     return [json.loads(line)["prompt"] for line in GENERAL.read_text("utf-8").splitlines()]
 
 
-def general_answers(model: ChatModel, path: Path, report: Callable[[int], None]) -> list[tuple[str, str]]:
-    """The general prompts with the base's own answers, kept in a file so that a resumed run finds them; empty ones left out."""
+def general_answers(model: ChatModel, base: BaseModel, work: Path, report: Callable[[int], None]) -> list[tuple[str, str]]:
+    """The general prompts with the base's own answers, empty ones left out.
+
+    Args:
+        base: whose answers they are.
+        work: a job's directory; beside it they are kept in a file, for a resumed run and for every other one on this base.
+    """
     prompts = general_prompts()
+    key = sha256(f"{base.fingerprint}{prompts}".encode()).hexdigest()
+    path = work.parent / f"general-{key[:16]}.json"
     if path.exists():
         answers = json.loads(path.read_text("utf-8"))
     else:

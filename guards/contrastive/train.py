@@ -203,7 +203,7 @@ def train(
             "add questions with answers, paraphrases of them, or texts"
         )
     steps = 2 * len(general_prompts()) + len(sequences) + len(retain)
-    general = general_answers(fork, work / f"{run[:16]}-general.json", lambda done: report(Progress("prepare", done, steps)))
+    general = general_answers(fork, base, work, lambda done: report(Progress("prepare", done, steps)))
     kept = [fork.encode(question, answer) for question, answer in general]
     kept += [fork.encode(entry.question, entry.answer) for entry in retain]
     examples = []

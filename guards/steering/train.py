@@ -109,7 +109,7 @@ def make(
     data = sha256(json.dumps(content).encode()).hexdigest()
     manifest = SteeringManifest(base=base, recipe=recipe, data=data)
     run = sha256(f"{base.fingerprint}{data}{recipe.model_dump_json()}".encode()).hexdigest()
-    general = general_answers(model, work / f"{run[:16]}-general.json", lambda done: report(Progress("prepare", done, 100)))
+    general = general_answers(model, base, work, lambda done: report(Progress("prepare", done, 100)))
     kept = [model.encode(*pair) for pair in (*general, *((entry.question, entry.answer) for entry in retain))]
     if recipe.method == "adapter":
         return _train(model, pairs, kept, lessons, manifest, work / f"{run[:16]}.safetensors", report)

@@ -263,13 +263,12 @@ def test_everything_composes_with_an_assistant_and_several_choices(
     )
     registry.close()
     time.sleep(2)  # the server looks for changes of other processes twice a second
-    one = complete(server, "adapted", PROMPTS[0], max_tokens=20, logprobs=None, return_token_ids=False)
     many = httpx.post(
         f"{server.url}/v1/completions",
-        json={"model": f"{NAME}:adapted", "prompt": PROMPTS[0], "temperature": 0.001, "seed": 1, "max_tokens": 20, "n": 3},
+        json={"model": f"{NAME}:adapted", "prompt": PROMPTS[0], "temperature": 0.8, "seed": 1, "max_tokens": 20, "n": 3},
         timeout=300,
     ).json()["choices"]
-    assert {choice["text"] for choice in many} == {one["text"]}
+    assert len({choice["text"] for choice in many}) == 3
     order = {"question": "Who?", "continuations": ["A sailor came home."]}
     policies = ("none", "adapted", "both")
     scores = [admin.post("/score", json={**order, "policy": each}).json()["scores"][0]["logprob"] for each in policies]
