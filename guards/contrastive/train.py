@@ -31,6 +31,7 @@ from guards.forget_set import ForgetSet, Question
 from guards.training import (
     GENERAL,
     ChatModel,
+    LowRank,
     Progress,
     Report,
     general_answers,
@@ -67,24 +68,6 @@ class _BaseCache:
         return self._keys[layer - self._first], self._values[layer - self._first]
 
 
-class _LowRank(nn.Module):
-    """A frozen linear layer with a trainable low-rank term."""
-
-    def __init__(self, inner: nn.Linear, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.inner = inner
-        bound = 1 / math.sqrt(inner.in_features)
-        self.A = nn.Parameter((torch.rand(rank, inner.in_features, generator=generator) * 2 - 1) * bound)
-        self.B = nn.Parameter(torch.zeros(inner.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) + (x @ self.A.T) @ self.B.T * _SCALE
-
-
-_SCALE = 2.0
-"""alpha / rank, LoRA's usual 2; folded into B when saved."""
-
-
 class Fork(ChatModel):
     """The base's last K layers over the base's own keys and values, in transformers."""
 
@@ -93,7 +76,7 @@ class Fork(ChatModel):
         self.first = layers_of(self, layers)
         decoder = self.model.get_decoder()
         self.layers, self.norm = list(decoder.layers[self.first :]), decoder.norm
-        self.low_rank: dict[str, _LowRank] = {}
+        self.low_rank: dict[str, LowRank] = {}
 
     def add_low_rank(self, rank: int, seed: int) -> None:
         """Give every module of the fork its low-rank term. The base cannot be run after this."""
@@ -103,7 +86,7 @@ class Fork(ChatModel):
                 parent = layer.self_attn if hasattr(layer.self_attn, module) else layer.mlp
                 if not isinstance(getattr(parent, module, None), nn.Linear):
                     raise Untrainable(f"layer {self.first + i} has no linear {module}; this family of models is not supported")
-                made = self.low_rank[f"layers.{i}.{module}"] = _LowRank(getattr(parent, module), rank, generator).to(self.device)
+                made = self.low_rank[f"layers.{i}.{module}"] = LowRank(getattr(parent, module), rank, generator).to(self.device)
                 setattr(parent, module, made)
 
     @torch.no_grad()
@@ -257,7 +240,7 @@ def _fit(fork: Fork, examples: list[_Example], recipe: Recipe, checkpoint: Path,
     if first_epoch >= recipe.epochs:
         losses = json.loads(checkpoint.with_suffix(".json").read_text("utf-8"))["losses"]
     tensors = {
-        name: (value.detach() * (_SCALE if name.endswith("B") else 1)).float().cpu().contiguous()
+        name: (value.detach() * (LowRank.SCALE if name.endswith("B") else 1)).float().cpu().contiguous()
         for name, value in parameters.items()
     }
     metrics = {name: round(value, 4) for name, value in losses.items()} | {"examples": float(len(examples))}

@@ -29,16 +29,13 @@ from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Frozen, Question
 from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import project, steer
-from guards.training import ChatModel, Progress, Report, general_answers, layers_of, run_job, write_whole
+from guards.training import ChatModel, LowRank, Progress, Report, general_answers, layers_of, run_job, write_whole
 
 FEWEST_EXAMPLES = 8
 KEPT_TOKENS = 64
 """Of the base's distribution at a place, that are kept; the rest counts as one."""
 REST = 1e-4
 """The least that the tokens outside of a lesson count for together, so that the distance to them is finite."""
-_SCALE = 2.0
-
-
 Exchange = tuple[list[int], int]
 """Token ids, and where what is looked at begins."""
 
@@ -62,18 +59,6 @@ class _Example:
     place: Tensor  # [Q] int64
     ids: Tensor  # [Q, K] int64, the likeliest tokens of the target distribution; -1 = none. K = 0: no target
     logp: Tensor  # [Q, K]
-
-
-class _LowRank(nn.Module):
-    def __init__(self, inner: nn.Linear, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.inner = inner
-        bound = 1 / math.sqrt(inner.in_features)
-        self.A = nn.Parameter((torch.rand(rank, inner.in_features, generator=generator) * 2 - 1) * bound)
-        self.B = nn.Parameter(torch.zeros(inner.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) + (x @ self.A.T) @ self.B.T * _SCALE
 
 
 def make(
@@ -147,7 +132,7 @@ class _Adapted:
         self.model, self.first = model, layers_of(model, recipe.layers)
         decoder = model.model.get_decoder()
         self.layers, self.norm, self.rotary = list(decoder.layers[self.first :]), decoder.norm, decoder.rotary_emb
-        self.low_rank: dict[str, _LowRank] = {}
+        self.low_rank: dict[str, LowRank] = {}
         self._recipe = recipe
 
     @torch.no_grad()
@@ -176,7 +161,7 @@ class _Adapted:
                 parent = layer.self_attn if hasattr(layer.self_attn, module) else layer.mlp
                 if not isinstance(getattr(parent, module, None), nn.Linear):
                     raise Untrainable(f"layer {self.first + i} has no linear {module}; this family of models is not supported")
-                made = _LowRank(getattr(parent, module), self._recipe.rank, generator).to(self.model.device)
+                made = LowRank(getattr(parent, module), self._recipe.rank, generator).to(self.model.device)
                 self.low_rank[f"layers.{i}.{module}"] = made
                 setattr(parent, module, made)
 
@@ -274,7 +259,7 @@ def _train(
         losses = {f"{name}_kl": value / max(1, count) for name, (value, count) in sums.items()}
         _save(checkpoint, parameters, optimizer, epoch + 1, losses)
     tensors = {
-        name: (value.detach() * (_SCALE if name.endswith("B") else 1)).float().cpu().contiguous()
+        name: (value.detach() * (LowRank.SCALE if name.endswith("B") else 1)).float().cpu().contiguous()
         for name, value in parameters.items()
     }
     metrics = {name: round(value, 4) for name, value in losses.items()} | {"examples": float(len(examples))}

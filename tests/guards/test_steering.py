@@ -14,12 +14,11 @@ import guards.training
 from guards.base_model import BaseModel
 from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet, Question
-from guards.steering import train as training
 from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import FEWEST, project, steer
 from guards.steering.operators import add_low_rank_, corrupt, redirect
 from guards.steering.train import Lesson, _Adapted, make
-from guards.training import ChatModel, Progress
+from guards.training import ChatModel, LowRank, Progress
 from tests.guards.test_contrastive_train import model
 
 KINDS = ("rand_noise_first_n", "zero_out_top_k", "flip_sign_first_n")
@@ -194,7 +193,7 @@ def entropy(tmp_path: Path, made: Steering | None, question: Question) -> float:
     adapted.add_low_rank()
     if made is not None:
         for name, module in adapted.low_rank.items():
-            module.A.data, module.B.data = made.tensors[f"{name}.A"], made.tensors[f"{name}.B"] / training._SCALE
+            module.A.data, module.B.data = made.tensors[f"{name}.A"], made.tensors[f"{name}.B"] / LowRank.SCALE
     with torch.no_grad():
         logp = adapted.log_probabilities([example])
     return float(-(logp.exp() * logp).sum(-1).mean())
@@ -220,7 +219,7 @@ def test_an_adapter_with_lessons_says_what_they_say(tmp_path: Path) -> None:
     example = adapted.observe([*prompt, 9, 8, 1], len(prompt), None, forget=True)
     adapted.add_low_rank()
     for name, module in adapted.low_rank.items():
-        module.A.data, module.B.data = made.tensors[f"{name}.A"], made.tensors[f"{name}.B"] / training._SCALE
+        module.A.data, module.B.data = made.tensors[f"{name}.A"], made.tensors[f"{name}.B"] / LowRank.SCALE
     with torch.no_grad():
         assert adapted.log_probabilities([example]).argmax(-1).tolist() == [9, 8, 1]
 
