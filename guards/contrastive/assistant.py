@@ -7,21 +7,18 @@ recipe, from which data and how well. No pickles, nothing executable.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor
 
+from guards import artifact_file
 from guards.base_model import BaseModel, check_base
 from guards.errors import InvalidArtifact
-from guards.forget_set import Frozen, describe_validation
+from guards.forget_set import Frozen
 
 MODULES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Never k_proj or v_proj: the fork reads the base's keys and values, which is what keeps it without state."""
@@ -75,11 +72,7 @@ class Assistant:
     @property
     def fingerprint(self) -> str:
         """sha256 of manifest and tensors."""
-        digest = hashlib.sha256(self.manifest.model_dump_json().encode())
-        for name, tensor in self.tensors.items():
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
-        return digest.hexdigest()
+        return artifact_file.fingerprint_of(self.manifest, self.tensors)
 
     @property
     def size_bytes(self) -> int:
@@ -87,10 +80,7 @@ class Assistant:
 
     def save(self, path: Path) -> None:
         """Raises OSError; the caller makes it atomic."""
-        try:
-            save_file(self.tensors, path, {"manifest": self.manifest.model_dump_json()})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+        artifact_file.write(path, self.manifest, self.tensors)
 
     @staticmethod
     def load(path: Path) -> Assistant:
@@ -99,19 +89,7 @@ class Assistant:
         Raises:
             InvalidArtifact: it is missing, truncated, of another kind, or does not keep what the manifest says.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                header = (file.metadata() or {}).get("manifest")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InvalidArtifact(f"cannot read assistant {path}: {error}; train it again") from None
-        if header is None:
-            raise InvalidArtifact(f"{path} has no manifest, so it is no assistant of lethe's")
-        try:
-            manifest = Manifest.model_validate_json(header)
-        except ValidationError as error:
-            raise InvalidArtifact(f"the manifest of {path} is wrong: {'; '.join(describe_validation(error))}") from None
-        return Assistant(manifest, tensors)
+        return Assistant(*artifact_file.read(path, Manifest, "assistant"))
 
     def check(self, base: BaseModel) -> None:
         """Raise InvalidArtifact, naming both, if the assistant was made for another base model."""

@@ -6,21 +6,18 @@ Maps (``project``, ``steer``): ``into`` [H, r], ``out`` [r, H], ``center`` [H]. 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor
 
+from guards import artifact_file
 from guards.base_model import BaseModel, check_base
 from guards.errors import InvalidArtifact
-from guards.forget_set import Frozen, describe_validation
+from guards.forget_set import Frozen
 
 Method = Literal["project", "steer", "adapter"]
 METHODS: tuple[Method, ...] = ("project", "steer", "adapter")
@@ -88,11 +85,7 @@ class Steering:
     @property
     def fingerprint(self) -> str:
         """sha256 of manifest and tensors."""
-        digest = hashlib.sha256(self.manifest.model_dump_json().encode())
-        for name, tensor in self.tensors.items():
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
-        return digest.hexdigest()
+        return artifact_file.fingerprint_of(self.manifest, self.tensors)
 
     @property
     def size_bytes(self) -> int:
@@ -100,28 +93,12 @@ class Steering:
 
     def save(self, path: Path) -> None:
         """Raises OSError; the caller makes it atomic."""
-        try:
-            contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-            save_file(contiguous, path, {"manifest": self.manifest.model_dump_json()})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+        artifact_file.write(path, self.manifest, self.tensors)
 
     @staticmethod
     def load(path: Path) -> Steering:
         """Read and check a file. Raises InvalidArtifact."""
-        try:
-            with safe_open(path, "pt") as file:
-                header = (file.metadata() or {}).get("manifest")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InvalidArtifact(f"cannot read steering artifact {path}: {error}; make it again") from None
-        if header is None:
-            raise InvalidArtifact(f"{path} has no manifest, so it is no artifact of lethe's")
-        try:
-            manifest = SteeringManifest.model_validate_json(header)
-        except ValidationError as error:
-            raise InvalidArtifact(f"the manifest of {path} is wrong: {'; '.join(describe_validation(error))}") from None
-        return Steering(manifest, tensors)
+        return Steering(*artifact_file.read(path, SteeringManifest, "steering artifact"))
 
     def check(self, base: BaseModel) -> None:
         """Raise InvalidArtifact, naming both, if it was made for another base model."""

@@ -95,6 +95,22 @@ class _LowRank(nn.Module):
         return output, bias
 
 
+def require_plain_engine(vllm_config: VllmConfig, what: str) -> None:
+    """Raise Unforkable if the engine runs in a way that ``what`` has not been built for.
+
+    Args:
+        what: with its verb, such as "assistants do".
+    """
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise Unforkable(f"{what} not run under tensor parallelism yet; start with --tensor-parallel-size 1")
+    if vllm_config.device_config.device_type != "cpu":
+        raise Unforkable(f"{what} not run off vLLM's CPU backend yet; use phrases on this server")
+    if not vllm_config.model_config.enforce_eager:
+        raise Unforkable(f"{what} not run beside compiled models yet; start with --enforce-eager")
+    if vllm_config.lora_config is not None:
+        raise Unforkable(f"{what} not run beside vLLM's own LoRA yet; start without --enable-lora")
+
+
 class LateFork:
     """One per engine, over one base model. Shapes: T tokens, P lines, H hidden size.
 
@@ -106,14 +122,7 @@ class LateFork:
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        if vllm_config.parallel_config.tensor_parallel_size > 1:
-            raise Unforkable("assistants do not run under tensor parallelism yet; start with --tensor-parallel-size 1")
-        if vllm_config.device_config.device_type != "cpu":
-            raise Unforkable("assistants run on vLLM's CPU backend only, so far; use phrases on this server")
-        if not vllm_config.model_config.enforce_eager:
-            raise Unforkable("assistants do not run beside compiled models yet; start with --enforce-eager")
-        if vllm_config.lora_config is not None:
-            raise Unforkable("assistants do not run beside vLLM's own LoRA yet; start without --enable-lora")
+        require_plain_engine(vllm_config, "assistants do")
         find = getattr(model, "get_language_model", None)
         language: Any = find() if find is not None else model
         inner: Any = getattr(language, "model", None)

@@ -29,7 +29,7 @@ from guards.errors import InvalidArtifact
 from guards.steering.artifact import MODULES, Steering
 from guards.steering.operators import Corruption, add_low_rank_, corrupt, redirect
 from guards.types import Plan
-from serve.engine.fork import Unforkable, parts_of
+from serve.engine.fork import Unforkable, parts_of, require_plain_engine
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,7 @@ class Steerer:
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        if vllm_config.parallel_config.tensor_parallel_size > 1:
-            raise Unsteerable("steering does not run under tensor parallelism yet; start with --tensor-parallel-size 1")
-        if vllm_config.lora_config is not None:
-            raise Unsteerable("steering does not run beside vLLM's own LoRA yet; start without --enable-lora")
-        if vllm_config.device_config.device_type != "cpu":
-            raise Unsteerable("steering runs on vLLM's CPU backend only, so far; use phrases on this server")
-        if not vllm_config.model_config.enforce_eager:
-            raise Unsteerable("steering does not run beside compiled models yet; start with --enforce-eager")
+        require_plain_engine(vllm_config, "steering does")
         find = getattr(model, "get_language_model", None)
         language: Any = find() if find is not None else model
         inner: Any = getattr(language, "model", None)
