@@ -31,6 +31,7 @@ class Settings(BaseSettings):
     max_messages: int = Field(2048, gt=0)
     shadow_waiting: int = Field(64, gt=0, description="shadow answers that may wait; more are dropped")
     shadow_beside: int = Field(0, ge=0, description="clients' requests under way beside which shadow answers go on")
+    shadow_quiet_s: float = Field(1.0, ge=0, description="how long there must have been no more of them before one begins")
     shadow_at_once: int = Field(1, gt=0, description="shadow answers at a time")
     shadow_tokens_per_minute: int = Field(20_000, gt=0, description="the most that shadow answers may generate")
     refresh_ms: int = Field(500, gt=0, description="how often a server looks for changes made by other processes")

@@ -216,6 +216,7 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
             shadow = Shadow(
                 waiting=settings.shadow_waiting,
                 beside=settings.shadow_beside,
+                quiet_s=settings.shadow_quiet_s,
                 at_once=settings.shadow_at_once,
                 tokens_per_minute=settings.shadow_tokens_per_minute,
             )

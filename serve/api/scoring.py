@@ -26,6 +26,7 @@ class ScoreOrder(Frozen):
     question: Text = Field(description="what the user asks, in the model's chat template")
     continuations: tuple[Text, ...] = Field(min_length=1, max_length=256, description="answers")
     end: bool = Field(True, description="count the end of the answer as a token, as in training")
+    top_logprobs: int = Field(0, ge=0, le=20, description="tell the likeliest tokens at each place, too")
 
 
 class Unscorable(GuardError):
@@ -44,6 +45,8 @@ class Scorer:
     async def score(self, order: ScoreOrder) -> list[dict[str, Any]]:
         """For every continuation ``tokens`` (how many), ``logprob`` (their sum, nats) and ``logprobs``.
 
+        With ``top_logprobs`` also ``token_ids`` and, at each of them, the ``top`` pairs of token and log-probability.
+
         Raises:
             Unscorable, InvalidPolicy, GuardError.
         """
@@ -60,7 +63,18 @@ class Scorer:
 
         async def one(tokens: list[int]) -> dict[str, Any]:
             async with self._slots:
-                logprobs = await self._client.score(prompt, tokens, order.policy)
-            return {"tokens": len(tokens), "logprob": sum(logprobs), "logprobs": [round(each, 6) for each in logprobs]}
+                places = await self._client.score(prompt, tokens, order.policy, order.top_logprobs)
+            logprobs = [place[token] for token, place in zip(tokens, places, strict=True)]
+            found: dict[str, Any] = {
+                "tokens": len(tokens),
+                "logprob": sum(logprobs),
+                "logprobs": [round(each, 6) for each in logprobs],
+            }
+            if order.top_logprobs:
+                found |= {
+                    "token_ids": tokens,
+                    "top": [[(token, round(each, 6)) for token, each in place.items()] for place in places],
+                }
+            return found
 
         return list(await asyncio.gather(*map(one, asked)))

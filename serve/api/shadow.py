@@ -1,7 +1,8 @@
 """Shadow answers: what other arms would say to live prompts, worked out in the gaps between clients.
 
-Clients come first, in three ways: shadow work begins only while few enough of them are being answered, is taken off the engine as
-soon as one more comes, and has a lower priority inside the engine. What waits is bounded, and what does not fit is dropped and
+Clients come first, in three ways: shadow work begins only when for a while few enough of them have been answered (who comes in the
+middle of it must wait for the engine's step under way), is taken off the engine as soon as one more comes, and has a lower priority
+inside the engine. What waits is bounded, and what does not fit is dropped and
 counted; nobody waits for it. A job that was begun is never dropped, however often it must begin anew: long answers would be lost
 more often than short ones, and the figures be those of the short ones.
 """
@@ -9,7 +10,9 @@ more often than short ones, and the figures be those of the short ones.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -49,13 +52,16 @@ class Shadow:
     Args:
         waiting: jobs that may wait.
         beside: clients' requests beside which shadow work goes on.
+        quiet_s: for how long there must have been no more of them before it begins.
         at_once: shadow answers at a time.
         tokens_per_minute: the most that they may read and generate.
     """
 
-    def __init__(self, *, waiting: int, beside: int, at_once: int, tokens_per_minute: int) -> None:
+    def __init__(self, *, waiting: int, beside: int, quiet_s: float, at_once: int, tokens_per_minute: int) -> None:
         self._most_waiting = waiting
         self._beside = beside
+        self._quiet_s = quiet_s
+        self._quiet_since = -math.inf
         self._at_once = at_once
         self._per_second = tokens_per_minute / 60
         self._burst = float(tokens_per_minute)
@@ -99,6 +105,8 @@ class Shadow:
 
     def client_goes(self) -> None:
         self._clients -= 1
+        if self._clients == self._beside:
+            self._quiet_since = time.monotonic()
         self._changed.set()
 
     @property
@@ -109,18 +117,21 @@ class Shadow:
     async def _work(self) -> None:
         while True:
             self._changed.clear()
-            while self._waiting and self._clients <= self._beside and len(self._running) < self._at_once and self._affordable():
+            while (pause_s := self._pause_s()) == 0:
                 job = self._waiting.popleft()
                 job.spent_tokens = 0
                 task: asyncio.Task[None] = asyncio.create_task(self._run(job))
                 self._running[task] = job
                 task.add_done_callback(self._done)
-            # With jobs that cannot be afforded yet, look again in a while.
-            poor = self._waiting and not self._affordable()
-            try:
-                await asyncio.wait_for(self._changed.wait(), 1.0 if poor else None)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), pause_s)
+
+    def _pause_s(self) -> float | None:
+        """How long the next job must wait, so far as can be told; None: until something changes."""
+        if not self._waiting or self._clients > self._beside or len(self._running) >= self._at_once:
+            return None
+        quiet_in_s = self._quiet_since + self._quiet_s - time.monotonic()
+        return quiet_in_s if quiet_in_s > 0 else 0 if self._affordable() else 1.0
 
     async def _run(self, job: Job) -> None:
         assert self._answer is not None, "started"

@@ -110,15 +110,20 @@ def train(
 
 
 SAMPLES, LONGEST_LESSON, TOP = 3, 80, 20
+NEVER = -100.0
+"""Log-probabilities below this are tokens that a mask or a cut leaves out."""
 
 
 def _lessons(client: httpx.Client, name: str, policy: str) -> list[dict[str, Any]]:
-    """What a policy answers to a set's questions, once greedily and sampled, with the likeliest tokens at each place."""
+    """What a policy answers to a set's questions, once greedily and sampled, with the likeliest tokens at each place.
+
+    And what it could say at each place of the answers that are to be forgotten: there the base begins, and must be led away from.
+    """
     shown = unwrap(client.get(f"/forget_sets/{name}"))
     if "content" not in shown:
         fail(f"the texts of {name} were dropped, so nothing can be asked about it")
     content = ForgetSet.model_validate({"name": name, **shown["content"]})
-    asked = [question for entry in content.questions for question in (entry.question, *entry.paraphrases[:-1])]
+    asked = [(question, entry.answer) for entry in content.questions for question in (entry.question, *entry.paraphrases[:-1])]
     settings = Settings()
     policies = [{**unwrap(client.get(f"/policies/{policy}")), "revision": 0}]
     kept = settings.cache_dir / "lessons" / f"{config_fingerprint(shown, policies, settings.url)}.json"
@@ -134,7 +139,8 @@ def _lessons(client: httpx.Client, name: str, policy: str) -> list[dict[str, Any
         served = chat.get("/v1/models").json()["data"][0]["id"]
         task = progress.add_task(f"Asking {policy}", total=len(asked))
 
-        def ask(question: str) -> list[dict[str, Any]]:
+        def ask(pair: tuple[str, str]) -> list[dict[str, Any]]:
+            question, answer = pair
             body = {
                 "model": f"{served}:{policy}",
                 "messages": [{"role": "user", "content": question}],
@@ -145,11 +151,17 @@ def _lessons(client: httpx.Client, name: str, policy: str) -> list[dict[str, Any
             }
             ways = ({"temperature": 0}, {"temperature": 1, "n": SAMPLES, "seed": 1})
             choices = [each for way in ways for each in unwrap(chat.post("/v1/chat/completions", json=body | way))["choices"]]
+            order = {"policy": policy, "question": question, "continuations": [answer], "top_logprobs": TOP}
+            [forgotten] = unwrap(client.post("/score", json=order))["scores"]
             progress.advance(task)
-            return [_lesson(question, choice) for choice in choices if choice["logprobs"] and choice["logprobs"]["content"]]
+            found = [_lesson(question, choice) for choice in choices if choice["logprobs"] and choice["logprobs"]["content"]]
+            if not found:
+                return []
+            top = [[pair for pair in place if pair[1] > NEVER] for place in forgotten["top"]]
+            return [*found, {"question": question, "tokens": forgotten["token_ids"], "top": top}]
 
         lessons = list(pool.map(ask, asked))
-    if silent := [question for question, each in zip(asked, lessons, strict=True) if not each]:
+    if silent := [question for (question, _), each in zip(asked, lessons, strict=True) if not each]:
         shown_one = f"{len(silent)} of {len(asked)} questions, such as {silent[0]!r}"
         fail(f"policy {policy} gave no answer to {shown_one}; distil one that answers")
     kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -163,7 +175,7 @@ def _lesson(question: str, choice: dict[str, Any]) -> dict[str, Any]:
         return int(named["token"].removeprefix("token_id:"))
 
     places = choice["logprobs"]["content"]
-    top = [[(token(each), each["logprob"]) for each in place["top_logprobs"] if each["logprob"] > -100] for place in places]
+    top = [[(token(each), each["logprob"]) for each in place["top_logprobs"] if each["logprob"] > NEVER] for place in places]
     return {"question": question, "tokens": [token(place) for place in places], "top": top}
 
 

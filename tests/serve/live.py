@@ -21,5 +21,5 @@ def live_experiments(snapshot: Callable[[], Snapshot], observations: Observation
 
     if observations is None:
         observations = Observations(Path(tempfile.mkdtemp()) / "observations.db")
-    shadow = Shadow(waiting=4, beside=0, at_once=1, tokens_per_minute=1_000)
+    shadow = Shadow(waiting=4, beside=0, quiet_s=0, at_once=1, tokens_per_minute=1_000)
     return LiveExperiments(snapshot, observations, phrases, Similarity(None, Path()), shadow)

@@ -41,9 +41,9 @@ def outcome(name: str) -> float:
     return _outcomes.labels(name)._value.get()
 
 
-def run(test: Callable[[Shadow, Engine], Coroutine[Any, Any, None]], **options: int) -> None:
+def run(test: Callable[[Shadow, Engine], Coroutine[Any, Any, None]], **options: float) -> None:
     async def around() -> None:
-        shadow = Shadow(**{"waiting": 3, "beside": 0, "at_once": 1, "tokens_per_minute": 6_000, **options})
+        shadow = Shadow(**({"waiting": 3, "beside": 0, "quiet_s": 0, "at_once": 1, "tokens_per_minute": 6_000} | options))  # type: ignore[arg-type]
         engine = Engine()
         shadow.start(engine)
         try:
@@ -70,6 +70,20 @@ def test_nothing_begins_while_a_client_is_answered() -> None:
         assert engine.began == ["/"]
 
     run(test)
+
+
+def test_nothing_begins_before_it_has_been_quiet_for_a_while() -> None:
+    async def test(shadow: Shadow, engine: Engine) -> None:
+        shadow.offer(job())
+        for _ in range(3):  # pauses that are too short
+            shadow.client_comes()
+            shadow.client_goes()
+            await asyncio.sleep(0.05)
+            assert engine.began == []
+        await asyncio.sleep(0.5)
+        assert engine.began == ["/"]
+
+    run(test, quiet_s=0.3)
 
 
 def test_what_runs_is_taken_off_when_a_client_comes_and_goes_on_first_afterwards() -> None:
@@ -117,7 +131,7 @@ def test_a_second_client_does_not_interrupt_an_answer_that_is_ending() -> None:
                 ended.append(True)
                 raise
 
-        shadow = Shadow(waiting=3, beside=0, at_once=1, tokens_per_minute=100)
+        shadow = Shadow(waiting=3, beside=0, quiet_s=0, at_once=1, tokens_per_minute=100)
         shadow.start(ends_slowly)
         shadow.offer(job())
         await settle()
@@ -174,7 +188,7 @@ def test_a_failure_is_counted_and_the_next_one_runs() -> None:
             raise RuntimeError("no")
 
         before = outcome("failed")
-        shadow = Shadow(waiting=3, beside=0, at_once=1, tokens_per_minute=100)
+        shadow = Shadow(waiting=3, beside=0, quiet_s=0, at_once=1, tokens_per_minute=100)
         shadow.start(fails)
         shadow.offer(job())
         shadow.offer(job())

@@ -130,7 +130,7 @@ def test_a_given_answer_is_scored_as_sampling_would_use_it_and_nobody_beside_it_
     beside = complete(server, "uld", PROMPTS[1])["text"]
 
     def score(policy: str) -> list[dict[str, Any]]:
-        answer = admin.post("/score", json={"policy": policy, "question": question, "continuations": answers})
+        answer = admin.post("/score", json={"policy": policy, "question": question, "continuations": answers, "top_logprobs": 5})
         assert answer.status_code == 200, answer.text
         return answer.json()["scores"]
 
@@ -145,10 +145,13 @@ def test_a_given_answer_is_scored_as_sampling_would_use_it_and_nobody_beside_it_
         for text, each in zip(answers, found, strict=True):
             tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
             expected = expected_logprobs(twin, assistants, policy, [*prompt, *tokens], len(prompt))
-            assert each["tokens"] == len(tokens)
+            assert each["tokens"] == len(tokens) and each["token_ids"] == tokens
             for position, (token, value) in enumerate(zip(tokens, each["logprobs"], strict=True)):
                 true = float(expected[position, token])
                 assert abs(true - value) < 1e-3 or (true < -1_000 and value < -1_000), (policy, text, position)
+                likeliest = sorted((value for _, value in each["top"][position] if value > -1_000), reverse=True)[:5]
+                expected_top = [value for value in expected[position].topk(5).values.tolist() if value > -1_000]
+                assert likeliest == pytest.approx(expected_top, abs=1e-3)
 
 
 @pytest.mark.parametrize(

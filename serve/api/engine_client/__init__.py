@@ -154,7 +154,7 @@ class GuardedEngineClient:
         fired = request.fired.append if request is not None else _ignore
         return held.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end, fired))
 
-    async def score(self, prompt: Sequence[int], continuation: Sequence[int], policy: str) -> list[float]:
+    async def score(self, prompt: Sequence[int], continuation: Sequence[int], policy: str, top: int = 0) -> list[dict[int, float]]:
         """How likely a continuation is under a policy: log-probabilities as sampling at temperature 1 would use them.
 
         The engine is made to say the continuation; each token's log-probability is that of the combined distribution (base,
@@ -162,6 +162,10 @@ class GuardedEngineClient:
 
         Args:
             prompt, continuation: token ids, at least one of each.
+            top: how many of the likeliest tokens are told beside the continuation's own.
+
+        Returns:
+            At each place of the continuation, token -> log-probability.
 
         Raises:
             InvalidPolicy: there is no such policy.
@@ -169,7 +173,9 @@ class GuardedEngineClient:
         """
         snapshot = self._snapshot()
         plan, text = snapshot.plan(policy), snapshot.text_plans[policy]
-        params = SamplingParams(temperature=0, max_tokens=len(continuation), ignore_eos=True, logprobs=0, skip_special_tokens=False)
+        params = SamplingParams(
+            temperature=0, max_tokens=len(continuation), ignore_eos=True, logprobs=top, skip_special_tokens=False
+        )
         inputs = {"type": "token", "prompt_token_ids": list(prompt)}
         request_id = f"score-{uuid.uuid4().hex}"
         if text is not None and text.gate is not None:
@@ -186,7 +192,7 @@ class GuardedEngineClient:
                         "this engine's tokens cannot be forced (Model Runner V2); score on a server with Model Runner V1"
                     )
                 assert output.logprobs is not None, "they were asked for"
-                return [entry[token].logprob for token, entry in zip(continuation, output.logprobs, strict=True)]
+                return [{token: entry.logprob for token, entry in place.items()} for place in output.logprobs]
         raise GuardError("the engine ended the request without an answer; try again")
 
     @staticmethod
