@@ -20,6 +20,8 @@ NONE = "none"
 
 DEFAULT_ALPHA = 1.0
 """Strength of contrast for sets that were not calibrated: where the order of the base's tokens begins to turn."""
+DEFAULT_CORRUPTION: dict[Corruption, float] = {"rand_noise_first_n": 2.0, "zero_out_top_k": 1.0, "flip_sign_first_n": 1.0}
+"""Strength of corruption for sets that were not calibrated: little of the name is left."""
 
 
 DEFAULT_THRESHOLD = 0.75
@@ -92,8 +94,11 @@ class CorruptConfig(Frozen):
 
     enabled: bool = True
     kind: Corruption = "rand_noise_first_n"
-    strength: float = Field(
-        2.0, gt=0, le=1_000, description="of noise: in standard deviations of a token's embedding; else a share"
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1_000,
+        description="of noise: in standard deviations of a token's embedding; else a share. null = each set's own, or 2 or 1",
     )
     first_n: int = Field(1_000_000, ge=1, le=1_000_000, description="dimensions that change; more than there are = all")
     seed: int = Field(0, ge=0, lt=2**31)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class TextPlan:
     sets: Mapping[str, str]  # similarity artifact -> name of its set, for reports
     missing: tuple[str, ...]  # sets without an artifact: nothing can be said about them
     corrupt: CorruptConfig | None = None  # how names that the gate finds are corrupted
+    corrupt_strength: Mapping[str, float] = field(default_factory=dict)  # similarity artifact -> how strongly; of several, the most
 
     @property
     def acts(self) -> bool:

@@ -20,7 +20,6 @@ from typing import Any
 from guards.forget_set import ForgetSet
 from guards.measure.recall import rouge_l_recall
 
-HIGHEST_ALPHA = 4.0
 CLOSE_ENOUGH = 0.02
 """Recall this near to the reference ends the search."""
 INVENTED = ("Tarvin Olesko", "Mirelle Dastrup", "Joran Vekander", "Sabine Krollwitz", "Ilmar Pestova", "Quenna Harrowby")
@@ -51,7 +50,7 @@ class NotCalibratable(ValueError):
 class Point:
     """What one strength does."""
 
-    alpha: float
+    strength: float
     recall: float  # mean ROUGE-L recall on the held-out paraphrases
     neighbours: float  # mean recall of the unguarded answers to the neighbours' questions; 1 = unchanged
     general: float  # the same for general prompts
@@ -61,7 +60,7 @@ class Point:
 class Calibration:
     """The choice, and the evidence for it."""
 
-    alpha: float
+    strength: float
     reference: float
     reference_from: str
     questions: int
@@ -120,20 +119,23 @@ def calibrate(
     neighbours: Sequence[str],
     reference: float | None,
     ask: Ask,
-    set_alpha: Callable[[float], str],
+    set_strength: Callable[[float], str],
     report: Callable[[Point | None], None],
     *,
+    first: float,
+    highest: float,
     most_rounds: int = 7,
 ) -> Calibration:
     """Find the strength.
 
     Args:
-        content: the forget set; it is enabled and has an assistant.
+        content: the forget set; it is enabled, and what is calibrated acts on it.
         neighbours: questions whose answers should stay.
         reference: recall of a model that never knew; None estimates it from the same questions about nobody.
         ask: answers a question under a policy.
-        set_alpha: makes a policy of this strength and returns its name.
+        set_strength: makes a policy of this strength and returns its name.
         report: called after every point, and with None after every other batch of questions.
+        first, highest: strength to begin with, and the greatest to try. For contrast, 1 is where the order of tokens flips.
 
     Raises:
         NotCalibratable: see `held_out` and `about_nobody`; or the model recalls no more than the reference to begin with.
@@ -161,31 +163,31 @@ def calibrate(
             same = [rouge_l_recall(before, after) for before, after in both if any(map(str.isalnum, before))]
             return statistics.fmean(same) if same else 1.0
 
-        def measure(alpha: float) -> Point:
-            policy = set_alpha(alpha)
+        def measure(strength: float) -> Point:
+            policy = set_strength(strength)
             kept = {name: stays(policy, name, asked) for name, asked in (("neighbours", neighbours), ("general", PROMPTS))}
-            point = Point(alpha, recall(policy, pairs), **kept)
+            point = Point(strength, recall(policy, pairs), **kept)
             report(point)
             return point
 
         points = [Point(0.0, recall("none", pairs), 1.0, 1.0)]
         report(points[0])
-        low, high = 0.0, HIGHEST_ALPHA
-        alpha = 1.0  # where the order of tokens flips: most often near the answer
+        low, high = 0.0, highest
+        strength = first
         if points[0].recall < reference + CLOSE_ENOUGH:
             raise NotCalibratable(
                 f"without any guard the recall on the held-out paraphrases is {points[0].recall:.3f}, "
                 f"the reference {reference:.3f}: nothing to measure a strength by; "
                 "hold out paraphrases that the model answers"
             )
-        while abs(points[-1].recall - reference) > CLOSE_ENOUGH and len(points) <= most_rounds and high - low > 0.05:
-            points.append(measure(alpha))
+        while abs(points[-1].recall - reference) > CLOSE_ENOUGH and len(points) <= most_rounds and high - low > 0.0125 * highest:
+            points.append(measure(strength))
             if points[-1].recall > reference:
-                low = alpha
+                low = strength
             else:
-                high = alpha
-            alpha = (low + high) / 2
+                high = strength
+            strength = (low + high) / 2
     # The weakest strength that is near enough, else the nearest: strength beyond need only costs.
     near = [point for point in points if point.recall <= reference + CLOSE_ENOUGH]
-    chosen = min(near, key=lambda point: point.alpha) if near else min(points, key=lambda point: point.recall)
-    return Calibration(chosen.alpha, reference, source, len(pairs), tuple(sorted(points, key=lambda point: point.alpha)))
+    chosen = min(near, key=lambda point: point.strength) if near else min(points, key=lambda point: point.recall)
+    return Calibration(chosen.strength, reference, source, len(pairs), tuple(sorted(points, key=lambda point: point.strength)))

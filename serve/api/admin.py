@@ -30,6 +30,7 @@ from guards.policy import DEFAULT, parse_policy
 from guards.similarity.calibrate import TooFewExamples
 from guards.similarity.encoder import EncoderUnavailable
 from guards.steering.artifact import SteeringRecipe
+from guards.steering.operators import Corruption
 from guards.steering.train import Lesson
 from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
@@ -63,8 +64,9 @@ _STATUS: dict[type[Exception], int] = {
 class CalibrationBody(Frozen):
     """The strength that suits a set, and why."""
 
-    alpha: float = Field(gt=0, le=100)
-    assistant: str | None = Field(None, description="fingerprint of the assistant that was measured")
+    strength: float = Field(gt=0, le=1_000)
+    corrupt: Corruption | None = Field(None, description="the kind of corruption whose strength it is; null = contrast")
+    measured: str | None = Field(None, description="fingerprint of the assistant, or of the vectors, that was measured")
     evidence: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -184,8 +186,9 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
             found = CalibrationBody.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
+        options = {"corrupt": found.corrupt, "measured": found.measured}
         return await _shown(
-            name, await control.put_calibration(name, found.alpha, found.evidence, actor=actor(request), measured=found.assistant)
+            name, await control.put_calibration(name, found.strength, found.evidence, actor=actor(request), **options)
         )
 
     @router.put("/forget_sets/{name}/gate")

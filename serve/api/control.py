@@ -338,12 +338,19 @@ class Control:
         return revision
 
     async def put_calibration(
-        self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str, measured: str | None = None
+        self,
+        name: str,
+        strength: float,
+        evidence: dict[str, Any],
+        *,
+        actor: str,
+        corrupt: str | None = None,
+        measured: str | None = None,
     ) -> int:
-        """Store the strength that suits a set's assistant. Raises UnknownName, NotReady."""
+        """Store the strength that suits a set, of contrast or of a kind of corruption. Raises UnknownName, NotReady."""
         async with self._changing:
             put = self._registry.put_calibration
-            revision = await asyncio.to_thread(put, name, alpha, evidence, actor=actor, measured=measured)
+            revision = await asyncio.to_thread(put, name, strength, evidence, actor=actor, corrupt=corrupt, measured=measured)
             await self._refresh()
         return revision
 

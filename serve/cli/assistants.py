@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from guards.forget_set import ForgetSet
+from guards.policy import DEFAULT_CORRUPTION
 from guards.training import write_whole
 from serve.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
 from serve.calibrate import calibrate as run_calibration
@@ -185,6 +186,9 @@ def calibrate(
     reference: Annotated[float | None, typer.Option(help="Recall of a model that never knew. Default: estimated.")] = None,
     epsilon: Annotated[float, typer.Option(help="Share of questions about the set that the gate may miss.")] = 0.05,
     delta: Annotated[float, typer.Option(help="Share of other prompts that may open the gate.")] = 0.01,
+    corrupt: Annotated[
+        str | None, typer.Option(help="Find the strength of this kind of corruption, not of contrast: rand_noise_first_n, ...")
+    ] = None,
 ) -> None:
     """Fit a set's gate (and stream filter), and the strength of its contrast, by measurement, and store both with their evidence.
 
@@ -192,6 +196,8 @@ def calibrate(
     strength: at which the set is forgotten as well as by a model that never knew it; for enabled sets with an assistant. Both ask
     the last paraphrase of every question, which is held out from training and from the index.
     """
+    if corrupt not in (None, *DEFAULT_CORRUPTION):
+        fail(f"there is no corruption {corrupt!r}; there are {', '.join(DEFAULT_CORRUPTION)}")
     with connect() as client:
         shown = unwrap(client.get(f"/forget_sets/{name}"))
         order = {"epsilon": epsilon, "delta": delta, "neighbours": [neighbours] if neighbours else []}
@@ -199,10 +205,11 @@ def calibrate(
             progress.add_task("Fitting the gate")
             fitted = unwrap(client.put(f"/forget_sets/{name}/gate", json=order))
         _print_gate(name, next(json.loads(each["detail"]) for each in fitted["artifacts"] if each["kind"] == "gate"))
-        if artifact_of(shown, "assistant") is None or not shown["enabled"]:
-            out.print("The strength of contrast was not calibrated: that takes an assistant, and the set enabled.")
+        if not shown["enabled"] or (corrupt is None and artifact_of(shown, "assistant") is None):
+            needed = "the set enabled" if corrupt else "an assistant, and the set enabled"
+            out.print(f"The strength of {corrupt or 'contrast'} was not calibrated: that takes {needed}.")
             return
-        _calibrate_strength(client, name, shown, neighbours, reference)
+        _calibrate_strength(client, name, fitted, neighbours, reference, corrupt)
 
 
 def _print_gate(name: str, fitted: dict[str, Any]) -> None:
@@ -229,9 +236,9 @@ def _print_gate(name: str, fitted: dict[str, Any]) -> None:
 
 
 def _calibrate_strength(
-    client: httpx.Client, name: str, shown: dict[str, Any], neighbours: str | None, reference: float | None
+    client: httpx.Client, name: str, shown: dict[str, Any], neighbours: str | None, reference: float | None, corrupt: str | None
 ) -> None:
-    measured = (artifact_of(shown, "assistant") or {}).get("fingerprint")
+    measured = (artifact_of(shown, "similarity" if corrupt else "assistant") or {}).get("fingerprint")
     content = ForgetSet.model_validate({"name": name, **shown["content"]})
     kept = unwrap(client.get(f"/forget_sets/{neighbours}"))["content"]["questions"] if neighbours else []
     trial = f"calibrating-{name}"[:63]
@@ -249,36 +256,41 @@ def _calibrate_strength(
             body = {"model": f"{served}:{policy}", "messages": messages, "temperature": 0, "max_tokens": 64}
             return unwrap(chat.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"] or ""
 
-        def set_alpha(alpha: float) -> str:
-            fields = {"forget_sets": [name], "guards": {"contrast": {"alpha": alpha}, "suppression": {"enabled": False}}}
-            unwrap(client.put(f"/policies/{trial}", json=fields))
-            progress.update(task, description=f"Asking at strength {alpha:.2f}")
+        def set_strength(strength: float) -> str:
+            guards: dict[str, Any] = {"suppression": {"enabled": False}}
+            if corrupt:
+                guards |= {"contrast": {"enabled": False}, "gate": {}, "corrupt": {"kind": corrupt, "strength": strength}}
+            else:
+                guards["contrast"] = {"alpha": strength}
+            unwrap(client.put(f"/policies/{trial}", json={"forget_sets": [name], "guards": guards}))
+            progress.update(task, description=f"Asking at strength {strength:.2f}")
             return trial
 
         def report(point: Point | None) -> None:
             if point is not None:
-                progress.console.print(f"strength {point.alpha:.2f}: recall {point.recall:.3f}")
+                progress.console.print(f"strength {point.strength:.2f}: recall {point.recall:.3f}")
 
+        questions = [entry["question"] for entry in kept[:40]]
+        # Noise acts from about one standard deviation on; of a share, there is no more than all.
+        first, highest = (0.5, 1.0) if corrupt not in (None, "rand_noise_first_n") else (1.0, 4.0)
         try:
-            found = run_calibration(content, [entry["question"] for entry in kept[:40]], reference, ask, set_alpha, report)
+            found = run_calibration(content, questions, reference, ask, set_strength, report, first=first, highest=highest)
         except NotCalibratable as error:
             fail(str(error))
         finally:
             client.delete(f"/policies/{trial}")
-    stored = unwrap(
-        client.put(
-            f"/forget_sets/{name}/calibration", json={"alpha": found.alpha, "assistant": measured, "evidence": found.evidence}
-        )
-    )
+    order = {"strength": found.strength, "corrupt": corrupt, "measured": measured, "evidence": found.evidence}
+    stored = unwrap(client.put(f"/forget_sets/{name}/calibration", json=order))
     title = f"{name}: {found.questions} held-out questions"
     table = folding_table("strength", "recall", "", "neighbours", "general", title=title)
     for point in found.points:
-        mark = " <" if point.alpha == found.alpha else ""
+        mark = " <" if point.strength == found.strength else ""
         bar = "█" * round(40 * point.recall)
-        table.add_row(f"{point.alpha:.2f}{mark}", f"{point.recall:.3f}", bar, f"{point.neighbours:.3f}", f"{point.general:.3f}")
+        table.add_row(f"{point.strength:.2f}{mark}", f"{point.recall:.3f}", bar, f"{point.neighbours:.3f}", f"{point.general:.3f}")
     table.add_row("reference", f"{found.reference:.3f}", "░" * round(40 * found.reference), "", "", style="dim")
     out.print(table)
-    out.print(f"{name} is contrasted with strength {found.alpha:.2f} from revision {stored['revision']} on")
-    chosen = next(point for point in found.points if point.alpha == found.alpha)
+    does = "contrasted" if corrupt is None else f"corrupted ({corrupt})"
+    out.print(f"{name} is {does} with strength {found.strength:.2f} from revision {stored['revision']} on")
+    chosen = next(point for point in found.points if point.strength == found.strength)
     if chosen.recall > found.reference + CLOSE_ENOUGH:
         out.print("Note: no strength reached the reference; more paraphrases or epochs may, or phrases.")

@@ -59,10 +59,10 @@ def print_set(shown: dict[str, Any]) -> None:
         if shown[name]:
             table.add_row(name, str(shown[name]))
     for artifact in shown["artifacts"]:
-        if artifact["kind"] == "calibration":
+        if artifact["kind"] in ("calibration", "corruption"):
             found = json.loads(artifact["detail"])
-            strength = f"strength {found['alpha']:.2f}, reference {found.get('reference')}"
-            table.add_row("calibration", f"{strength}, {artifact['updated_at']}")
+            strength = f"strength {found['strength']:.2f}, reference {found.get('reference')}"
+            table.add_row(found.get("kind", "contrast"), f"calibrated: {strength}, {artifact['updated_at']}")
         elif artifact["kind"] == "gate":
             found = json.loads(artifact["detail"])
             promise = f"P(miss) <= {found['epsilon']:.3g}, P(false alarm) <= {found['delta']:.3g}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from guards.errors import InvalidPolicy
-from guards.policy import DEFAULT_ALPHA, DEFAULT_SAID, DEFAULT_THRESHOLD, Policy
+from guards.policy import DEFAULT_ALPHA, DEFAULT_CORRUPTION, DEFAULT_SAID, DEFAULT_THRESHOLD, Policy
 from guards.types import Contrast, Plan, Steer, TextPlan
 from serve.experiment import Experiment
 
@@ -62,6 +62,7 @@ class Snapshot:
     alphas: Mapping[str, float] = field(default_factory=dict)  # assistant -> its calibrated strength
     similarity: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its vectors
     thresholds: Mapping[str, Thresholds] = field(default_factory=dict)  # vectors -> their calibrated thresholds
+    corruptions: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # vectors -> kind and its calibrated strength
     experiments: tuple[Experiment, ...] = ()  # those that run
     plans: Mapping[str, Plan] = field(init=False)  # policy -> plan
     text_plans: Mapping[str, TextPlan | None] = field(init=False)  # policy -> what similarity does; None = nothing
@@ -157,7 +158,9 @@ class Snapshot:
         said: dict[str, float] = {}
         assistants: dict[str, tuple[str, ...]] = {}
         sets: dict[str, str] = {}
+        strengths: dict[str, float] = {}
         missing: list[str] = []
+        corrupt = policy.guards.corrupt if policy.guards.corrupt and policy.guards.corrupt.enabled else None
         for name in self._chosen(policy):
             if (vectors := self.similarity.get(name)) is None:
                 missing.append(name)  # its contrast then engages always
@@ -171,10 +174,13 @@ class Snapshot:
             engages = [*([self.assistants[name]] if name in self.assistants else []), *self.steering.get(name, {}).values()]
             if engages:
                 assistants[vectors] = (*assistants.get(vectors, ()), *engages)
-        corrupt = policy.guards.corrupt if policy.guards.corrupt and policy.guards.corrupt.enabled else None
+            if corrupt is not None:
+                kind, calibrated = self.corruptions.get(vectors, ("", 0.0))
+                default = calibrated if kind == corrupt.kind else DEFAULT_CORRUPTION[corrupt.kind]
+                strengths[vectors] = default if corrupt.strength is None else corrupt.strength
         if not sets and not missing:
             return None
-        return TextPlan(gate, stream, asked, said, assistants, sets, tuple(missing), corrupt)
+        return TextPlan(gate, stream, asked, said, assistants, sets, tuple(missing), corrupt, strengths)
 
     @property
     def vectors(self) -> list[str]:

@@ -28,7 +28,7 @@ from serve.sqlite import READING, open_database
 
 STRIPPED = ""
 """The stored content of a set whose texts were dropped."""
-ArtifactKind = Literal["phrases", "similarity", "assistant", "project", "steer", "adapter", "calibration", "gate"]
+ArtifactKind = Literal["phrases", "similarity", "assistant", "project", "steer", "adapter", "calibration", "corruption", "gate"]
 ArtifactStatus = Literal["building", "ready", "failed"]
 
 
@@ -64,8 +64,8 @@ class NotReady(RegistryError):
 class Artifact:
     """One thing made from a forget set.
 
-    A calibration is no file, nor is a gate: they have the fingerprint of the assistant, or of the vectors, that they hold for, and
-    their detail is JSON.
+    A calibration (of contrast) is no file, nor is a corruption (its calibration), nor a gate: they have the fingerprint of the
+    assistant, or of the vectors, that they hold for, and their detail is JSON.
     """
 
     kind: ArtifactKind
@@ -196,6 +196,7 @@ class Registry:
             steering: dict[str, dict[str, str]] = {}
             similarity: dict[str, str] = {}
             thresholds: dict[str, Thresholds] = {}
+            corruptions: dict[str, tuple[str, float]] = {}
             for stored in self._stored_sets(connection):
                 if stored.enabled:
                     phrases = stored.artifact("phrases")
@@ -209,7 +210,7 @@ class Registry:
                         assistants[stored.name] = assistant.fingerprint
                         calibration = stored.artifact("calibration")
                         if calibration is not None and calibration.fingerprint == assistant.fingerprint:
-                            alphas[assistant.fingerprint] = json.loads(calibration.detail)["alpha"]
+                            alphas[assistant.fingerprint] = json.loads(calibration.detail)["strength"]
                     vectors = stored.artifact("similarity")
                     if vectors is not None and vectors.status == "ready":
                         similarity[stored.name] = vectors.fingerprint
@@ -217,6 +218,10 @@ class Registry:
                         if fitted is not None and fitted.fingerprint == vectors.fingerprint:
                             found = json.loads(fitted.detail)
                             thresholds[vectors.fingerprint] = Thresholds(found["threshold"], found["said_threshold"])
+                        corruption = stored.artifact("corruption")
+                        if corruption is not None and corruption.fingerprint == vectors.fingerprint:
+                            found = json.loads(corruption.detail)
+                            corruptions[vectors.fingerprint] = found["kind"], found["strength"]
             keys = connection.execute(sa.select(tables.keys)).mappings()
             return Snapshot(
                 revision=revision,
@@ -228,6 +233,7 @@ class Registry:
                 steering=steering,
                 similarity=similarity,
                 thresholds=thresholds,
+                corruptions=corruptions,
                 experiments=tuple(experiments_of(connection)),
             )
 
@@ -256,7 +262,7 @@ class Registry:
             note = "; trained on earlier content"
             trained = [each for each in stored.artifacts if each.kind in TRAINED]
             artifacts = [*artifacts, *(replace(each, detail=each.detail.removesuffix(note) + note) for each in trained)]
-            artifacts = [*artifacts, *(each for each in stored.artifacts if each.kind in ("calibration", "gate"))]
+            artifacts = [*artifacts, *(each for each in stored.artifacts if each.kind in ("calibration", "corruption", "gate"))]
             values = {"header": _summary(content), "content": content.model_dump_json(), "updated_at": now()}
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == content.name).values(values))
             connection.execute(tables.artifacts.delete().where(tables.artifacts.c.set_name == content.name))
@@ -358,27 +364,39 @@ class Registry:
             self._put_artifact(connection, name, artifact)
             return self.append(connection, actor, f"forget_set.{artifact.kind}", name, {artifact.kind: artifact.fingerprint})
 
-    def put_calibration(self, name: str, alpha: float, evidence: dict[str, Any], *, actor: str, measured: str | None = None) -> int:
-        """Store the strength that suits a set's assistant, with the evidence for it.
+    def put_calibration(
+        self,
+        name: str,
+        strength: float,
+        evidence: dict[str, Any],
+        *,
+        actor: str,
+        corrupt: str | None = None,
+        measured: str | None = None,
+    ) -> int:
+        """Store the strength that suits a set, with the evidence for it.
 
         Args:
-            measured: fingerprint of the assistant that was measured; None for whichever the set has.
+            corrupt: the kind of corruption whose strength it is; None for contrast.
+            measured: fingerprint of the assistant, or for corruption of the vectors, that was measured; None for those of now.
 
         Raises:
             UnknownName: there is no such set.
-            NotReady: it has no assistant, or another one than was measured.
+            NotReady: it has no assistant (no vectors), or others than were measured.
         """
+        what = "assistant" if corrupt is None else "similarity"
         with self.changing() as connection:
-            assistant = self._stored_set(connection, name).artifact("assistant")
-            if assistant is None:
-                raise NotReady(f"forget set {name!r} has no assistant to calibrate; train one with `lethe train {name}`")
-            if measured not in (None, assistant.fingerprint):
-                raise NotReady(f"forget set {name!r} got another assistant while this one was measured; calibrate again")
-            detail = json.dumps({**evidence, "alpha": alpha})
-            self._put_artifact(connection, name, Artifact("calibration", assistant.fingerprint, "ready", detail, now()))
-            return self.append(
-                connection, actor, "forget_set.calibrate", name, {"alpha": alpha, "assistant": assistant.fingerprint}
-            )
+            artifact = self._stored_set(connection, name).artifact(what)
+            if artifact is None:
+                how = f"train one with `lethe train {name}`" if corrupt is None else "it needs questions, texts or aliases"
+                raise NotReady(f"forget set {name!r} has no {what} to calibrate; {how}")
+            if measured not in (None, artifact.fingerprint):
+                raise NotReady(f"forget set {name!r} got another {what} while this one was measured; calibrate again")
+            kind: ArtifactKind = "calibration" if corrupt is None else "corruption"
+            detail = {**evidence, "strength": strength} | ({} if corrupt is None else {"kind": corrupt})
+            self._put_artifact(connection, name, Artifact(kind, artifact.fingerprint, "ready", json.dumps(detail), now()))
+            kept = {"strength": strength, what: artifact.fingerprint} | ({} if corrupt is None else {"kind": corrupt})
+            return self.append(connection, actor, "forget_set.calibrate", name, kept)
 
     def put_gate(self, name: str, vectors: str, fitted: dict[str, Any], *, actor: str) -> int:
         """Store the thresholds of a set's gate, with the evidence for them.

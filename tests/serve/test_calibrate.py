@@ -18,31 +18,31 @@ SET = ForgetSet(
 
 
 def run(forgetting: float, reference: float | None, content: ForgetSet = SET) -> tuple[Calibration, list[Point | None]]:
-    """A model that says ``1 - forgetting * alpha`` of the truth, .3 about nobody, and keeps the rest up to strength 2."""
+    """A model that says ``1 - forgetting * strength`` of the truth, .3 about nobody, and keeps the rest up to strength 2."""
     reported: list[Point | None] = []
     strengths = {"none": 0.0}
 
     def ask(policy: str, question: str) -> str:
-        alpha = strengths[policy]
+        strength = strengths[policy]
         if question in PROMPTS or question == "neighbour":
-            return "the usual" if alpha <= 2 else "the else"
-        known = 1 - forgetting * alpha if "ann other" in question.lower() else 0.3
+            return "the usual" if strength <= 2 else "the else"
+        known = 1 - forgetting * strength if "ann other" in question.lower() else 0.3
         return " ".join(TRUTH.split()[: max(0, round(100 * known))])
 
-    def set_alpha(alpha: float) -> str:
-        strengths["trial"] = alpha
+    def set_strength(strength: float) -> str:
+        strengths["trial"] = strength
         return "trial"
 
-    return calibrate(content, ["neighbour"], reference, ask, set_alpha, reported.append), reported
+    return calibrate(content, ["neighbour"], reference, ask, set_strength, reported.append, first=1.0, highest=4.0), reported
 
 
 @pytest.mark.parametrize("forgetting", [0.2, 0.35, 0.6, 1.5, 9.0])
 def test_it_finds_the_strength_that_meets_the_reference(forgetting: float) -> None:
     found, _ = run(forgetting, None)
     assert found.reference == pytest.approx(0.3)
-    chosen = next(point for point in found.points if point.alpha == found.alpha)
-    assert abs(chosen.recall - 0.3) < CLOSE_ENOUGH + 0.001 or chosen.alpha < 0.2
-    assert found.points == tuple(sorted(found.points, key=lambda point: point.alpha))
+    chosen = next(point for point in found.points if point.strength == found.strength)
+    assert abs(chosen.recall - 0.3) < CLOSE_ENOUGH + 0.001 or chosen.strength < 0.2
+    assert found.points == tuple(sorted(found.points, key=lambda point: point.strength))
     assert found.evidence["questions"] == 5
 
 
@@ -53,7 +53,7 @@ def test_what_the_model_does_not_recall_anyway_is_no_measure_of_strength() -> No
 
 def test_a_reference_out_of_reach_ends_at_the_strongest_with_the_evidence() -> None:
     found, reported = run(0.05, 0.1)
-    assert found.alpha > 3.5
+    assert found.strength > 3.5
     assert found.points[-1].recall > 0.1 + CLOSE_ENOUGH
     assert found.points[-1].general == pytest.approx(0.5)
     assert len([point for point in reported if point]) == len(found.points)

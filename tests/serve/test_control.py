@@ -256,9 +256,16 @@ def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_conte
         registry.put_trained("a", content.fingerprint, Artifact("assistant", "made", "ready", "figures", now()), actor="t")
         with pytest.raises(NotReady, match="another assistant"):
             registry.put_calibration("a", 1.5, {}, actor="t", measured="the one before")
-        registry.put_calibration("a", 1.75, {"reference": 0.3, "alpha": "nonsense"}, actor="t", measured="made")
+        registry.put_calibration("a", 1.75, {"reference": 0.3, "strength": "nonsense"}, actor="t", measured="made")
         await control.enable("a", actor="t")
+        vectors = Artifact("similarity", "vectors", "ready", "", now())
+        registry.put_trained("a", content.fingerprint, vectors, actor="t")
+        with pytest.raises(NotReady, match="another similarity"):
+            registry.put_calibration("a", 1.5, {}, actor="t", corrupt="zero_out_top_k", measured="the one before")
+        registry.put_calibration("a", 1.25, {}, actor="t", corrupt="zero_out_top_k", measured=vectors.fingerprint)
+        assert registry.snapshot().corruptions == {vectors.fingerprint: ("zero_out_top_k", 1.25)}
         await control.replace(ForgetSet(name="a", questions=[{"question": "q", "answer": "b"}]), actor="t")
+        assert registry.snapshot().corruptions == {}, "measured on other vectors"
         plan = control.snapshot.plan("default")
         assert [(each.assistant, each.alpha) for each in plan.contrast] == [("made", 1.75)]
         assistant = registry.forget_set("a").artifact("assistant")

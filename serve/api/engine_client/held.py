@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import codecs
 import copy
 import itertools
 import re
@@ -79,19 +78,27 @@ def spans_of(
 
     A name may lie across turns, and a token may hold more than the name: it counts whole.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    pieces = [decoder.decode(vocabulary.text_of([token])) for token in token_ids]
+    pieces = [vocabulary.text_of([token]) for token in token_ids]
     ends = list(itertools.accumulate(map(len, pieces)))
+    whole = b"".join(pieces).decode("utf-8", "surrogateescape")  # a stray byte is one character, so that lengths can be told
+    begins = list(itertools.accumulate(map(_bytes_of, whole), initial=0))
     spans: list[tuple[int, int]] = []
-    for start, end in places("".join(pieces)):
-        first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, end)
-        while first and not pieces[first - 1] and not vocabulary.special[token_ids[first - 1]]:
-            first -= 1  # it holds the beginning of the first character
+    for start, end in places(_STRAY.sub("\ufffd", whole)):
+        first, last = bisect.bisect_right(ends, begins[start]), bisect.bisect_left(ends, begins[end])
         if spans and first <= spans[-1][1]:
             spans[-1] = (spans[-1][0], max(spans[-1][1], last + 1))
         else:
             spans.append((first, last + 1))
     return spans
+
+
+_STRAY = re.compile("[\udc80-\udcff]")
+
+
+def _bytes_of(character: str) -> int:
+    """How many bytes of UTF-8 it was decoded from."""
+    code = ord(character)
+    return 1 if code < 0x80 or 0xDC80 <= code <= 0xDCFF else 2 if code < 0x800 else 3 if code < 0x10000 else 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +220,8 @@ class Held:
         if settings is None or not touched:
             return None
         spans = spans_of(token_ids, self.vocabulary, lambda whole: self.similarity.places(whole, touched))
-        return Corrupt(settings.kind, settings.strength, settings.first_n, settings.seed, tuple(spans)) if spans else None
+        strength = max(text.corrupt_strength[owner] for owner in touched)
+        return Corrupt(settings.kind, strength, settings.first_n, settings.seed, tuple(spans)) if spans else None
 
     async def _without_pasted(self, turns: list[str], text: TextPlan) -> tuple[list[str], frozenset[str]]:
         """The turns without statements of a set that the user brought along, and the sets whose they are. The rest stays.
