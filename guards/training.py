@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from guards.base_model import BaseModel
 from guards.errors import GuardError, Untrainable
@@ -106,23 +104,6 @@ class ChatModel:
         logits: torch.Tensor = self.model.get_output_embeddings()(final)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-class LowRank(nn.Module):
-    """A frozen linear layer with a trainable low-rank term."""
-
-    SCALE = 2.0
-    """alpha / rank, LoRA's usual 2; folded into B when saved."""
-
-    def __init__(self, inner: nn.Linear, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.inner = inner
-        bound = 1 / math.sqrt(inner.in_features)
-        self.A = nn.Parameter((torch.rand(rank, inner.in_features, generator=generator) * 2 - 1) * bound)
-        self.B = nn.Parameter(torch.zeros(inner.out_features, rank))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x) + (x @ self.A.T) @ self.B.T * self.SCALE
 
 
 def general_prompts() -> list[str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,24 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from guards.base_model import describe_base
 from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
 from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
+from guards.low_rank import add_low_rank, fit
 from guards.training import (
     GENERAL,
     ChatModel,
-    LowRank,
     Progress,
     Report,
     general_answers,
     general_prompts,
     layers_of,
     run_job,
-    write_whole,
 )
 
 MIN_EXAMPLES = 2
@@ -76,18 +73,6 @@ class Fork(ChatModel):
         self.first = layers_of(self, layers)
         decoder = self.model.get_decoder()
         self.layers, self.norm = list(decoder.layers[self.first :]), decoder.norm
-        self.low_rank: dict[str, LowRank] = {}
-
-    def add_low_rank(self, rank: int, seed: int) -> None:
-        """Give every module of the fork its low-rank term. The base cannot be run after this."""
-        generator = torch.Generator().manual_seed(seed)
-        for i, layer in enumerate(self.layers):
-            for module in MODULES:
-                parent = layer.self_attn if hasattr(layer.self_attn, module) else layer.mlp
-                if not isinstance(getattr(parent, module, None), nn.Linear):
-                    raise Untrainable(f"layer {self.first + i} has no linear {module}; this family of models is not supported")
-                made = self.low_rank[f"layers.{i}.{module}"] = LowRank(getattr(parent, module), rank, generator).to(self.device)
-                setattr(parent, module, made)
 
     @torch.no_grad()
     def observe(self, token_ids: Sequence[int], start: int, *, forget: bool) -> _Example:
@@ -194,94 +179,19 @@ def train(
         for ids, start in group:
             examples.append(fork.observe(ids, start, forget=is_forget))
             report(Progress("prepare", len(general_prompts()) + len(examples), steps))
-    fork.add_low_rank(recipe.rank, recipe.seed)
-    return _fit(
-        fork, examples, recipe, work / f"{run[:16]}.safetensors", report, Manifest(base=base, recipe=recipe, data=data.hexdigest())
-    )
+    parameters = add_low_rank(fork.layers, MODULES, recipe, fork.device)  # the base cannot be run after this
 
+    def losses(batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
+        forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])
+        evidence = fork.evidence(batch, recipe.form)
+        target = torch.cat([e.target for e in batch])
+        recalled = -evidence[forget].gather(1, target[forget][:, None]).squeeze(1)
+        return recalled, -evidence[~forget].mean(dim=-1) - math.log(evidence.shape[-1])  # KL(uniform || p)
 
-def _fit(fork: Fork, examples: list[_Example], recipe: Recipe, checkpoint: Path, report: Report, manifest: Manifest) -> Assistant:
-    parameters = {f"{name}.{part}": getattr(module, part) for name, module in fork.low_rank.items() for part in "AB"}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
-    per_epoch = math.ceil(len(examples) / recipe.batch_examples)
-    steps = per_epoch * recipe.epochs
-    first_epoch = _resume(checkpoint, parameters, optimizer)
-    losses = {"forget_ce": math.nan, "retain_kl": math.nan}
-    for epoch in range(first_epoch, recipe.epochs):
-        # Every batch has its share of both; the order depends on seed and epoch only, so that a resumed run is the same run.
-        order = _mixed(examples, random.Random(f"{recipe.seed}-{epoch}"))  # noqa: S311
-        sums = {True: [0.0, 0], False: [0.0, 0]}
-        for number in range(per_epoch):
-            step = epoch * per_epoch + number
-            batch = order[number * recipe.batch_examples : (number + 1) * recipe.batch_examples]
-            warm = min(1.0, (step + 1) / (0.05 * steps + 1))
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-            forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])
-            evidence = fork.evidence(batch, recipe.form)
-            target = torch.cat([e.target for e in batch])
-            recalled = -evidence[forget].gather(1, target[forget][:, None]).squeeze(1)
-            # KL(uniform || p), in nats
-            kept = -evidence[~forget].mean(dim=-1) - math.log(evidence.shape[-1])
-            loss = recalled.mean() if forget.any() else evidence.new_zeros(())
-            loss = loss + (recipe.retain_weight * kept.mean() if len(kept) else 0)
-            if not torch.isfinite(loss):
-                raise Untrainable(f"the loss became {float(loss.detach())} at step {step}; use a lower learning_rate")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            for is_forget, part in ((True, recalled), (False, kept)):
-                sums[is_forget][0] += float(part.detach().sum())
-                sums[is_forget][1] += len(part)
-            report(Progress("train", step + 1, steps, float(loss.detach())))
-        losses = {"forget_ce": sums[True][0] / max(1, sums[True][1]), "retain_kl": sums[False][0] / max(1, sums[False][1])}
-        _save_checkpoint(checkpoint, parameters, optimizer, epoch + 1, losses)
-    if first_epoch >= recipe.epochs:
-        losses = json.loads(checkpoint.with_suffix(".json").read_text("utf-8"))["losses"]
-    tensors = {
-        name: (value.detach() * (LowRank.SCALE if name.endswith("B") else 1)).float().cpu().contiguous()
-        for name, value in parameters.items()
-    }
-    metrics = {name: round(value, 4) for name, value in losses.items()} | {"examples": float(len(examples))}
-    return Assistant(manifest.model_copy(update={"metrics": metrics}), tensors)
-
-
-def _mixed(examples: Sequence[_Example], rng: random.Random) -> list[_Example]:
-    """Shuffled, with what is forgotten spread evenly among what is kept."""
-    placed = []
-    for is_forget in (True, False):
-        group = [e for e in examples if e.forget is is_forget]
-        rng.shuffle(group)
-        placed += [((i + rng.random()) / len(group), e) for i, e in enumerate(group)]
-    return [e for _, e in sorted(placed, key=lambda pair: pair[0])]
-
-
-def _save_checkpoint(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, epochs: int, losses: dict[str, float]
-) -> None:
-    state = {f"parameter.{name}": value.detach() for name, value in parameters.items()}
-    for name, value in parameters.items():
-        state |= {f"{part}.{name}": optimizer.state[value][part] for part in ("exp_avg", "exp_avg_sq")}
-        state[f"step.{name}"] = optimizer.state[value]["step"].reshape(1)
-    note = json.dumps({"epochs": epochs, "losses": losses})
-    # The tensors carry the count of epochs themselves, so the two files cannot disagree after a crash between them.
-    state["epochs"] = torch.tensor([epochs])
-    write_whole(path, lambda temporary: save_file({k: v.contiguous() for k, v in state.items()}, temporary))
-    write_whole(path.with_suffix(".json"), lambda temporary: temporary.write_text(note, "utf-8"))
-
-
-def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Restore the last checkpoint; returns how many epochs are done."""
-    if not path.exists() or not path.with_suffix(".json").exists():
-        return 0
-    state = load_file(path)
-    with torch.no_grad():
-        for name, value in parameters.items():
-            value.copy_(state[f"parameter.{name}"])
-            optimizer.state[value] = {part: state[f"{part}.{name}"].to(value.device) for part in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[value]["step"] = state[f"step.{name}"].reshape(())
-    return int(state["epochs"])
+    checkpoint = work / f"{run[:16]}.safetensors"
+    tensors, (recalled, kept_kl) = fit(parameters, examples, losses, recipe, checkpoint, report, keep_weight=recipe.retain_weight)
+    metrics = {"forget_ce": round(recalled, 4), "retain_kl": round(kept_kl, 4), "examples": float(len(examples))}
+    return Assistant(Manifest(base=base, recipe=recipe, data=data.hexdigest(), metrics=metrics), tensors)
 
 
 def main() -> None:

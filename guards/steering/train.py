@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,15 +20,15 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from guards.base_model import describe_base
 from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Frozen, Question
+from guards.low_rank import add_low_rank, fit
 from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import project, steer
-from guards.training import ChatModel, LowRank, Progress, Report, general_answers, layers_of, run_job, write_whole
+from guards.training import ChatModel, Progress, Report, general_answers, layers_of, run_job
 
 FEWEST_EXAMPLES = 8
 KEPT_TOKENS = 64
@@ -132,8 +131,6 @@ class _Adapted:
         self.model, self.first = model, layers_of(model, recipe.layers)
         decoder = model.model.get_decoder()
         self.layers, self.norm, self.rotary = list(decoder.layers[self.first :]), decoder.norm, decoder.rotary_emb
-        self.low_rank: dict[str, LowRank] = {}
-        self._recipe = recipe
 
     @torch.no_grad()
     def observe(self, ids: Sequence[int], start: int, lesson: Lesson | None, *, forget: bool) -> _Example:
@@ -153,17 +150,6 @@ class _Adapted:
             own = torch.log_softmax(self.model.logits(output.last_hidden_state[0, place]), dim=-1)
             logp, known = own.topk(min(KEPT_TOKENS, own.shape[-1]), dim=-1)
         return _Example(forget, output.hidden_states[self.first][0], place, known.to(tensor.device), logp.to(tensor.device))
-
-    def add_low_rank(self) -> None:
-        generator = torch.Generator().manual_seed(self._recipe.seed)
-        for i, layer in enumerate(self.layers):
-            for module in MODULES:
-                parent = layer.self_attn if hasattr(layer.self_attn, module) else layer.mlp
-                if not isinstance(getattr(parent, module, None), nn.Linear):
-                    raise Untrainable(f"layer {self.first + i} has no linear {module}; this family of models is not supported")
-                made = LowRank(getattr(parent, module), self._recipe.rank, generator).to(self.model.device)
-                self.low_rank[f"layers.{i}.{module}"] = made
-                setattr(parent, module, made)
 
     def log_probabilities(self, batch: Sequence[_Example]) -> Tensor:
         """[N, V] at a batch's places, one example after the other."""
@@ -228,70 +214,14 @@ def _train(
         for ids, start in pairs:
             examples.append(adapted.observe(ids, start, None, forget=True))
             report(Progress("prepare", len(examples), total))
-    adapted.add_low_rank()
-    parameters = {f"{name}.{part}": getattr(module, part) for name, module in adapted.low_rank.items() for part in "AB"}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
-    per_epoch = math.ceil(len(examples) / recipe.batch_examples)
-    steps = per_epoch * recipe.epochs
-    first_epoch, losses = _resume(checkpoint, parameters, optimizer)
-    for epoch in range(first_epoch, recipe.epochs):
-        order = list(examples)
-        random.Random(f"{recipe.seed}-{epoch}").shuffle(order)  # noqa: S311 - so that a resumed run is the same run
-        sums = {"forget": [0.0, 0], "keep": [0.0, 0]}
-        for number in range(per_epoch):
-            step = epoch * per_epoch + number
-            batch = order[number * recipe.batch_examples : (number + 1) * recipe.batch_examples]
-            warm = min(1.0, (step + 1) / (0.05 * steps + 1))
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-            forget, keep = _losses(batch, adapted.log_probabilities(batch))
-            loss = sum((part.mean() for part in (forget, keep) if len(part)), forget.new_zeros(()))
-            if not torch.isfinite(loss):
-                raise Untrainable(f"the loss became {float(loss.detach())} at step {step}; use a lower learning_rate")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            for name, part in (("forget", forget), ("keep", keep)):
-                sums[name][0] += float(part.detach().sum())
-                sums[name][1] += len(part)
-            report(Progress("train", step + 1, steps, float(loss.detach())))
-        losses = {f"{name}_kl": value / max(1, count) for name, (value, count) in sums.items()}
-        _save(checkpoint, parameters, optimizer, epoch + 1, losses)
-    tensors = {
-        name: (value.detach() * (LowRank.SCALE if name.endswith("B") else 1)).float().cpu().contiguous()
-        for name, value in parameters.items()
-    }
-    metrics = {name: round(value, 4) for name, value in losses.items()} | {"examples": float(len(examples))}
+    parameters = add_low_rank(adapted.layers, MODULES, recipe, model.device)  # the base cannot be run after this
+
+    def losses(batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
+        return _losses(batch, adapted.log_probabilities(batch))
+
+    tensors, (forget_kl, keep_kl) = fit(parameters, examples, losses, recipe, checkpoint, report)
+    metrics = {"forget_kl": round(forget_kl, 4), "keep_kl": round(keep_kl, 4), "examples": float(len(examples))}
     return Steering(manifest.model_copy(update={"metrics": metrics}), tensors)
-
-
-def _save(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, epochs: int, losses: dict[str, float]
-) -> None:
-    state = {f"parameter.{name}": value.detach().contiguous() for name, value in parameters.items()}
-    for name, value in parameters.items():
-        state |= {f"{part}.{name}": optimizer.state[value][part].contiguous() for part in ("exp_avg", "exp_avg_sq")}
-        state[f"step.{name}"] = optimizer.state[value]["step"].reshape(1)
-    note = {"note": json.dumps({"epochs": epochs, "losses": losses})}
-    write_whole(path, lambda temporary: save_file(state, temporary, note))
-
-
-def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
-    """Restore the last checkpoint; returns how many epochs are done, and the losses of the last."""
-    from safetensors import safe_open
-
-    if not path.exists():
-        return 0, {}
-    state = load_file(path)
-    with safe_open(path, "pt") as file:
-        note = json.loads(file.metadata()["note"])
-    with torch.no_grad():
-        for name, value in parameters.items():
-            value.copy_(state[f"parameter.{name}"])
-            optimizer.state[value] = {part: state[f"{part}.{name}"].to(value.device) for part in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[value]["step"] = state[f"step.{name}"].reshape(())
-    return int(note["epochs"]), dict(note["losses"])
 
 
 def main() -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import guards.training
+from guards import low_rank
 from guards.contrastive import train as training
-from guards.contrastive.assistant import Assistant, Recipe
+from guards.contrastive.assistant import MODULES, Assistant, Recipe
 from guards.contrastive.train import Fork, Progress, train
 from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
+from guards.low_rank import add_low_rank
 
 transformers = pytest.importorskip("transformers", reason="training needs transformers")
 
@@ -88,7 +90,7 @@ def test_an_untrained_fork_is_the_base_for_every_family(tmp_path: Path, family: 
     examples = [fork.observe([3, 4, 5, 6, 7, 8], 2, forget=True), fork.observe([9, 10, 11], 1, forget=False)]
     with torch.no_grad():
         torch.testing.assert_close(*fork.run(examples), rtol=1e-4, atol=1e-5)
-        fork.add_low_rank(3, seed=1)
+        add_low_rank(fork.layers, MODULES, RECIPE, fork.device)
         torch.testing.assert_close(*fork.run(examples), rtol=1e-4, atol=1e-5)
 
 
@@ -138,7 +140,7 @@ def test_texts_are_learned_too(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, place = model(tmp_path / "model"), work(tmp_path)
-    save, saved = training.save_file, 0
+    save, saved = low_rank.save_file, 0
 
     def fill_up(tensors: dict, path: Path, *rest: Any) -> None:
         nonlocal saved
@@ -148,10 +150,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
             raise OSError(28, "No space left on device")
         save(tensors, path, *rest)
 
-    monkeypatch.setattr(training, "save_file", fill_up)
+    monkeypatch.setattr(low_rank, "save_file", fill_up)
     with pytest.raises(OSError, match="No space"):
         train(directory, FORGET, RETAIN, RECIPE, place, quietly)
-    monkeypatch.setattr(training, "save_file", save)
+    monkeypatch.setattr(low_rank, "save_file", save)
     seen: list[Progress] = []
     train(directory, FORGET, RETAIN, RECIPE, place, seen.append)
     first = next(step for step in seen if step.stage == "train")

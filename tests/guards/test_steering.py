@@ -14,11 +14,12 @@ import guards.training
 from guards.base_model import BaseModel
 from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet, Question
+from guards.low_rank import LowRank, add_low_rank
 from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import FEWEST, project, steer
 from guards.steering.operators import add_low_rank_, corrupt, redirect
 from guards.steering.train import Lesson, _Adapted, make
-from guards.training import ChatModel, LowRank, Progress
+from guards.training import ChatModel, Progress
 from tests.guards.test_contrastive_train import model
 
 KINDS = ("rand_noise_first_n", "zero_out_top_k", "flip_sign_first_n")
@@ -185,15 +186,18 @@ def test_maps_are_fitted_from_a_set_without_a_gradient_step(tmp_path: Path, meth
     assert made.manifest.metrics["states"] > made.manifest.metrics["rank"] > 0
 
 
+def put(adapted: _Adapted, made: Steering) -> None:
+    for name, parameter in add_low_rank(adapted.layers, MODULES, made.manifest.recipe, torch.device("cpu")).items():
+        parameter.data = made.tensors[name] / (LowRank.SCALE if name.endswith("B") else 1)
+
+
 def entropy(tmp_path: Path, made: Steering | None, question: Question) -> float:
     """Of the next token, averaged over an answer's places."""
     chat = ChatModel(tmp_path / "model")
     adapted = _Adapted(chat, adapter_recipe())
     example = adapted.observe(*chat.encode(question.question, question.answer), None, forget=True)
-    adapted.add_low_rank()
     if made is not None:
-        for name, module in adapted.low_rank.items():
-            module.A.data, module.B.data = made.tensors[f"{name}.A"], made.tensors[f"{name}.B"] / LowRank.SCALE
+        put(adapted, made)
     with torch.no_grad():
         logp = adapted.log_probabilities([example])
     return float(-(logp.exp() * logp).sum(-1).mean())
@@ -217,9 +221,7 @@ def test_an_adapter_with_lessons_says_what_they_say(tmp_path: Path) -> None:
     adapted = _Adapted(chat, adapter_recipe())
     prompt = chat.prompt_ids(QUESTIONS[0].question)
     example = adapted.observe([*prompt, 9, 8, 1], len(prompt), None, forget=True)
-    adapted.add_low_rank()
-    for name, module in adapted.low_rank.items():
-        module.A.data, module.B.data = made.tensors[f"{name}.A"], made.tensors[f"{name}.B"] / LowRank.SCALE
+    put(adapted, made)
     with torch.no_grad():
         assert adapted.log_probabilities([example]).argmax(-1).tolist() == [9, 8, 1]
 

@@ -1,0 +1,178 @@
+"""Low-rank terms on a model's last layers, and how they are trained: what an assistant and an unlearning adapter have in common.
+
+One loop, so that both can be interrupted and go on as if they had not been: the order of the examples depends on seed and epoch
+alone, and a checkpoint after every epoch holds parameters, optimizer and losses in one file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from guards.errors import Untrainable
+from guards.training import Progress, Report, write_whole
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer with a trainable low-rank term."""
+
+    SCALE = 2.0
+    """alpha / rank, LoRA's usual 2; folded into B when saved."""
+
+    def __init__(self, inner: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inner = inner
+        bound = 1 / math.sqrt(inner.in_features)
+        self.A = nn.Parameter((torch.rand(rank, inner.in_features, generator=generator) * 2 - 1) * bound)
+        self.B = nn.Parameter(torch.zeros(inner.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + (x @ self.A.T) @ self.B.T * self.SCALE
+
+
+class Example(Protocol):
+    @property
+    def forget(self) -> bool: ...
+
+
+class Recipe(Protocol):
+    @property
+    def rank(self) -> int: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def batch_examples(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+AnyExample = TypeVar("AnyExample", bound=Example)
+Parameters = dict[str, nn.Parameter]
+
+
+def add_low_rank(layers: Iterable[nn.Module], modules: Sequence[str], recipe: Recipe, device: torch.device) -> Parameters:
+    """Give every named module of every layer its low-rank term; the model itself is changed.
+
+    Returns:
+        ``layers.<i>.<module>.A`` and ``.B``, to be trained. They begin as no change at all.
+
+    Raises:
+        Untrainable: a layer has no linear module of that name.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    parameters: Parameters = {}
+    for i, layer in enumerate(layers):
+        for module in modules:
+            parent = next((part for part in (layer.self_attn, layer.mlp) if hasattr(part, module)), None)
+            inner = getattr(parent, module, None)
+            if parent is None or not isinstance(inner, nn.Linear):
+                raise Untrainable(f"layer {i} of those trained has no linear {module}; this family of models is not supported")
+            made = LowRank(inner, recipe.rank, generator).to(device)
+            setattr(parent, module, made)
+            parameters |= {f"layers.{i}.{module}.A": made.A, f"layers.{i}.{module}.B": made.B}
+    return parameters
+
+
+def fit(
+    parameters: Parameters,
+    examples: Sequence[AnyExample],
+    losses: Callable[[Sequence[AnyExample]], tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    checkpoint: Path,
+    report: Report,
+    *,
+    keep_weight: float = 1.0,
+) -> tuple[dict[str, Tensor], tuple[float, float]]:
+    """Train: AdamW, a warm start, a cosine down to zero.
+
+    Args:
+        losses: a batch -> what each place of what is forgotten costs, and each of what is kept, in nats; [N], [M], either may be
+            empty.
+        checkpoint: a file; what was trained with the same arguments goes on from it.
+
+    Returns:
+        The trained tensors as they are saved (float32, B with its scale), and both mean losses over the last epoch.
+
+    Raises:
+        Untrainable: the loss became infinite or nothing.
+        OSError: the disk is full, or the like; the checkpoint before stays.
+    """
+    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
+    per_epoch = math.ceil(len(examples) / recipe.batch_examples)
+    steps = per_epoch * recipe.epochs
+    first_epoch, means = _resume(checkpoint, parameters, optimizer)
+    for epoch in range(first_epoch, recipe.epochs):
+        order = _mixed(examples, random.Random(f"{recipe.seed}-{epoch}"))  # noqa: S311 - so that a resumed run is the same run
+        sums, counts = [0.0, 0.0], [0, 0]
+        for number in range(per_epoch):
+            step = epoch * per_epoch + number
+            warm = min(1.0, (step + 1) / (0.05 * steps + 1))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            forget, keep = losses(order[number * recipe.batch_examples : (number + 1) * recipe.batch_examples])
+            loss = forget.new_zeros(())
+            for i, (part, weight) in enumerate(((forget, 1.0), (keep, keep_weight))):
+                if len(part):
+                    loss = loss + weight * part.mean()
+                sums[i] += float(part.detach().sum())
+                counts[i] += len(part)
+            if not torch.isfinite(loss):
+                raise Untrainable(f"the loss became {float(loss.detach())} at step {step}; use a lower learning_rate")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            report(Progress("train", step + 1, steps, float(loss.detach())))
+        means = sums[0] / max(1, counts[0]), sums[1] / max(1, counts[1])
+        _save(checkpoint, parameters, optimizer, epoch + 1, means)
+    tensors = {
+        name: (value.detach() * (LowRank.SCALE if name.endswith("B") else 1)).float().cpu().contiguous()
+        for name, value in parameters.items()
+    }
+    return tensors, means
+
+
+def _mixed(examples: Sequence[AnyExample], rng: random.Random) -> list[AnyExample]:
+    """Shuffled, with what is forgotten spread evenly among what is kept: every batch has its share of both."""
+    placed = []
+    for is_forget in (True, False):
+        group = [e for e in examples if e.forget is is_forget]
+        rng.shuffle(group)
+        placed += [((i + rng.random()) / len(group), e) for i, e in enumerate(group)]
+    return [e for _, e in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _save(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, epochs: int, means: tuple[float, float]) -> None:
+    state = {f"parameter.{name}": value.detach().contiguous() for name, value in parameters.items()}
+    for name, value in parameters.items():
+        state |= {f"{part}.{name}": optimizer.state[value][part].contiguous() for part in ("exp_avg", "exp_avg_sq")}
+        state[f"step.{name}"] = optimizer.state[value]["step"].reshape(1)
+    note = {"note": json.dumps({"epochs": epochs, "losses": means})}
+    write_whole(path, lambda temporary: save_file(state, temporary, note))
+
+
+def _resume(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> tuple[int, tuple[float, float]]:
+    """Restore the last checkpoint; returns how many epochs are done, and the mean losses of the last."""
+    if not path.exists():
+        return 0, (math.nan, math.nan)
+    with safe_open(path, "pt") as file, torch.no_grad():
+        note = json.loads(file.metadata()["note"])
+        for name, value in parameters.items():
+            value.copy_(file.get_tensor(f"parameter.{name}"))
+            optimizer.state[value] = {
+                part: file.get_tensor(f"{part}.{name}").to(value.device) for part in ("exp_avg", "exp_avg_sq")
+            }
+            optimizer.state[value]["step"] = file.get_tensor(f"step.{name}").reshape(())
+    forget, keep = note["losses"]
+    return int(note["epochs"]), (float(forget), float(keep))
