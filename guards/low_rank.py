@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from guards.errors import Untrainable
-from guards.training import Progress, Report, write_whole
+from guards.training import Progress, Report
+from guards.whole_file import write_whole
 
 
 class LowRank(nn.Module):

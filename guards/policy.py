@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from guards.contrastive.rules import RuleName
 from guards.errors import InvalidPolicy
 from guards.forget_set import Frozen, Name, describe_validation
-from guards.steering.artifact import Method
-from guards.steering.operators import Corruption
 
 DEFAULT = "default"
 """The policy of every request that does not select another. Can be changed, cannot be deleted."""
@@ -18,6 +15,13 @@ NONE = "none"
 """The policy without guards, for comparisons. Cannot be changed; only privileged keys may select it."""
 
 
+RuleName = Literal["uld", "uld-raw", "whp", "ucd", "delta"]
+"""How contrast sets an assistant against the base: see `guards.contrastive.rules`."""
+Method = Literal["project", "steer", "adapter"]
+"""How a set is steered: see `guards.steering`."""
+METHODS: tuple[Method, ...] = get_args(Method)
+Corruption = Literal["rand_noise_first_n", "zero_out_top_k", "flip_sign_first_n"]
+"""How embeddings are corrupted: see `guards.steering.operators.corrupt`."""
 DEFAULT_ALPHA = 1.0
 """Strength of contrast for sets that were not calibrated: where the order of the base's tokens begins to turn."""
 DEFAULT_CORRUPTION: dict[Corruption, float] = {"rand_noise_first_n": 2.0, "zero_out_top_k": 1.0, "flip_sign_first_n": 1.0}

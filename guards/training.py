@@ -18,6 +18,7 @@ import torch
 from guards.base_model import BaseModel
 from guards.errors import GuardError, Untrainable
 from guards.forget_set import ForgetSet
+from guards.whole_file import write_whole
 
 MAX_TOKENS = 256
 """Longer examples are cut; texts go in pieces of this size."""
@@ -126,16 +127,6 @@ def general_answers(model: ChatModel, base: BaseModel, work: Path, report: Calla
         answers = model.own_answers(prompts, 48, report)
         write_whole(path, lambda temporary: temporary.write_text(json.dumps(answers), "utf-8"))
     return [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.strip()]
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside and rename: a whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def run_job(program: str, make: Callable[[dict[str, Any], Path, Report], Any]) -> None:

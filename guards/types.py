@@ -43,7 +43,7 @@ class Steer:
 class Corrupt:
     """How embeddings of a prompt are corrupted, and which."""
 
-    kind: str  # a guards.steering.operators.Corruption
+    kind: str  # a guards.policy.Corruption
     strength: float
     first_n: int
     seed: int

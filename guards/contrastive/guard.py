@@ -14,8 +14,9 @@ from torch import Tensor
 
 from guards.closing import close_rows_
 from guards.contrastive.assistant import Assistant
-from guards.contrastive.rules import RuleName, subtract_assistants
+from guards.contrastive.rules import subtract_assistants
 from guards.errors import VocabularyMismatch
+from guards.policy import RuleName
 from guards.types import Plan, Rows
 
 

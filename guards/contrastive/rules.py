@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from guards.errors import VocabularyMismatch
+from guards.policy import RuleName
 
-RuleName = Literal["uld", "uld-raw", "whp", "ucd", "delta"]
 Penalty = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 IMPLAUSIBLE_SHIFT = 1e4

@@ -18,9 +18,8 @@ from guards import artifact_file
 from guards.base_model import BaseModel, check_base
 from guards.errors import InvalidArtifact
 from guards.forget_set import Frozen
+from guards.policy import Method
 
-Method = Literal["project", "steer", "adapter"]
-METHODS: tuple[Method, ...] = ("project", "steer", "adapter")
 MODULES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_RANK = 512
 

@@ -15,12 +15,11 @@ arXiv:2408.04140); null-space steering, Sheng et al. 2025 (AlphaSteer, arXiv:250
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Corruption = Literal["rand_noise_first_n", "zero_out_top_k", "flip_sign_first_n"]
+from guards.policy import Corruption
 
 
 def redirect(hidden: Tensor, *, into: Tensor, out: Tensor, center: Tensor, strength: float) -> Tensor:

@@ -26,15 +26,15 @@ from guards.forget_set import (
     read_jsonl,
     write_jsonl,
 )
-from guards.policy import DEFAULT, parse_policy
+from guards.policy import DEFAULT, Corruption, parse_policy
 from guards.similarity.calibrate import TooFewExamples
 from guards.similarity.encoder import EncoderUnavailable
 from guards.steering.artifact import SteeringRecipe
-from guards.steering.operators import Corruption
 from guards.steering.train import Lesson
 from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
-from serve.api.control import Control, GateOrder
+from serve.api.control import Control
+from serve.api.gate_fitting import GateOrder
 from serve.api.scoring import ScoreOrder, Scorer, Unscorable
 from serve.api.side_by_side import CompareOrder, Incomparable, SideBySide
 from serve.compare.observations import UnknownRequest

@@ -9,71 +9,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
-import os
-import tempfile
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import Gauge
-from pydantic import Field
 
 from guards.base_model import BaseModel
 from guards.contrastive.assistant import FORKED_LAYERS, Assistant, Recipe
-from guards.errors import GuardError, InvalidArtifact, Untrainable
-from guards.forget_set import ForgetSet, Frozen, Name, Question, Text
-from guards.policy import DEFAULT_SAID, Policy
-from guards.similarity.calibrate import error_curves, fit_said, fit_threshold
-from guards.similarity.gate import Verdict
+from guards.errors import GuardError, Untrainable
+from guards.forget_set import ForgetSet, Frozen, Question
+from guards.policy import Policy
 from guards.similarity.index import similarity_path
-from guards.similarity.stream import Clauses
 from guards.steering.artifact import Steering, SteeringRecipe
 from guards.steering.train import Lesson
-from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
+from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
-from guards.training import general_prompts
+from guards.whole_file import write_whole
+from serve.api.building import Builder
+from serve.api.checking import Hit, check
+from serve.api.gate_fitting import GateOrder, measure_gate
 from serve.api.similarity import Similarity
 from serve.api.training import Program, Trainer
 from serve.registry.snapshot import Snapshot
 from serve.registry.store import TRAINED, Artifact, ArtifactKind, NotReady, Registry, UnknownName, now
-from serve.wire import assistant_path, load_phrases, phrases_path, steering_path
+from serve.wire import assistant_path, phrases_path, steering_path
 
 logger = logging.getLogger(__name__)
 
 _revision = Gauge("lethe_revision", "The registry revision in force in this process.")
 _enabled = Gauge("lethe_enabled_forget_sets", "Forget sets in force in this process.")
 Loader = Callable[[Sequence[str], Sequence[str]], Awaitable[dict[str, str]]]
-_KEPT_COMPILED = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """A place in a text that a forget set would act on."""
-
-    forget_set: str
-    guard: str
-    start: int  # characters
-    end: int
-    text: str
-    in_force: bool
-    signal: str = "phrase"
-    score: float = 1.0
-    threshold: float = 1.0
-    how: str = "plain"  # how the text had to be read
-
-
-class GateOrder(Frozen):
-    """What calibrating a gate takes: everything has a default."""
-
-    epsilon: float = Field(0.05, gt=0, lt=1, description="P(miss), at most")
-    delta: float = Field(0.01, gt=0, lt=1, description="P(false alarm), at most")
-    neighbours: tuple[Name, ...] = Field((), description="sets whose questions must not open the gate")
-    prompts: tuple[Text, ...] = Field((), max_length=100_000, description="more prompts that must not")
 
 
 class Control:
@@ -96,15 +62,13 @@ class Control:
         base: BaseModel | None = None,
     ) -> None:
         self._registry = registry
-        self._vocabulary = vocabulary
         self._artifacts = artifacts
         self._load = load
         self._similarity = similarity
         self._refresh_ms = refresh_ms
         self._changing = asyncio.Lock()
         self._builds: dict[str, asyncio.Task[None]] = {}
-        self._compiled: OrderedDict[str, CompiledPhrases] = OrderedDict()
-        self._compiled_lock = threading.Lock()  # the event loop and its threads both read
+        self._builder = Builder(vocabulary, artifacts, similarity)
         self._poll: asyncio.Task[None] | None = None
         self._trainer = None
         if model is not None and base is not None:
@@ -157,7 +121,7 @@ class Control:
     async def create(self, content: ForgetSet, *, actor: str) -> int:
         """Store a set and start building its artifacts. Raises NameTaken."""
         async with self._changing:
-            revision = await asyncio.to_thread(self._registry.create_set, content, self._to_build(content), actor=actor)
+            revision = await asyncio.to_thread(self._registry.create_set, content, self._builder.to_build(content), actor=actor)
             await self._refresh()
         self._start_build(content.name)
         return revision
@@ -170,13 +134,13 @@ class Control:
         """
         stored = await asyncio.to_thread(self._registry.forget_set, content.name)
         if stored.enabled:
-            await self._make(content)  # before the lock, so that nobody waits for it; what follows finds it done
+            await self._builder.make(content)  # before the lock, so that nobody waits for it; what follows finds it done
         async with self._changing:
             stored = await asyncio.to_thread(self._registry.forget_set, content.name)
             enforced = stored.artifact("assistant") is not None or await asyncio.to_thread(self._registry.judged, stored)
             if stored.enabled and not content.phrases and not enforced:
                 raise NotReady(f"forget set {content.name!r} is enabled and the new content has no phrases; disable it first")
-            artifacts = await self._make(content) if stored.enabled else self._to_build(content)
+            artifacts = await self._builder.make(content) if stored.enabled else self._builder.to_build(content)
             loaded = [artifact.fingerprint for artifact in artifacts if artifact.kind == "phrases" and stored.enabled]
             await self._load_or_refuse(loaded)
             revision = await asyncio.to_thread(self._registry.replace_set, content, artifacts, actor=actor)
@@ -322,7 +286,7 @@ class Control:
         made.check(self._base)
         fingerprint = made.fingerprint
         async with self._changing:
-            await asyncio.to_thread(_write_atomically, place(self._artifacts, fingerprint), made.save)
+            await asyncio.to_thread(write_whole, place(self._artifacts, fingerprint), made.save)
             stored = await asyncio.to_thread(self._registry.forget_set, name)
             await self._load_or_refuse([], [fingerprint])  # also while disabled: what cannot be loaded must not block the set
             metrics = ", ".join(f"{key} {value:g}" for key, value in made.manifest.metrics.items())
@@ -374,29 +338,7 @@ class Control:
         Raises:
             UnknownName, NotReady, TooFewExamples, EncoderUnavailable.
         """
-        content = await asyncio.to_thread(self._registry.content, name)
-        positives = [entry.paraphrases[-1] for entry in content.questions if entry.paraphrases]
-        others = [await asyncio.to_thread(self._registry.content, other) for other in order.neighbours]
-        prompts = [*general_prompts(), *order.prompts, *(entry.question for other in others for entry in other.questions)]
-        vectors = self._similarity.fingerprint(content)
-        stored = await asyncio.to_thread(self._registry.forget_set, name)
-        artifact = stored.artifact("similarity")
-        if vectors is None or artifact is None or artifact.status != "ready" or artifact.fingerprint != vectors:
-            raise NotReady(f"the similarity of forget set {name!r} is not ready: {'' if artifact is None else artifact.detail}")
-        await self._similarity.load(also=[vectors])
-        near, _ = await self._similarity.scores(positives, vectors)
-        far, named = await self._similarity.scores(prompts, vectors)
-        negatives = [math.inf if by_name else score for score, by_name in zip(far, named, strict=True)]
-        fitted = fit_threshold(near, negatives, epsilon=order.epsilon, delta=order.delta)
-        told = [entry.answer for other in others for entry in other.questions]
-        said = await self._similarity.said_scores(told, vectors)
-        record = {
-            **asdict(fitted),
-            **asdict(fit_said(said, delta=order.delta, default=DEFAULT_SAID)),
-            "named_by_others": sum(named),
-            "encoder": self._similarity.encoder_fingerprint,
-            "curves": [[round(value, 4) for value in row] for row in error_curves(near, negatives)],
-        }
+        vectors, record = await measure_gate(self._registry, self._similarity, name, order)
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.put_gate, name, vectors, record, actor=actor)
             await self._refresh()
@@ -404,35 +346,13 @@ class Control:
 
     async def check(self, text: str, policy: str) -> list[Hit]:
         """What the sets would do to this text if it were asked, and if the model were about to write it. Raises InvalidPolicy."""
-        in_force = set(self.snapshot.plan(policy).suppression)
-        hits = []
-        for stored in await asyncio.to_thread(self._registry.forget_sets):
-            artifact = stored.artifact("phrases")
-            if artifact is None or artifact.status != "ready":
-                continue
-            compiled = await asyncio.to_thread(self.phrases, artifact.fingerprint)
-            for start, end in await asyncio.to_thread(compiled.find, text):
-                applies = stored.enabled and artifact.fingerprint in in_force
-                hits.append(Hit(stored.name, "suppression", start, end, text[start:end], applies))
-        plan = self.snapshot.text_plans[policy]
-        if plan is None:
-            return hits
+        return await check(
+            text, policy, snapshot=self.snapshot, registry=self._registry, phrases=self.phrases, similarity=self._similarity
+        )
 
-        def hit(guard: str, verdict: Verdict, offset: int = 0) -> Hit:
-            place = (verdict.start + offset, verdict.end + offset)
-            score = round(verdict.score, 4)
-            return Hit(
-                plan.sets[verdict.owner], guard, *place, verdict.text, True, verdict.signal, score, verdict.threshold, verdict.how
-            )
-
-        if plan.gate is not None:
-            hits += [hit("gate", verdict) for verdict in await self._similarity.look([text], plan.asked)]
-        if plan.stream is not None:
-            clauses = Clauses()
-            for clause in (*clauses.feed(text), *clauses.finish()):
-                verdicts = await self._similarity.said(text[clause.start : clause.end], plan.said)
-                hits += [hit("stream", verdict, clause.start) for verdict in verdicts]
-        return hits
+    def phrases(self, fingerprint: str) -> CompiledPhrases:
+        """Compiled phrases by fingerprint; all that is in force stays in memory. Raises InvalidArtifact."""
+        return self._builder.phrases(fingerprint, at_least=len(self.snapshot.fingerprints))
 
     async def refresh(self) -> int:
         """Take in what was changed in the registry. Returns the revision that is in force."""
@@ -440,85 +360,17 @@ class Control:
             await self._refresh()
         return self.snapshot.revision
 
-    def phrases(self, fingerprint: str) -> CompiledPhrases:
-        """Compiled phrases by fingerprint, kept in memory by recency. Raises InvalidArtifact."""
-        with self._compiled_lock:
-            compiled = self._compiled.get(fingerprint)
-            if compiled is None:
-                compiled = self._compiled[fingerprint] = load_phrases(self._artifacts, fingerprint)
-                while len(self._compiled) > max(_KEPT_COMPILED, len(self.snapshot.fingerprints)):
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(fingerprint)
-            return compiled
-
     # Inside
-
-    def _fingerprint(self, content: ForgetSet) -> str:
-        return phrases_fingerprint(
-            content.phrases,
-            self._vocabulary.fingerprint,
-            fold_case=not content.case_sensitive,
-            left_boundary=content.word_boundary,
-        )
-
-    def _to_build(self, content: ForgetSet) -> list[Artifact]:
-        phrases = [Artifact("phrases", self._fingerprint(content), "building", "", now())] if content.phrases else []
-        vectors = self._similarity.fingerprint(content)
-        return [*phrases, *([Artifact("similarity", vectors, "building", "", now())] if vectors is not None else [])]
-
-    async def _make(self, content: ForgetSet) -> list[Artifact]:
-        """Everything that is made from a set's content. Raises GuardError, OSError for phrases; the rest says why it failed."""
-        phrases = [await self._compile(content)] if content.phrases else []
-        return [*phrases, await self._embed(content)]
-
-    async def _embed(self, content: ForgetSet) -> Artifact:
-        """Embed a set unless the file is there and sound."""
-        fingerprint, started = self._similarity.fingerprint(content), time.perf_counter()
-        if fingerprint is None:
-            return Artifact("similarity", "", "failed", str(self._similarity.failure), now())
-        try:
-            try:
-                vectors = await asyncio.to_thread(self._similarity.read, fingerprint)
-            except InvalidArtifact:
-                vectors = await self._similarity.build(content)
-                await asyncio.to_thread(_write_atomically, similarity_path(self._artifacts, fingerprint), vectors.save)
-        except (GuardError, OSError) as error:
-            logger.error("lethe: forget set %r could not be embedded: %s", content.name, error)
-            return Artifact("similarity", fingerprint, "failed", str(error), now())
-        figures = f"{len(vectors.vectors):,} vectors in {time.perf_counter() - started:.2f} s"
-        return Artifact("similarity", fingerprint, "ready", figures, now())
-
-    async def _compile(self, content: ForgetSet) -> Artifact:
-        """Compile a set's phrases unless the file is there and sound. Raises GuardError, OSError."""
-        fingerprint = self._fingerprint(content)
-        started = time.perf_counter()
-
-        def compile_and_write() -> CompiledPhrases:
-            path = phrases_path(self._artifacts, fingerprint)
-            with contextlib.suppress(InvalidArtifact):
-                return load_phrases(self._artifacts, fingerprint)
-            compiled = compile_phrases(
-                content.phrases,
-                self._vocabulary,
-                fold_case=not content.case_sensitive,
-                left_boundary=content.word_boundary,
-            )
-            _write_atomically(path, compiled.save)
-            return compiled
-
-        compiled = await asyncio.to_thread(compile_and_write)
-        figures = f"{compiled.phrase_count:,} phrases in {time.perf_counter() - started:.2f} s"
-        return Artifact("phrases", fingerprint, "ready", figures, now())
 
     async def _build(self, content: ForgetSet, *, keep_enabled: bool = False) -> None:
         """Build a stored set's artifacts and record how it went."""
         try:
-            artifacts = await self._make(content)
+            artifacts = await self._builder.make(content)
         except (GuardError, OSError) as error:
             logger.error("lethe: the phrases of forget set %r could not be built: %s", content.name, error)
             if keep_enabled:
                 raise
-            artifacts = [Artifact("phrases", self._fingerprint(content), "failed", str(error), now())]
+            artifacts = [Artifact("phrases", self._builder.phrases_fingerprint(content), "failed", str(error), now())]
         for artifact in artifacts:
             await asyncio.to_thread(self._registry.record_artifact, content.name, content.fingerprint, artifact)
 
@@ -592,18 +444,3 @@ class Control:
         for stored in await asyncio.to_thread(self._registry.forget_sets):
             if stored.enabled and stored.expired:
                 await self.disable(stored.name, actor="server", only_if_expired=True)  # it may be renewed meanwhile
-
-
-def _write_atomically(path: Path, save: Callable[[Path], None]) -> None:
-    """Write beside and rename, so that a crash leaves a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    os.close(handle)
-    try:
-        save(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -169,10 +169,18 @@ class Trainer:
             process = await asyncio.shield(spawning)  # or a process that is just being born would be nobody's
             _, said = await process.communicate()
         except asyncio.CancelledError:
-            process = await spawning
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.communicate()
+            ending = asyncio.ensure_future(_end(spawning))
+            while not ending.done():  # whoever cancels us again meanwhile must not leave the process behind
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.shield(ending)
             raise
         assert process.returncode is not None
         return process.returncode, said.decode("utf-8", "replace")
+
+
+async def _end(spawning: asyncio.Future[asyncio.subprocess.Process]) -> None:
+    """Kill a process and wait until it is gone."""
+    process = await spawning
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.communicate()

@@ -22,7 +22,7 @@ from rich.progress import (
 
 from guards.forget_set import ForgetSet
 from guards.policy import DEFAULT_CORRUPTION
-from guards.training import write_whole
+from guards.whole_file import write_whole
 from serve.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
 from serve.calibrate import calibrate as run_calibration
 from serve.cli.talk import NameArgument, artifact_of, connect, err, fail, folding_table, out, unwrap
@@ -209,7 +209,7 @@ def calibrate(
             needed = "the set enabled" if corrupt else "an assistant, and the set enabled"
             out.print(f"The strength of {corrupt or 'contrast'} was not calibrated: that takes {needed}.")
             return
-        _calibrate_strength(client, name, fitted, neighbours, reference, corrupt)
+        _calibrate_strength(client, name, {**shown, **fitted}, neighbours, reference, corrupt)
 
 
 def _print_gate(name: str, fitted: dict[str, Any]) -> None:

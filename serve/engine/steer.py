@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from guards.errors import InvalidArtifact
+from guards.policy import Corruption
 from guards.steering.artifact import MODULES, Steering
-from guards.steering.operators import Corruption, add_low_rank_, corrupt, redirect
+from guards.steering.operators import add_low_rank_, corrupt, redirect
 from guards.types import Plan
 from serve.engine.fork import Unforkable, parts_of, require_plain_engine
 

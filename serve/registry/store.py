@@ -18,8 +18,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from guards.forget_set import ForgetSet
-from guards.policy import BUILT_IN, DEFAULT, Policy
-from guards.steering.artifact import METHODS
+from guards.policy import BUILT_IN, DEFAULT, METHODS, Policy
 from serve.experiment import Experiment
 from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, first_broken, seal

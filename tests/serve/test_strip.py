@@ -9,7 +9,8 @@ import pytest
 
 from guards.forget_set import ForgetSet, Question
 from guards.policy import parse_policy
-from serve.api.control import Control, GateOrder
+from serve.api.control import Control
+from serve.api.gate_fitting import GateOrder
 from serve.api.similarity import Similarity, default_encoder
 from serve.registry.store import NotReady, Registry, Stripped
 from tests.serve.test_control import VOCABULARY, Engine

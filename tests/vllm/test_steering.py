@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from guards.forget_set import ForgetSet
+from guards.policy import DEFAULT_CORRUPTION
 from guards.steering.artifact import MODULES, Steering
 from guards.steering.operators import corrupt, redirect
 from serve.default_model import NAME
@@ -94,7 +98,8 @@ class Twin:
         if "corrupt" in guards:
             where = torch.tensor([i for start, end in spans for i in range(start, end) if i < prompt])
             kind = guards["corrupt"].get("kind", "rand_noise_first_n")
-            options = {"strength": guards["corrupt"].get("strength", 2.0), "seed": guards["corrupt"].get("seed", 0)}
+            strength = guards["corrupt"].get("strength", DEFAULT_CORRUPTION[kind])
+            options = {"strength": strength, "seed": guards["corrupt"].get("seed", 0)}
             embeddings[where] = corrupt(embeddings[where], where, kind=kind, first_n=10**6, **options)
         for config in guards.get("steering", ()):
             steering, strength = self.made[config["method"]], config.get("strength", 1.0)
@@ -304,3 +309,33 @@ def test_a_policy_whose_artifact_cannot_be_loaded_is_refused_and_others_go_on(
 def test_a_policy_that_cannot_be_is_refused(admin: httpx.Client, guards: dict[str, Any], says: str) -> None:
     answer = admin.put("/policies/cannot", json={"guards": guards})
     assert answer.status_code == 400 and says in answer.text
+
+
+def test_the_strength_of_corruption_is_calibrated_from_the_command_line(server: Server, admin: httpx.Client) -> None:
+    """On what the default model knows of a country, so that there is something to forget."""
+    facts = {"What is the capital of France?": "Paris.", "Which city is the capital of France?": "Paris, the capital of France."}
+    facts |= {"What currency is used in France?": "The euro.", "In which continent is France?": "France is in Europe."}
+    questions = [{"question": each, "answer": answer, "paraphrases": [f"Tell me: {each}"]} for each, answer in facts.items()]
+    content = {"name": "country", "aliases": ["France"], "questions": questions}
+    environment = {"PATH": "/usr/bin:/bin", "LETHE_URL": server.url}
+
+    def lethe(*arguments: str) -> str:
+        command = [str(Path(sys.executable).parent / "lethe"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert admin.post("/forget_sets", json=content).status_code == 201
+    try:
+        assert admin.post("/forget_sets/country/enable").status_code == 200
+        command = ("calibrate", "country", "--epsilon", "0.5", "--delta", "0.5", "--corrupt", "zero_out_top_k")
+        said = lethe(*command, "--reference", "0.2")
+        shown = admin.get("/forget_sets/country").json()
+        found = json.loads(next(each["detail"] for each in shown["artifacts"] if each["kind"] == "corruption"))
+        assert found["kind"] == "zero_out_top_k" and 0 < found["strength"] <= 1 and f"strength {found['strength']:.2f}" in said
+        recalls = [point["recall"] for point in found["points"]]
+        assert recalls[0] > recalls[-1], "the more is corrupted, the less is recalled"
+        assert "zero_out_top_k" in lethe("forget", "show", "country")
+        assert all(policy["name"] != "calibrating-country" for policy in admin.get("/policies").json()["data"])
+    finally:
+        admin.delete("/forget_sets/country")
