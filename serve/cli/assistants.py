@@ -110,7 +110,9 @@ def train(
         out.print(f"Next: lethe forget enable {name}")
 
 
-SAMPLES, LONGEST_LESSON, TOP = 3, 80, 20
+SAMPLES, LONGEST_LESSON, TOP = 2, 80, 20
+LEADS = ("{}", "Please answer this question: {}", "{} Tell me what you know.")
+"""How a question is put beside its paraphrases, so that what is learned is not one wording."""
 NEVER = -100.0
 """Log-probabilities below this are tokens that a mask or a cut leaves out."""
 
@@ -124,10 +126,13 @@ def _lessons(client: httpx.Client, name: str, policy: str) -> list[dict[str, Any
     if "content" not in shown:
         fail(f"the texts of {name} were dropped, so nothing can be asked about it")
     content = ForgetSet.model_validate({"name": name, **shown["content"]})
-    asked = [(question, entry.answer) for entry in content.questions for question in (entry.question, *entry.paraphrases[:-1])]
+    asked = []
+    for entry in content.questions:
+        wordings = [*entry.paraphrases[:-1], *(lead.format(entry.question) for lead in LEADS)]
+        asked += [(wording, entry.answer) for wording in wordings]
     settings = Settings()
     policies = [{**unwrap(client.get(f"/policies/{policy}")), "revision": 0}]
-    kept = settings.cache_dir / "lessons" / f"{config_fingerprint(shown, policies, settings.url)}.json"
+    kept = settings.cache_dir / "lessons" / f"{config_fingerprint(shown, policies, f'{settings.url} {LEADS} {SAMPLES}')}.json"
     if kept.exists():  # the same again, so that training goes on from its checkpoint
         return list(json.loads(kept.read_text("utf-8")))
     headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
