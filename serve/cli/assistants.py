@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -22,11 +22,10 @@ from rich.progress import (
 
 from guards.forget_set import ForgetSet
 from guards.policy import DEFAULT_CORRUPTION
-from guards.whole_file import write_whole
 from serve.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
 from serve.calibrate import calibrate as run_calibration
+from serve.cli.lessons import ask_lessons
 from serve.cli.talk import NameArgument, artifact_of, connect, err, fail, folding_table, out, unwrap
-from serve.compare.report import config_fingerprint
 from serve.settings import Settings
 
 
@@ -61,10 +60,14 @@ def train(
         fail("--distil-from goes with --method adapter")
     with connect() as client:
         before = artifact_of(unwrap(client.get(f"/forget_sets/{name}")), kind)
+        lessons_file: Path | None = None
         if distil_from is not None:
-            order |= {"lessons": _lessons(client, name, distil_from), "distil": True}
+            lessons, lessons_file = ask_lessons(client, name, distil_from)
+            order |= {"lessons": lessons, "distil": True}
         shown = unwrap(client.post(f"/forget_sets/{name}/{path}", json=order))
         if detach:
+            if lessons_file is not None:
+                lessons_file.unlink(missing_ok=True)
             out.print(f"training {name}; `lethe forget show {name}` tells how far it is")
             return
         columns = (
@@ -97,6 +100,8 @@ def train(
             fail(f"stopped; `lethe train {name}` with the same options goes on from the last checkpoint")
     if shown["training"] is not None:
         fail(f"training failed: {shown['training']['reason']}")
+    if lessons_file is not None:
+        lessons_file.unlink(missing_ok=True)
     made = artifact_of(shown, kind)
     if made is None or made == before:
         out.print(f"The training ran into the same {kind} as before; nothing has changed.")
@@ -108,81 +113,6 @@ def train(
         out.print(f"{name} is in force, and contrasted from now on")
     if not shown["enabled"]:
         out.print(f"Next: lethe forget enable {name}")
-
-
-SAMPLES, LONGEST_LESSON, TOP = 2, 80, 20
-LEADS = ("{}", "Please answer this question: {}", "{} Tell me what you know.")
-"""How a question is put beside its paraphrases, so that what is learned is not one wording."""
-NEVER = -100.0
-"""Log-probabilities below this are tokens that a mask or a cut leaves out."""
-
-
-def _lessons(client: httpx.Client, name: str, policy: str) -> list[dict[str, Any]]:
-    """What a policy answers to a set's questions, once greedily and sampled, with the likeliest tokens at each place.
-
-    And what it could say at each place of the answers that are to be forgotten: there the base begins, and must be led away from.
-    """
-    shown = unwrap(client.get(f"/forget_sets/{name}"))
-    if "content" not in shown:
-        fail(f"the texts of {name} were dropped, so nothing can be asked about it")
-    content = ForgetSet.model_validate({"name": name, **shown["content"]})
-    asked = []
-    for entry in content.questions:
-        wordings = [*entry.paraphrases[:-1], *(lead.format(entry.question) for lead in LEADS)]
-        asked += [(wording, entry.answer) for wording in wordings]
-    settings = Settings()
-    policies = [{**unwrap(client.get(f"/policies/{policy}")), "revision": 0}]
-    kept = settings.cache_dir / "lessons" / f"{config_fingerprint(shown, policies, f'{settings.url} {LEADS} {SAMPLES}')}.json"
-    if kept.exists():  # the same again, so that training goes on from its checkpoint
-        return list(json.loads(kept.read_text("utf-8")))
-    headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with (
-        httpx.Client(base_url=settings.url, headers=headers, timeout=600) as chat,
-        Progress(*columns, console=err) as progress,
-        ThreadPoolExecutor(8) as pool,
-    ):
-        served = chat.get("/v1/models").json()["data"][0]["id"]
-        task = progress.add_task(f"Asking {policy}", total=len(asked))
-
-        def ask(pair: tuple[str, str]) -> list[dict[str, Any]]:
-            question, answer = pair
-            body = {
-                "model": f"{served}:{policy}",
-                "messages": [{"role": "user", "content": question}],
-                "max_tokens": LONGEST_LESSON,
-                "logprobs": True,
-                "top_logprobs": TOP,
-                "return_tokens_as_token_ids": True,
-            }
-            ways = ({"temperature": 0}, {"temperature": 1, "n": SAMPLES, "seed": 1})
-            choices = [each for way in ways for each in unwrap(chat.post("/v1/chat/completions", json=body | way))["choices"]]
-            order = {"policy": policy, "question": question, "continuations": [answer], "top_logprobs": TOP}
-            [forgotten] = unwrap(client.post("/score", json=order))["scores"]
-            progress.advance(task)
-            found = [_lesson(question, choice) for choice in choices if choice["logprobs"] and choice["logprobs"]["content"]]
-            if not found:
-                return []
-            top = [[pair for pair in place if pair[1] > NEVER] for place in forgotten["top"]]
-            return [*found, {"question": question, "tokens": forgotten["token_ids"], "top": top}]
-
-        lessons = list(pool.map(ask, asked))
-    if silent := [question for (question, _), each in zip(asked, lessons, strict=True) if not each]:
-        shown_one = f"{len(silent)} of {len(asked)} questions, such as {silent[0]!r}"
-        fail(f"policy {policy} gave no answer to {shown_one}; distil one that answers")
-    kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = [each for every in lessons for each in every]
-    write_whole(kept, lambda path: path.write_text(json.dumps(found), "utf-8"))
-    return found
-
-
-def _lesson(question: str, choice: dict[str, Any]) -> dict[str, Any]:
-    def token(named: dict[str, Any]) -> int:
-        return int(named["token"].removeprefix("token_id:"))
-
-    places = choice["logprobs"]["content"]
-    top = [[(token(each), each["logprob"]) for each in place["top_logprobs"] if each["logprob"] > NEVER] for place in places]
-    return {"question": question, "tokens": [token(place) for place in places], "top": top}
 
 
 def calibrate(
