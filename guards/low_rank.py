@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from guards.errors import Untrainable
 from guards.training import Progress, Report
 from guards.whole_file import write_whole
+
+FORMAT = "lethe-checkpoint-2"
+"""Of checkpoints; from another one training begins anew."""
 
 
 class LowRank(nn.Module):
@@ -78,7 +81,8 @@ def add_low_rank(layers: Iterable[nn.Module], modules: Sequence[str], recipe: Re
             parent = next((part for part in (layer.self_attn, layer.mlp) if hasattr(part, module)), None)
             inner = getattr(parent, module, None)
             if parent is None or not isinstance(inner, nn.Linear):
-                raise Untrainable(f"layer {i} of those trained has no linear {module}; this family of models is not supported")
+                number: Any = getattr(layer.self_attn, "layer_idx", i)
+                raise Untrainable(f"layer {number} has no linear {module}; this family of models is not supported")
             made = LowRank(inner, recipe.rank, generator).to(device)
             setattr(parent, module, made)
             parameters |= {f"layers.{i}.{module}.A": made.A, f"layers.{i}.{module}.B": made.B}
@@ -159,15 +163,18 @@ def _save(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, 
     for name, value in parameters.items():
         state |= {f"{part}.{name}": optimizer.state[value][part].contiguous() for part in ("exp_avg", "exp_avg_sq")}
         state[f"step.{name}"] = optimizer.state[value]["step"].reshape(1)
-    note = {"note": json.dumps({"epochs": epochs, "losses": means})}
+    note = {"format": FORMAT, "note": json.dumps({"epochs": epochs, "losses": means})}
     write_whole(path, lambda temporary: save_file(state, temporary, note))
 
 
 def _resume(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> tuple[int, tuple[float, float]]:
     """Restore the last checkpoint; returns how many epochs are done, and the mean losses of the last."""
+    fresh = 0, (math.nan, math.nan)
     if not path.exists():
-        return 0, (math.nan, math.nan)
+        return fresh
     with safe_open(path, "pt") as file, torch.no_grad():
+        if (file.metadata() or {}).get("format") != FORMAT:
+            return fresh
         note = json.loads(file.metadata()["note"])
         for name, value in parameters.items():
             value.copy_(file.get_tensor(f"parameter.{name}"))

@@ -153,7 +153,7 @@ def run_job(program: str, make: Callable[[dict[str, Any], Path, Report], Any]) -
             raise SystemExit("the server is gone; it goes on from the last checkpoint when it starts again")
         if time.monotonic() - last > 0.5 or progress.step == progress.steps:
             last = time.monotonic()
-            write_whole(arguments.job / "progress.json", lambda path: path.write_text(progress.json(), "utf-8"))
+            write_whole(arguments.job / "progress.json", lambda path: path.write_text(progress.json(), "utf-8"), durable=False)
 
     try:
         write_whole(arguments.job / "result.safetensors", make(job, arguments.job, report).save)

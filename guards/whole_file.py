@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any], *, durable: bool = True) -> None:
     """Have a file written beside its place, put it on the disk, and rename it. Its directory is made.
 
     Args:
         write: writes to the path that it is given.
+        durable: wait for the disk; not worth it for what is written twice a second.
 
     Raises:
         OSError: the disk is full, or the like; nothing has changed.
@@ -24,8 +25,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -38,8 +38,8 @@ PROMPTS = (
 )
 """General prompts that training does not see."""
 
-Ask = Callable[[str, str], str]
-"""(policy, question) -> greedy answer."""
+Ask = Callable[[str, str], str | None]
+"""(policy, question) -> greedy answer; None = refused."""
 
 
 class NotCalibratable(ValueError):
@@ -64,6 +64,7 @@ class Calibration:
     reference: float
     reference_from: str
     questions: int
+    refused: int  # questions left out, since they are refused at any strength
     points: tuple[Point, ...]
 
     @property
@@ -72,6 +73,7 @@ class Calibration:
             "reference": round(self.reference, 4),
             "reference_from": self.reference_from,
             "questions": self.questions,
+            "refused": self.refused,
             "points": [{name: round(value, 4) for name, value in asdict(point).items()} for point in self.points],
         }
 
@@ -138,18 +140,32 @@ def calibrate(
         first, highest: strength to begin with, and the greatest to try. For contrast, 1 is where the order of tokens flips.
 
     Raises:
-        NotCalibratable: see `held_out` and `about_nobody`; or the model recalls no more than the reference to begin with.
+        NotCalibratable: see `held_out` and `about_nobody`; or the model recalls no more than the reference to begin with; or most
+            questions are refused, whatever the strength.
     """
     pairs = held_out(content)
     with ThreadPoolExecutor(16) as pool:
 
-        def answers(policy: str, questions: Sequence[str]) -> list[str]:
+        def ask_all(policy: str, questions: Sequence[str]) -> list[str | None]:
             return list(pool.map(lambda question: ask(policy, question), questions))
+
+        def answers(policy: str, questions: Sequence[str]) -> list[str]:
+            return [each or "" for each in ask_all(policy, questions)]
 
         def recall(policy: str, asked: Sequence[tuple[str, str]]) -> float:
             said = answers(policy, [question for question, _ in asked])
             return statistics.fmean(rouge_l_recall(truth, each) for (_, truth), each in zip(asked, said, strict=True))
 
+        # A refusal recalls nothing, at any strength: counting it would make the others too weak.
+        asked = len(pairs)
+        tried = ask_all(set_strength(first), [question for question, _ in pairs])
+        report(None)
+        pairs = [pair for pair, said in zip(pairs, tried, strict=True) if said is not None]
+        if 2 * len(pairs) < asked:
+            raise NotCalibratable(
+                f"{asked - len(pairs)} of {asked} held-out questions are refused, whatever the strength: they touch the set "
+                "without naming it; add the names that they use to the set's aliases"
+            )
         source = "given"
         if reference is None:
             invented = about_nobody(content, pairs)
@@ -190,4 +206,5 @@ def calibrate(
     # The weakest strength that is near enough, else the nearest: strength beyond need only costs.
     near = [point for point in points if point.recall <= reference + CLOSE_ENOUGH]
     chosen = min(near, key=lambda point: point.strength) if near else min(points, key=lambda point: point.recall)
-    return Calibration(chosen.strength, reference, source, len(pairs), tuple(sorted(points, key=lambda point: point.strength)))
+    points.sort(key=lambda point: point.strength)
+    return Calibration(chosen.strength, reference, source, len(pairs), asked - len(pairs), tuple(points))

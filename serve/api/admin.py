@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from guards.contrastive.assistant import Recipe
 from guards.errors import GuardError, InvalidForgetSet, InvalidJson, InvalidPolicy, Untrainable
@@ -64,10 +64,17 @@ _STATUS: dict[type[Exception], int] = {
 class CalibrationBody(Frozen):
     """The strength that suits a set, and why."""
 
-    strength: float = Field(gt=0, le=1_000)
+    strength: float = Field(gt=0)
     corrupt: Corruption | None = Field(None, description="the kind of corruption whose strength it is; null = contrast")
     measured: str | None = Field(None, description="fingerprint of the assistant, or of the vectors, that was measured")
     evidence: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_strength(self) -> CalibrationBody:
+        most = 100 if self.corrupt is None else 1_000 if self.corrupt == "rand_noise_first_n" else 1
+        if self.strength > most:
+            raise ValueError(f"strength is {self.strength:g}, of {self.corrupt or 'contrast'} at most {most}")
+        return self
 
 
 class TrainingOrder(Frozen):

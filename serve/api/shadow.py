@@ -1,10 +1,10 @@
 """Shadow answers: what other arms would say to live prompts, worked out in the gaps between clients.
 
-Clients come first, in three ways: shadow work begins only when for a while few enough of them have been answered (who comes in the
-middle of it must wait for the engine's step under way), is taken off the engine as soon as one more comes, and has a lower priority
-inside the engine. What waits is bounded, and what does not fit is dropped and
-counted; nobody waits for it. A job that was begun is never dropped, however often it must begin anew: long answers would be lost
-more often than short ones, and the figures be those of the short ones.
+Clients come first, in three ways: shadow work begins only when for a while few enough of them have been answered (who comes in
+the middle of it must wait for the engine's step under way), is taken off the engine as soon as one more comes, and has a lower
+priority inside the engine. What waits is bounded, and what does not fit is dropped and counted; nobody waits for it. A job that was
+begun is never dropped, however often it must begin anew: long answers would be lost more often than short ones, and the figures be
+those of the short ones.
 """
 
 from __future__ import annotations

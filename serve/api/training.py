@@ -171,7 +171,7 @@ class Trainer:
         except asyncio.CancelledError:
             ending = asyncio.ensure_future(_end(spawning))
             while not ending.done():  # whoever cancels us again meanwhile must not leave the process behind
-                with contextlib.suppress(asyncio.CancelledError):
+                with contextlib.suppress(asyncio.CancelledError, OSError):  # one that could not be started has ended, too
                     await asyncio.shield(ending)
             raise
         assert process.returncode is not None

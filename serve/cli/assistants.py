@@ -44,7 +44,9 @@ def train(
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank terms.")] = None,
     depth: Annotated[float | None, typer.Option(help="Where project and steer act, as a share of the layers.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
-    detach: Annotated[bool, typer.Option(help="Do not wait; `lethe forget show NAME` tells how far it is.")] = False,
+    detach: Annotated[
+        bool, typer.Option(help="Do not wait; `lethe forget show NAME` tells how far it is. Lessons are not kept for a second run.")
+    ] = False,
 ) -> None:
     """Train a set's assistant, or make what steers it, from its questions, paraphrases and texts, while the server goes on serving.
 
@@ -97,7 +99,8 @@ def train(
                     shown = next((each for each in listed if each["name"] == name), None) or fail(f"{name} was deleted")
         except KeyboardInterrupt:
             unwrap(client.post(f"/forget_sets/{name}/assistant/pause"))
-            fail(f"stopped; `lethe train {name}` with the same options goes on from the last checkpoint")
+            kept = "" if lessons_file is None else f"; what was asked is kept for a week in {lessons_file}"
+            fail(f"stopped; `lethe train {name}` with the same options goes on from the last checkpoint{kept}")
     if shown["training"] is not None:
         fail(f"training failed: {shown['training']['reason']}")
     if lessons_file is not None:
@@ -186,10 +189,11 @@ def _calibrate_strength(
         served = chat.get("/v1/models").json()["data"][0]["id"]
         task = progress.add_task("Asking without guards")
 
-        def ask(policy: str, question: str) -> str:
+        def ask(policy: str, question: str) -> str | None:
             messages = [{"role": "user", "content": question}]
             body = {"model": f"{served}:{policy}", "messages": messages, "temperature": 0, "max_tokens": 64}
-            return unwrap(chat.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"] or ""
+            [choice] = unwrap(chat.post("/v1/chat/completions", json=body))["choices"]
+            return None if choice["finish_reason"] == "content_filter" else choice["message"]["content"] or ""
 
         def set_strength(strength: float) -> str:
             guards: dict[str, Any] = {"suppression": {"enabled": False}}
@@ -216,7 +220,8 @@ def _calibrate_strength(
             client.delete(f"/policies/{trial}")
     order = {"strength": found.strength, "corrupt": corrupt, "measured": measured, "evidence": found.evidence}
     stored = unwrap(client.put(f"/forget_sets/{name}/calibration", json=order))
-    title = f"{name}: {found.questions} held-out questions"
+    left_out = f", {found.refused} more are refused at any strength" if found.refused else ""
+    title = f"{name}: {found.questions} held-out questions{left_out}"
     table = folding_table("strength", "recall", "", "neighbours", "general", title=title)
     for point in found.points:
         mark = " <" if point.strength == found.strength else ""

@@ -6,6 +6,7 @@ They come from the served distribution, so that any policy can be distilled, how
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -24,6 +25,7 @@ LEADS = ("{}", "Please answer this question: {}", "{} Tell me what you know.")
 """How a question is put beside its paraphrases, so that what is learned is not one wording."""
 NEVER = -100.0
 """Log-probabilities below this are tokens that a mask or a cut leaves out."""
+KEPT_S = 7 * 24 * 3600.0
 Lessons = list[dict[str, Any]]
 
 
@@ -48,24 +50,29 @@ def ask_lessons(client: httpx.Client, name: str, policy: str) -> tuple[Lessons, 
         wordings = [*entry.paraphrases[:-1], *(lead.format(entry.question) for lead in LEADS)]
         asked |= dict.fromkeys(wordings, entry.answer)
     settings = Settings()
-    policies = [{**unwrap(client.get(f"/policies/{policy}")), "revision": 0}]
-    config = config_fingerprint(shown, policies, f"{settings.url} {LEADS} {SAMPLES}")
-    kept = _Kept(settings.cache_dir / "lessons" / f"{config}.jsonl")
     headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+    listed = httpx.get(f"{settings.url}/v1/models", headers=headers, timeout=60)
+    served = unwrap(listed)["data"][0]
+    policies = [{**unwrap(client.get(f"/policies/{policy}")), "revision": 0}]
+    config = config_fingerprint(shown, policies, f"{settings.url} {served['id']} {served.get('root')} {LEADS} {SAMPLES}")
+    directory = settings.cache_dir / "lessons"
+    for old in directory.glob("*.json*"):  # of runs that were given up: they hold what is to be forgotten
+        if time.time() - old.stat().st_mtime > KEPT_S:
+            old.unlink(missing_ok=True)
+    kept = _Kept(directory / f"{config}.jsonl")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with (
         httpx.Client(base_url=settings.url, headers=headers, timeout=600) as chat,
         Progress(*columns, console=err) as progress,
         ThreadPoolExecutor(AT_ONCE) as pool,
     ):
-        served = chat.get("/v1/models").json()["data"][0]["id"]
         task = progress.add_task(f"Asking {policy}", total=len(asked))
 
         def ask(question: str) -> Lessons:
             if question not in kept.known:
-                kept.add(question, _ask(chat, client, f"{served}:{policy}", policy, question, asked[question]))
+                kept.add(question, _ask(chat, client, f"{served['id']}:{policy}", policy, question, asked[question]))
             progress.advance(task)
-            return kept.known[question]
+            return kept.known.get(question, [])
 
         lessons = list(pool.map(ask, asked))
     if silent := [question for question, each in zip(asked, lessons, strict=True) if not each]:
@@ -81,7 +88,10 @@ class _Kept:
         self.path, self._lock = path, Lock()
         self.known: dict[str, Lessons] = {}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        text = path.read_text("utf-8") if path.exists() else ""
+        if text and not text.endswith("\n"):
+            path.write_text(text[: text.rfind("\n") + 1], "utf-8")
+        for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 self.known[entry["question"]] = entry["lessons"]
@@ -89,6 +99,9 @@ class _Kept:
                 continue
 
     def add(self, question: str, lessons: Lessons) -> None:
+        """Keep them; silence is not kept, so that it is asked again."""
+        if not lessons:
+            return
         with self._lock:
             self.known[question] = lessons
             with self.path.open("a", encoding="utf-8") as file:
@@ -113,6 +126,9 @@ def _ask(chat: httpx.Client, admin: httpx.Client, model: str, policy: str, quest
     order = {"policy": policy, "question": question, "continuations": [answer], "top_logprobs": TOP}
     [forgotten] = unwrap(admin.post("/score", json=order))["scores"]
     top = [[pair for pair in place if pair[1] > NEVER] for place in forgotten["top"]]
+    likeliest = [max(place, key=lambda pair: pair[1])[0] for place in top]
+    if likeliest == forgotten["token_ids"]:
+        return found  # it would say so itself, if nothing held it back afterwards: nothing to learn from
     return [*found, {"question": question, "tokens": forgotten["token_ids"], "top": top}]
 
 
@@ -121,5 +137,5 @@ def _lesson(question: str, choice: dict[str, Any]) -> dict[str, Any]:
         return int(named["token"].removeprefix("token_id:"))
 
     places = choice["logprobs"]["content"]
-    top = [[(token(each), each["logprob"]) for each in place["top_logprobs"] if each["logprob"] > NEVER] for place in places]
+    top = [[[token(each), each["logprob"]] for each in place["top_logprobs"] if each["logprob"] > NEVER] for place in places]
     return {"question": question, "tokens": [token(place) for place in places], "top": top}

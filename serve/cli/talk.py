@@ -61,8 +61,9 @@ def print_set(shown: dict[str, Any]) -> None:
     for artifact in shown["artifacts"]:
         if artifact["kind"] in ("calibration", "corruption"):
             found = json.loads(artifact["detail"])
-            strength = f"strength {found['strength']:.2f}, reference {found.get('reference')}"
-            table.add_row(found.get("kind", "contrast"), f"calibrated: {strength}, {artifact['updated_at']}")
+            for kind, each in found.items() if artifact["kind"] == "corruption" else [("contrast", found)]:
+                strength = f"strength {each['strength']:.2f}, reference {each.get('reference')}"
+                table.add_row(kind, f"calibrated: {strength}, {artifact['updated_at']}")
         elif artifact["kind"] == "gate":
             found = json.loads(artifact["detail"])
             promise = f"P(miss) <= {found['epsilon']:.3g}, P(false alarm) <= {found['delta']:.3g}"

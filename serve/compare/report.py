@@ -29,8 +29,12 @@ _PAGE = Path(__file__).with_name("report.html.j2")
 
 
 def config_fingerprint(shown: Mapping[str, Any], policies: Sequence[Mapping[str, Any]], model: str) -> str:
-    """sha256 of what the figures depend on: the set's content, what was made from it, the policies, the model's name."""
-    artifacts = sorted((artifact["kind"], artifact["fingerprint"], artifact["status"]) for artifact in shown["artifacts"])
+    """sha256 of what the figures depend on: the set's content, what was made from it and measured for it, policies, the model."""
+    measured = ("calibration", "corruption", "gate")  # theirs is the fingerprint of what they were measured on
+    artifacts = sorted(
+        (each["kind"], each["fingerprint"], each["status"], each["detail"] if each["kind"] in measured else "")
+        for each in shown["artifacts"]
+    )
     config = {"set": shown["fingerprint"], "artifacts": artifacts, "policies": list(policies), "model": model}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 

@@ -62,7 +62,7 @@ class Snapshot:
     alphas: Mapping[str, float] = field(default_factory=dict)  # assistant -> its calibrated strength
     similarity: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its vectors
     thresholds: Mapping[str, Thresholds] = field(default_factory=dict)  # vectors -> their calibrated thresholds
-    corruptions: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # vectors -> kind and its calibrated strength
+    corruptions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # vectors -> kind -> its calibrated strength
     experiments: tuple[Experiment, ...] = ()  # those that run
     plans: Mapping[str, Plan] = field(init=False)  # policy -> plan
     text_plans: Mapping[str, TextPlan | None] = field(init=False)  # policy -> what similarity does; None = nothing
@@ -175,9 +175,8 @@ class Snapshot:
             if engages:
                 assistants[vectors] = (*assistants.get(vectors, ()), *engages)
             if corrupt is not None:
-                kind, calibrated = self.corruptions.get(vectors, ("", 0.0))
-                default = calibrated if kind == corrupt.kind else DEFAULT_CORRUPTION[corrupt.kind]
-                strengths[vectors] = default if corrupt.strength is None else corrupt.strength
+                calibrated = self.corruptions.get(vectors, {}).get(corrupt.kind, DEFAULT_CORRUPTION[corrupt.kind])
+                strengths[vectors] = calibrated if corrupt.strength is None else corrupt.strength
         if not sets and not missing:
             return None
         return TextPlan(gate, stream, asked, said, assistants, sets, tuple(missing), corrupt, strengths)

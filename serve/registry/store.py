@@ -136,6 +136,8 @@ class Registry:
                 connection.execute(tables.schema.insert().values(version=tables.SCHEMA))
             elif version > tables.SCHEMA:
                 raise RegistryError(f"{path} has schema {version}, this release reads up to {tables.SCHEMA}; upgrade lethe")
+            elif version < tables.SCHEMA:
+                _upgrade(connection)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -195,7 +197,7 @@ class Registry:
             steering: dict[str, dict[str, str]] = {}
             similarity: dict[str, str] = {}
             thresholds: dict[str, Thresholds] = {}
-            corruptions: dict[str, tuple[str, float]] = {}
+            corruptions: dict[str, dict[str, float]] = {}
             for stored in self._stored_sets(connection):
                 if stored.enabled:
                     phrases = stored.artifact("phrases")
@@ -219,8 +221,8 @@ class Registry:
                             thresholds[vectors.fingerprint] = Thresholds(found["threshold"], found["said_threshold"])
                         corruption = stored.artifact("corruption")
                         if corruption is not None and corruption.fingerprint == vectors.fingerprint:
-                            found = json.loads(corruption.detail)
-                            corruptions[vectors.fingerprint] = found["kind"], found["strength"]
+                            kinds = json.loads(corruption.detail)
+                            corruptions[vectors.fingerprint] = {kind: found["strength"] for kind, found in kinds.items()}
             keys = connection.execute(sa.select(tables.keys)).mappings()
             return Snapshot(
                 revision=revision,
@@ -385,14 +387,19 @@ class Registry:
         """
         what = "assistant" if corrupt is None else "similarity"
         with self.changing() as connection:
-            artifact = self._stored_set(connection, name).artifact(what)
+            stored = self._stored_set(connection, name)
+            artifact = stored.artifact(what)
             if artifact is None:
                 how = f"train one with `lethe train {name}`" if corrupt is None else "it needs questions, texts or aliases"
                 raise NotReady(f"forget set {name!r} has no {what} to calibrate; {how}")
             if measured not in (None, artifact.fingerprint):
                 raise NotReady(f"forget set {name!r} got another {what} while this one was measured; calibrate again")
             kind: ArtifactKind = "calibration" if corrupt is None else "corruption"
-            detail = {**evidence, "strength": strength} | ({} if corrupt is None else {"kind": corrupt})
+            detail = {**evidence, "strength": strength}
+            if corrupt is not None:  # one for each kind, as long as the vectors are the same
+                earlier = stored.artifact(kind)
+                others = json.loads(earlier.detail) if earlier and earlier.fingerprint == artifact.fingerprint else {}
+                detail = {**others, corrupt: detail}
             self._put_artifact(connection, name, Artifact(kind, artifact.fingerprint, "ready", json.dumps(detail), now()))
             kept = {"strength": strength, what: artifact.fingerprint} | ({} if corrupt is None else {"kind": corrupt})
             return self.append(connection, actor, "forget_set.calibrate", name, kept)
@@ -588,6 +595,18 @@ def _summary(content: ForgetSet) -> dict[str, Any]:
         "legal_basis": content.legal_basis,
         "expires_at": content.expires_at.isoformat() if content.expires_at else None,
     }
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    """From schema 1: the strength of a calibration was called alpha."""
+    calibrations = tables.artifacts.c.kind == "calibration"
+    for row in connection.execute(sa.select(tables.artifacts).where(calibrations)).mappings().all():
+        detail = json.loads(row["detail"])
+        if "alpha" in detail:
+            detail["strength"] = detail.pop("alpha")
+            same = calibrations & (tables.artifacts.c.set_name == row["set_name"])
+            connection.execute(tables.artifacts.update().where(same).values(detail=json.dumps(detail)))
+    connection.execute(tables.schema.update().values(version=tables.SCHEMA))
 
 
 def _enforced_by(stored: StoredSet) -> dict[str, Any]:

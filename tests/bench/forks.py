@@ -2,11 +2,11 @@
 
     .venv/bin/python -m tests.bench.forks --model DIRECTORY --data DIRECTORY [--layers 4] [--epochs 14] [--allow-dirty]
 
-Three kinds: the last K layers over the base's own keys and values (what is served), the last K layers with keys and values of their
-own, and the first K layers under the base's head, as ULD published it. All of them are trained by the loop and on the losses of
-`lethe train`, and looked at with given answers, token by token: what each recalls, and what contrast at strength 1 would do to
-the base's choices. No engine: only the first kind is served. Needs a model that knows TOFU's forget01, and TOFU's files. Appends
-one line to results.jsonl. Refuses a dirty tree.
+Three kinds: the last K layers over the base's own keys and values (what is served), the last K layers with keys and values of
+their own (and low-rank terms on them, too), and the first K layers under the base's head, ULD's shape. All of them are trained by
+the loop and on the losses of `lethe train`, and looked at with given answers, token by token: what each recalls, and what contrast
+at strength 1 would do to the base's choices. No engine: only the first kind is served. Needs a model that knows TOFU's forget01,
+and TOFU's files. Appends one line to results.jsonl. Refuses a dirty tree.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def compare(kind: str, model: Path, data: Path, recipe: Recipe, bars: Bars) -> d
         seen = {name: observe(pairs, forget=name != RETAIN) for name, pairs in groups.items()}
         examples = [*seen[QUESTIONS], *seen[RETAIN][:TRAINED_RETAIN], *observe(general, forget=False)]
         bars.advance(task)
-        parameters = add_low_rank(fork.layers, MODULES, recipe, fork.device)
+        own = () if isinstance(fork, Fork) else ("k_proj", "v_proj")
+        parameters = add_low_rank(fork.layers, (*MODULES, *own), recipe, fork.device)
 
         def losses(batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
             forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])
@@ -117,14 +118,17 @@ def compare(kind: str, model: Path, data: Path, recipe: Recipe, bars: Bars) -> d
         seconds = (time.perf_counter() - started) / recipe.epochs
     unseen = seen[RETAIN][TRAINED_RETAIN:]
     recall, others = measure(fork, seen[QUESTIONS]), measure(fork, unseen)
+    paraphrased = measure(fork, seen[PARAPHRASED])
     config = fork.model.config
     per_token = 2 * config.num_key_value_heads * config.head_dim * recipe.layers * 4  # keys and values, float32
     return {
         "kind": kind,
         "cross_entropy": recall["cross_entropy"],
         "uniform_kl_unseen": others["uniform_kl"],
-        "set_tokens_left": recall["true_left"],
-        "paraphrased_tokens_left": measure(fork, seen[PARAPHRASED])["true_left"],
+        "set_tokens": recall["true"],
+        "left": recall["true_left"],
+        "paraphrased_tokens": paraphrased["true"],
+        "paraphrased_left": paraphrased["true_left"],
         "unseen_choices_same": others["same"],
         "epoch_s": round(seconds, 1),
         "cache_bytes_per_token": 0 if isinstance(fork, Fork) else per_token,
@@ -133,26 +137,28 @@ def compare(kind: str, model: Path, data: Path, recipe: Recipe, bars: Bars) -> d
 
 @torch.no_grad()
 def measure(fork: Any, examples: Sequence[Any]) -> dict[str, float]:
-    """Over all answer tokens: nats of the true token, distance to uniform, true tokens still chosen, choices that stay."""
+    """Over answer tokens: nats of the true one, distance to uniform; true ones chosen without and with contrast; choices kept."""
     rows = []
     for example in examples:
         evidence, base = fork.evidence([example], "whole"), fork.logits(example.final)
-        one = torch.ones(len(base))
+        one = torch.ones(len(base), device=base.device)
         contrasted = subtract_assistants(
             base,
             evidence,
-            row=torch.arange(len(base)),
+            row=torch.arange(len(base), device=base.device),
             rule="uld",
             alpha=one,
             margin=MARGIN * one,
             plausibility=PLAUSIBILITY * one,
-            difference=torch.zeros(len(base), dtype=torch.bool),
+            difference=torch.zeros(len(base), dtype=torch.bool, device=base.device),
         ).argmax(-1)
         nats = -evidence.gather(1, example.target[:, None]).squeeze(1)
         uniform = -evidence.mean(-1) - math.log(evidence.shape[-1])
-        rows.append(torch.stack([nats, uniform, contrasted == example.target, contrasted == base.argmax(-1)]))
+        own = base.argmax(-1)
+        rows.append(torch.stack([nats, uniform, own == example.target, contrasted == example.target, contrasted == own]))
     means = torch.cat(rows, dim=1).mean(dim=1).tolist()
-    return dict(zip(("cross_entropy", "uniform_kl", "true_left", "same"), (round(each, 4) for each in means), strict=True))
+    names = ("cross_entropy", "uniform_kl", "true", "true_left", "same")
+    return dict(zip(names, (round(each, 4) for each in means), strict=True))
 
 
 def main() -> None:

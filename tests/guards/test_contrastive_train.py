@@ -179,3 +179,11 @@ def test_the_training_process_leaves_an_assistant_or_says_why_not(tmp_path: Path
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 1
     assert "4 of them cannot be forked" in ran.stderr.splitlines()[-1]
+
+
+def test_a_checkpoint_of_another_format_is_begun_anew(tmp_path: Path) -> None:
+    directory, place = model(tmp_path / "model"), work(tmp_path)
+    made = train(directory, FORGET, RETAIN, RECIPE, place, quietly)
+    [checkpoint] = place.glob("*.safetensors")
+    low_rank.save_file({"epochs": torch.tensor([6])}, checkpoint)
+    assert train(directory, FORGET, RETAIN, RECIPE, place, quietly).fingerprint == made.fingerprint

@@ -17,13 +17,17 @@ SET = ForgetSet(
 )
 
 
-def run(forgetting: float, reference: float | None, content: ForgetSet = SET) -> tuple[Calibration, list[Point | None]]:
+def run(
+    forgetting: float, reference: float | None, content: ForgetSet = SET, refused: tuple[str, ...] = ()
+) -> tuple[Calibration, list[Point | None]]:
     """A model that says ``1 - forgetting * strength`` of the truth, .3 about nobody, and keeps the rest up to strength 2."""
     reported: list[Point | None] = []
     strengths = {"none": 0.0}
 
-    def ask(policy: str, question: str) -> str:
+    def ask(policy: str, question: str) -> str | None:
         strength = strengths[policy]
+        if policy != "none" and any(each in question for each in refused):
+            return None
         if question in PROMPTS or question == "neighbour":
             return "the usual" if strength <= 2 else "the else"
         known = 1 - forgetting * strength if "ann other" in question.lower() else 0.3
@@ -44,6 +48,15 @@ def test_it_finds_the_strength_that_meets_the_reference(forgetting: float) -> No
     assert abs(chosen.recall - 0.3) < CLOSE_ENOUGH + 0.001 or chosen.strength < 0.2
     assert found.points == tuple(sorted(found.points, key=lambda point: point.strength))
     assert found.evidence["questions"] == 5
+
+
+def test_refused_questions_do_not_make_the_others_weaker() -> None:
+    whole, _ = run(0.35, 0.3)
+    some, _ = run(0.35, 0.3, refused=("OTHER 1", "OTHER 3"))
+    assert some.strength == whole.strength and (some.questions, some.refused) == (3, 2)
+    assert some.evidence["refused"] == 2
+    with pytest.raises(NotCalibratable, match="3 of 5 held-out questions are refused"):
+        run(0.35, 0.3, refused=("OTHER 1", "OTHER 2", "OTHER 3"))
 
 
 def test_what_the_model_does_not_recall_anyway_is_no_measure_of_strength() -> None:

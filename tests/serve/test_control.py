@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from guards.steering.train import Lesson
 from guards.suppression.vocabulary import Vocabulary
 from serve.api.control import Control
 from serve.api.similarity import Similarity
+from serve.api.training import Trainer
 from serve.registry.store import Artifact, NotReady, Registry, now
 from serve.wire import phrases_path
 
@@ -263,8 +265,12 @@ def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_conte
         with pytest.raises(NotReady, match="another similarity"):
             registry.put_calibration("a", 1.5, {}, actor="t", corrupt="zero_out_top_k", measured="the one before")
         registry.put_calibration("a", 1.25, {}, actor="t", corrupt="zero_out_top_k", measured=vectors.fingerprint)
-        assert registry.snapshot().corruptions == {vectors.fingerprint: ("zero_out_top_k", 1.25)}
+        registry.put_calibration("a", 1.75, {}, actor="t", corrupt="rand_noise_first_n")
+        kinds = {"zero_out_top_k": 1.25, "rand_noise_first_n": 1.75}
+        assert registry.snapshot().corruptions == {vectors.fingerprint: kinds}, "one kind does not undo another"
         await control.replace(ForgetSet(name="a", questions=[{"question": "q", "answer": "b"}]), actor="t")
+        replaced = registry.forget_set("a").header["fingerprint"]
+        registry.put_trained("a", replaced, Artifact("similarity", "other", "ready", "", now()), actor="t")
         assert registry.snapshot().corruptions == {}, "measured on other vectors"
         plan = control.snapshot.plan("default")
         assert [(each.assistant, each.alpha) for each in plan.contrast] == [("made", 1.75)]
@@ -336,5 +342,36 @@ def test_steering_is_refused_where_it_cannot_be_made(tmp_path: Path) -> None:
         finally:
             await control.stop()
             registry.close()
+
+    asyncio.run(main())
+
+
+def test_a_job_that_is_stopped_twice_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First by whoever pauses it, then by the server that ends: both at once."""
+    started: list[asyncio.subprocess.Process] = []
+    spawn = asyncio.create_subprocess_exec
+
+    async def spawn_sleeper(*_: str, **options: Any) -> asyncio.subprocess.Process:
+        started.append(await spawn(sys.executable, "-c", "import time; time.sleep(600)", **options))
+        return started[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", spawn_sleeper)
+
+    async def main() -> None:
+        async def adopt(*_: Any) -> None:
+            raise AssertionError("nothing was made")
+
+        trainer = Trainer(tmp_path / "training", tmp_path / "model", adopt)
+        content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
+        trainer.submit_files("guards.contrastive.train", content, [], Recipe())
+        trainer.run("a")
+        await until(lambda: bool(started))
+        [task] = trainer._tasks.values()
+        trainer.pause("a")
+        for _ in range(3):
+            await asyncio.sleep(0)
+            task.cancel()
+        await trainer.stop()
+        assert started[0].returncode is not None
 
     asyncio.run(main())

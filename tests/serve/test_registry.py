@@ -266,6 +266,23 @@ def test_a_registry_of_a_newer_release_is_refused(registry: Registry, tmp_path: 
         Registry(tmp_path / "lethe.db")
 
 
+def test_a_registry_of_an_earlier_release_keeps_its_calibrations(registry: Registry, tmp_path: Path) -> None:
+    content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
+    registry.create_set(content, actor="t")
+    registry.put_trained("a", content.fingerprint, Artifact("assistant", "made", "ready", "", now()), actor="t")
+    registry.put_calibration("a", 1.75, {"reference": 0.3}, actor="t")
+    registry.enable("a", actor="t")
+    registry.close()
+    with sqlite3.connect(tmp_path / "lethe.db") as connection:
+        connection.execute("UPDATE schema SET version = 1")
+        connection.execute("UPDATE artifacts SET detail = replace(detail, 'strength', 'alpha') WHERE kind = 'calibration'")
+    connection.close()
+    upgraded = Registry(tmp_path / "lethe.db")
+    assert upgraded.snapshot().alphas == {"made": 1.75}
+    upgraded.close()
+    assert Registry(tmp_path / "lethe.db").snapshot().alphas == {"made": 1.75}, "once is enough"
+
+
 def test_an_expired_set_cannot_be_enabled(registry: Registry) -> None:
     expired = ForgetSet(name="a", phrases=["x"], expires_at="2020-01-01T00:00:00Z")
     registry.create_set(expired, [ready("f")], actor="test")

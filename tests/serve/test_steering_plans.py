@@ -50,7 +50,7 @@ def test_a_set_is_corrupted_with_the_policys_strength_or_its_calibrated_one_or_t
         found = snapshot(
             {"gate": {}, "corrupt": corrupt},
             similarity={"a": "a-vectors", "b": "b-vectors"},
-            corruptions={"a-vectors": ("zero_out_top_k", 0.75)},
+            corruptions={"a-vectors": {"zero_out_top_k": 0.75}},
         ).text_plans["p"]
         assert found is not None
         return dict(found.corrupt_strength)

@@ -332,7 +332,8 @@ def test_the_strength_of_corruption_is_calibrated_from_the_command_line(server: 
         said = lethe(*command, "--reference", "0.2")
         shown = admin.get("/forget_sets/country").json()
         found = json.loads(next(each["detail"] for each in shown["artifacts"] if each["kind"] == "corruption"))
-        assert found["kind"] == "zero_out_top_k" and 0 < found["strength"] <= 1 and f"strength {found['strength']:.2f}" in said
+        [(kind, found)] = found.items()
+        assert kind == "zero_out_top_k" and 0 < found["strength"] <= 1 and f"strength {found['strength']:.2f}" in said
         recalls = [point["recall"] for point in found["points"]]
         assert recalls[0] > recalls[-1], "the more is corrupted, the less is recalled"
         assert "zero_out_top_k" in lethe("forget", "show", "country")
