@@ -20,9 +20,7 @@ from serve.cli.talk import err, fail, unwrap
 from serve.compare.report import config_fingerprint
 from serve.settings import Settings
 
-SAMPLES, LONGEST, TOP, AT_ONCE = 2, 80, 20, 8
-LEADS = ("{}", "Please answer this question: {}", "{} Tell me what you know.")
-"""How a question is put beside its paraphrases, so that what is learned is not one wording."""
+SAMPLES, LONGEST, TOP, AT_ONCE = 3, 80, 20, 8
 NEVER = -100.0
 """Log-probabilities below this are tokens that a mask or a cut leaves out."""
 KEPT_S = 7 * 24 * 3600.0
@@ -47,14 +45,13 @@ def ask_lessons(client: httpx.Client, name: str, policy: str) -> tuple[Lessons, 
     content = ForgetSet.model_validate({"name": name, **shown["content"]})
     asked: dict[str, str] = {}
     for entry in content.questions:
-        wordings = [*entry.paraphrases[:-1], *(lead.format(entry.question) for lead in LEADS)]
-        asked |= dict.fromkeys(wordings, entry.answer)
+        asked |= dict.fromkeys((entry.question, *entry.paraphrases[:-1]), entry.answer)  # the last one is held out
     settings = Settings()
     headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
     listed = httpx.get(f"{settings.url}/v1/models", headers=headers, timeout=60)
     served = unwrap(listed)["data"][0]
     policies = [{**unwrap(client.get(f"/policies/{policy}")), "revision": 0}]
-    config = config_fingerprint(shown, policies, f"{settings.url} {served['id']} {served.get('root')} {LEADS} {SAMPLES}")
+    config = config_fingerprint(shown, policies, f"{settings.url} {served['id']} {served.get('root')} {SAMPLES}")
     directory = settings.cache_dir / "lessons"
     for old in directory.glob("*.json*"):  # of runs that were given up: they hold what is to be forgotten
         if time.time() - old.stat().st_mtime > KEPT_S:
