@@ -327,7 +327,10 @@ def test_the_strength_of_corruption_is_calibrated_from_the_command_line(server: 
 
     assert admin.post("/forget_sets", json=content).status_code == 201
     try:
-        assert admin.post("/forget_sets/country/enable").status_code == 200
+        corrupting = {"forget_sets": ["country"], "guards": {"gate": {}, "corrupt": {"kind": "zero_out_top_k"}}}
+        admin.put("/policies/corrupting", json=corrupting).raise_for_status()  # or nothing would enforce the set
+        enabled = admin.post("/forget_sets/country/enable")
+        assert enabled.status_code == 200, enabled.text
         command = ("calibrate", "country", "--epsilon", "0.5", "--delta", "0.5", "--corrupt", "zero_out_top_k")
         said = lethe(*command, "--reference", "0.2")
         shown = admin.get("/forget_sets/country").json()
@@ -339,4 +342,5 @@ def test_the_strength_of_corruption_is_calibrated_from_the_command_line(server: 
         assert "zero_out_top_k" in lethe("forget", "show", "country")
         assert all(policy["name"] != "calibrating-country" for policy in admin.get("/policies").json()["data"])
     finally:
+        admin.delete("/policies/corrupting")
         admin.delete("/forget_sets/country")
