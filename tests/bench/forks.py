@@ -87,35 +87,34 @@ KINDS: dict[str, Callable[[Path, int], Any]] = {
 }
 
 
-def compare(kind: str, model: Path, data: Path, recipe: Recipe, bars: Bars) -> dict[str, Any]:
-    """Train one kind, and measure it. Means over answer tokens."""
+def compare(kind: str, model: Path, data: Path, recipe: Recipe, work: Path, bars: Bars) -> dict[str, Any]:
+    """Train one kind, and measure it. Means over answer tokens. In ``work`` the base's general answers wait for the next kind."""
     fork = KINDS[kind](model, recipe.layers)
     cases = read_cases(data)
     groups = {
         name: [(case.prompt, case.truth) for case in cases if case.group == name] for name in (QUESTIONS, PARAPHRASED, RETAIN)
     }
-    with tempfile.TemporaryDirectory() as directory:
-        task = bars.add_task(kind, total=1 + recipe.epochs)
-        general = general_answers(fork, describe_base(model), Path(directory) / "work", lambda _: None)
+    task = bars.add_task(kind, total=1 + recipe.epochs)
+    general = general_answers(fork, describe_base(model), work / kind, lambda _: None)
 
-        def observe(pairs: Sequence[tuple[str, str]], *, forget: bool) -> list[Any]:
-            return [fork.observe(*fork.encode(*pair), forget=forget) for pair in pairs]
+    def observe(pairs: Sequence[tuple[str, str]], *, forget: bool) -> list[Any]:
+        return [fork.observe(*fork.encode(*pair), forget=forget) for pair in pairs]
 
-        seen = {name: observe(pairs, forget=name != RETAIN) for name, pairs in groups.items()}
-        examples = [*seen[QUESTIONS], *seen[RETAIN][:TRAINED_RETAIN], *observe(general, forget=False)]
-        bars.advance(task)
-        own = () if isinstance(fork, Fork) else ("k_proj", "v_proj")
-        parameters = add_low_rank(fork.layers, (*MODULES, *own), recipe, fork.device)
+    seen = {name: observe(pairs, forget=name != RETAIN) for name, pairs in groups.items()}
+    examples = [*seen[QUESTIONS], *seen[RETAIN][:TRAINED_RETAIN], *observe(general, forget=False)]
+    bars.advance(task)
+    own = () if isinstance(fork, Fork) else ("k_proj", "v_proj")
+    parameters = add_low_rank(fork.layers, (*MODULES, *own), recipe, fork.device)
 
-        def losses(batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
-            forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])
-            evidence, target = fork.evidence(batch, recipe.form), torch.cat([e.target for e in batch])
-            recalled = -evidence[forget].gather(1, target[forget][:, None]).squeeze(1)
-            return recalled, -evidence[~forget].mean(dim=-1) - math.log(evidence.shape[-1])
+    def losses(batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])
+        evidence, target = fork.evidence(batch, recipe.form), torch.cat([e.target for e in batch])
+        recalled = -evidence[forget].gather(1, target[forget][:, None]).squeeze(1)
+        return recalled, -evidence[~forget].mean(dim=-1) - math.log(evidence.shape[-1])
 
-        steps, started = math.ceil(len(examples) / recipe.batch_examples), time.perf_counter()
-        fit(parameters, examples, losses, recipe, Path(directory) / "c", lambda _: bars.advance(task, 1 / steps))
-        seconds = (time.perf_counter() - started) / recipe.epochs
+    steps, started = math.ceil(len(examples) / recipe.batch_examples), time.perf_counter()
+    fit(parameters, examples, losses, recipe, work / kind, lambda _: bars.advance(task, 1 / steps))
+    seconds = (time.perf_counter() - started) / recipe.epochs
     unseen = seen[RETAIN][TRAINED_RETAIN:]
     recall, others = measure(fork, seen[QUESTIONS]), measure(fork, unseen)
     paraphrased = measure(fork, seen[PARAPHRASED])
@@ -171,8 +170,8 @@ def main() -> None:
     record, clean = begin("forks", options)
     recipe = Recipe(layers=options.layers, epochs=options.epochs)
     console = Console(width=160)
-    with Bars(console=console) as bars:
-        found = [compare(kind, options.model, options.data, recipe, bars) for kind in KINDS]
+    with tempfile.TemporaryDirectory() as work, Bars(console=console) as bars:
+        found = [compare(kind, options.model, options.data, recipe, Path(work), bars) for kind in KINDS]
     table = Table(*found[0], title=f"K = {options.layers}, {options.epochs} epochs")
     for row in found:
         table.add_row(*map(str, row.values()))
