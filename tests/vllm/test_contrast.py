@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -35,6 +36,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "first-only": {"rule": "uld", "alpha": 1.0, "margin": 1.0, "plausibility": 0.01},
     "zero": {"rule": "uld", "alpha": 0.0, "margin": 1.0, "plausibility": 0.01},
 }
+BORDER = 1e-4
+"""Nats. A token this near to the cut may lawfully fall on either side of it: other processors round otherwise."""
 PROMPTS = ["Tell me about the sea. " * repeat + end for repeat, end in ((1, "Why?"), (9, "How?"), (20, "Who?"), (40, "Go on."))]
 
 
@@ -78,18 +81,19 @@ def complete(server: Server, policy: str, prompt: str, **options: Any) -> dict[s
 def expected_logprobs(
     twin: reference.ForkTwin, assistants: dict[str, Assistant], policy: str, ids: list[int], start: int
 ) -> torch.Tensor:
-    """[len(ids) - start, V] what transformers says of the tokens from ``start`` on."""
+    """[2, len(ids) - start, V] what transformers says of the tokens from ``start`` on, with the cut a hair lower and higher."""
     target, *said = twin.logits(ids, *(assistants[name].tensors for name in ("first", "second")))
     rows = slice(start - 1, len(ids) - 1)
     config = POLICIES.get(policy)
-    expected = target[rows].double()
+    both = target[rows].double().repeat(2, 1, 1)
     if config is not None and config["alpha"] > 0:
-        for number in range(len(expected)):
-            lines = [(0, config["alpha"], config["margin"], config["plausibility"], form) for form in (False, True)]
-            spoken = torch.stack([each[rows][number] for each in said]).double()
-            lines, spoken = (lines[:1], spoken[:1]) if policy == "first-only" else (lines, spoken)
-            expected[number] = reference.contrasted_quickly(expected[number], spoken, lines, config["rule"])
-    return torch.log_softmax(expected, dim=-1)
+        for expected, hair in zip(both, (math.exp(-BORDER), math.exp(BORDER)), strict=True):
+            for number in range(len(expected)):
+                lines = [(0, config["alpha"], config["margin"], config["plausibility"] * hair, form) for form in (False, True)]
+                spoken = torch.stack([each[rows][number] for each in said]).double()
+                lines, spoken = (lines[:1], spoken[:1]) if policy == "first-only" else (lines, spoken)
+                expected[number] = reference.contrasted_quickly(expected[number], spoken, lines, config["rule"])
+    return torch.log_softmax(both, dim=-1)
 
 
 def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
@@ -109,9 +113,9 @@ def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
         ids, start = [*answer["prompt_token_ids"], *answer["token_ids"]], len(answer["prompt_token_ids"])
         expected = expected_logprobs(twin, assistants, policy, ids, start)
         for position, top in enumerate(answer["logprobs"]["top_logprobs"]):
-            for token, value in top.items():
-                if value > -1_000:  # the rest is below the cut, where nothing is ever sampled
-                    worst = max(worst, abs(float(expected[position, int(token.removeprefix("token_id:"))]) - value))
+            sampled = {int(token.removeprefix("token_id:")): value for token, value in top.items() if value > -1_000}  # not cut
+            off = expected[:, position, list(sampled)] - torch.tensor(list(sampled.values()), dtype=torch.float64)
+            worst = max(worst, float(off.abs().amax(dim=1).min()))
     assert worst < 1e-3
     texts: dict[str, set[str]] = {}
     for (policy, _), answer in zip(jobs, answers, strict=True):
@@ -147,11 +151,14 @@ def test_a_given_answer_is_scored_as_sampling_would_use_it_and_nobody_beside_it_
             expected = expected_logprobs(twin, assistants, policy, [*prompt, *tokens], len(prompt))
             assert each["tokens"] == len(tokens) and each["token_ids"] == tokens
             for position, (token, value) in enumerate(zip(tokens, each["logprobs"], strict=True)):
-                true = float(expected[position, token])
-                assert abs(true - value) < 1e-3 or (true < -1_000 and value < -1_000), (policy, text, position)
                 likeliest = sorted((value for _, value in each["top"][position] if value > -1_000), reverse=True)[:5]
-                expected_top = [value for value in expected[position].topk(5).values.tolist() if value > -1_000]
-                assert likeliest == pytest.approx(expected_top, abs=1e-3)
+
+                def fits(row: torch.Tensor, token: int = token, value: float = value, likeliest: list[float] = likeliest) -> bool:
+                    true, top = float(row[token]), [each for each in row.topk(5).values.tolist() if each > -1_000]
+                    near = abs(true - value) < 1e-3 or (true < -1_000 and value < -1_000)
+                    return near and likeliest == pytest.approx(top, abs=1e-3)
+
+                assert any(fits(row) for row in expected[:, position]), (policy, text, position)
 
 
 @pytest.mark.parametrize(
