@@ -151,8 +151,10 @@ def arm_of(salt: str, weights: Mapping[str, float], unit: str) -> str:
     """
     best, chosen = math.inf, ""
     for arm, weight in weights.items():
-        if weight > 0 and (waits := -math.log(_fraction(f"{salt}\0{arm}", unit)) / weight) < best:
-            best, chosen = waits, arm
+        if weight > 0:
+            waits = -math.log(_fraction(f"{salt}\0{arm}", unit)) / weight  # inf, if the weight is next to nothing
+            if not chosen or waits < best:
+                best, chosen = waits, arm
     return chosen
 
 

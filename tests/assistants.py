@@ -11,7 +11,8 @@ import torch
 from guards.base_model import describe_base
 from guards.contrastive.assistant import FORKED_LAYERS, MODULES, Assistant, Manifest, Recipe
 from guards.forget_set import ForgetSet
-from serve.registry.store import Artifact, Registry, now
+from serve.registry.nouns import Artifact, now
+from serve.registry.store import Registry
 from serve.wire import assistant_path
 
 SIZES = {"q_proj": (576, 576), "o_proj": (576, 576), "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}

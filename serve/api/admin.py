@@ -39,7 +39,8 @@ from serve.api.scoring import ScoreOrder, Scorer, Unscorable
 from serve.api.side_by_side import CompareOrder, Incomparable, SideBySide
 from serve.compare.observations import UnknownRequest
 from serve.experiment import InvalidExperiment
-from serve.registry.store import InUse, NameTaken, NotReady, Registry, RegistryError, StoredSet, Stripped, UnknownName
+from serve.registry.nouns import InUse, NameTaken, NotReady, RegistryError, StoredSet, Stripped, UnknownName
+from serve.registry.store import Registry
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
 _STATUS: dict[type[Exception], int] = {

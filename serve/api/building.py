@@ -17,7 +17,7 @@ from guards.suppression.automaton import CompiledPhrases, compile_phrases, phras
 from guards.suppression.vocabulary import Vocabulary
 from guards.whole_file import write_whole
 from serve.api.similarity import Similarity
-from serve.registry.store import Artifact, now
+from serve.registry.nouns import Artifact, now
 from serve.wire import load_phrases, phrases_path
 
 logger = logging.getLogger(__name__)

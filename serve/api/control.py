@@ -31,8 +31,9 @@ from serve.api.checking import Hit, check
 from serve.api.gate_fitting import GateOrder, measure_gate
 from serve.api.similarity import Similarity
 from serve.api.training import Program, Trainer
+from serve.registry.nouns import TRAINED, Artifact, ArtifactKind, NotReady, UnknownName, now
 from serve.registry.snapshot import Snapshot
-from serve.registry.store import TRAINED, Artifact, ArtifactKind, NotReady, Registry, UnknownName, now
+from serve.registry.store import Registry
 from serve.wire import assistant_path, phrases_path, steering_path
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from serve.compare.observations import Observations
 from serve.compare.verdict import report
 from serve.experiment import Experiment, InvalidExperiment, parse_experiment
 from serve.registry.experiments import Experiments
-from serve.registry.store import now
+from serve.registry.nouns import now
 
 _REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 

@@ -14,7 +14,8 @@ from guards.policy import DEFAULT_SAID
 from guards.similarity.calibrate import error_curves, fit_said, fit_threshold
 from guards.training import general_prompts
 from serve.api.similarity import Similarity
-from serve.registry.store import NotReady, Registry
+from serve.registry.nouns import NotReady
+from serve.registry.store import Registry
 
 
 class GateOrder(Frozen):

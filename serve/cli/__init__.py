@@ -11,7 +11,7 @@ from pydantic_settings import SettingsError
 from guards.errors import GuardError, InvalidForgetSet
 from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies
 from serve.cli.talk import ServerSaysNo, fail, out
-from serve.registry.store import RegistryError
+from serve.registry.nouns import RegistryError
 from serve.settings import Settings
 
 app = typer.Typer(

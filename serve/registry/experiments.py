@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from guards.errors import InvalidPolicy
 from serve.experiment import Experiment, ExperimentOrder, InvalidExperiment, check_weights, free_slice
 from serve.registry import tables
-from serve.registry.store import InUse, NameTaken, Registry, UnknownName, experiments_of, now
+from serve.registry.nouns import InUse, NameTaken, UnknownName, now
+from serve.registry.store import Registry, experiments_of
 
 MOST_CHANGES = 10_000
 """Of the audit trail, that are looked through for one experiment."""

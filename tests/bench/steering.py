@@ -21,7 +21,8 @@ from guards.base_model import describe_base
 from guards.forget_set import ForgetSet
 from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
 from serve.default_model import default_model
-from serve.registry.store import Artifact, Registry, now
+from serve.registry.nouns import Artifact, now
+from serve.registry.store import Registry
 from serve.settings import Settings
 from serve.wire import steering_path
 from tests.assistants import SIZES, give, random_assistant

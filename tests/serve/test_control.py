@@ -23,7 +23,8 @@ from guards.suppression.vocabulary import Vocabulary
 from serve.api.control import Control
 from serve.api.similarity import Similarity
 from serve.api.training import Trainer
-from serve.registry.store import Artifact, NotReady, Registry, now
+from serve.registry.nouns import Artifact, NotReady, now
+from serve.registry.store import Registry
 from serve.wire import phrases_path
 
 VOCABULARY = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])

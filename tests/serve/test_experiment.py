@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from guards.errors import InvalidPolicy
 from guards.policy import NONE, parse_policy
 from serve.experiment import Experiment, InvalidExperiment, arm_of, free_slice, parse_experiment
 from serve.registry.experiments import Experiments
-from serve.registry.store import InUse, NameTaken, Registry, UnknownName
+from serve.registry.nouns import InUse, NameTaken, UnknownName
+from serve.registry.store import Registry
 
 ORDER: dict[str, Any] = {
     "name": "e",
@@ -38,6 +39,7 @@ def test_a_million_units_fall_as_the_weights_say_and_a_change_moves_just_the_ten
 WEIGHTS = st.lists(st.floats(0.0, 100.0), min_size=2, max_size=5).filter(lambda weights: sum(weights) > 0)
 
 
+@example([0.0, 5e-324], 0, 0.0, "")
 @given(WEIGHTS, st.integers(0, 4), st.floats(0.0, 100.0), st.text(max_size=20))
 def test_when_one_weight_changes_only_units_into_or_out_of_that_arm_move(
     weights: list[float], which: int, changed: float, unit: str

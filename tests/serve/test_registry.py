@@ -21,7 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from guards.errors import InvalidPolicy
 from guards.forget_set import ForgetSet
 from guards.policy import Policy
-from serve.registry.store import Artifact, NameTaken, NotReady, Registry, RegistryError, UnknownName, now
+from serve.registry.nouns import Artifact, NameTaken, NotReady, RegistryError, UnknownName, now
+from serve.registry.store import Registry
 
 NAMES = st.sampled_from(["a", "b", "c"])
 
@@ -184,7 +185,8 @@ _WRITER = """
 import sys
 from pathlib import Path
 from guards.forget_set import ForgetSet
-from serve.registry.store import Artifact, Registry, now
+from serve.registry.nouns import Artifact, now
+from serve.registry.store import Registry
 registry = Registry(Path(sys.argv[1]))
 i = 0
 while True:

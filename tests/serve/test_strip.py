@@ -12,7 +12,8 @@ from guards.policy import parse_policy
 from serve.api.control import Control
 from serve.api.gate_fitting import GateOrder
 from serve.api.similarity import Similarity, default_encoder
-from serve.registry.store import NotReady, Registry, Stripped
+from serve.registry.nouns import NotReady, Stripped
+from serve.registry.store import Registry
 from tests.serve.test_control import VOCABULARY, Engine
 
 pytestmark = pytest.mark.skipif(default_encoder() is None, reason="the bundled encoder is not installed")

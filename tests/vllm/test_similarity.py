@@ -80,7 +80,7 @@ def ready(admin: httpx.Client, name: str) -> dict[str, Any]:
 
 
 def give_assistant(admin: httpx.Client, state: Path, model_path: Path) -> None:
-    from serve.registry.store import Artifact, now
+    from serve.registry.nouns import Artifact, now
 
     assistant = random_assistant(model_path, "whole", 5)
     path = assistant_path(state / "artifacts", assistant.fingerprint)
