@@ -30,7 +30,7 @@ from tests.vllm.conftest import Server
 
 REQUESTS, TOKENS, OTHER_ARMS = 4, 24, 10
 THINKS_S = (0.0, 3.0)
-"""Uniform: in two of three pauses shadow work begins, and most of it is interrupted by the next request."""
+"""Uniform: two of three pauses are longer than the quiet second after which shadow work begins."""
 RESAMPLED = 2_000
 
 
