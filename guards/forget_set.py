@@ -6,17 +6,16 @@ gate; ``questions`` and ``texts`` train assistants. A set may fill only some of 
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from guards.errors import InvalidForgetSet, InvalidJson
-from guards.strict_json import parse_object, shorten
+from guards.errors import InvalidForgetSet
+from guards.strict_json import shorten
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME_PATTERN}$")]
@@ -64,8 +63,10 @@ class Question(Frozen):
 class ForgetSet(Frozen):
     """One removal request.
 
-    ``case_sensitive`` and ``word_boundary`` say how ``phrases`` match: by default in every letter case and anywhere, also inside
-    longer words; with ``word_boundary`` only where a phrase starts a word.
+    ``match``, ``case_sensitive`` and ``word_boundary`` say how ``phrases`` match. By default they match as running text is read: in
+    every letter case, with any white space, apostrophes, quotes and hyphens, without invisible characters and vowel marks, numbers
+    in any grouping, and anywhere, also inside longer words. With ``match`` "exact" only letter case is folded; with
+    ``word_boundary`` a phrase matches only where it starts a word.
     """
 
     name: Name
@@ -76,6 +77,7 @@ class ForgetSet(Frozen):
     texts: tuple[Text, ...] = Field((), max_length=MAX_ENTRIES)
     case_sensitive: bool = False
     word_boundary: bool = False
+    match: Literal["folded", "exact"] = "folded"
     requester: str = Field("", max_length=1_000)
     legal_basis: str = Field("", max_length=1_000)
     expires_at: AwareDatetime | None = None
@@ -93,7 +95,7 @@ class ForgetSet(Frozen):
     @property
     def fingerprint(self) -> str:
         """sha256 of the content, whatever the order of its entries; paperwork does not count."""
-        content = {
+        content: dict[str, Any] = {
             "phrases": sorted(set(self.phrases)),
             "aliases": sorted(set(self.aliases)),
             "questions": sorted(question.model_dump_json() for question in self.questions),
@@ -101,6 +103,8 @@ class ForgetSet(Frozen):
             "case_sensitive": self.case_sensitive,
             "word_boundary": self.word_boundary,
         }
+        if self.match != "folded":  # not named otherwise: fingerprints of sets made before there was a choice stay
+            content["match"] = self.match
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -127,93 +131,21 @@ def describe_validation(error: ValidationError) -> list[str]:
     return sentences
 
 
-_LINE_KINDS = {
+LINE_KINDS = {
     "phrase": "phrases",
     "alias": "aliases",
     "text": "texts",
 }
-_SET_FIELDS = ("description", "case_sensitive", "word_boundary", "requester", "legal_basis", "expires_at")
-
-
-def read_jsonl(content: bytes, name: str) -> ForgetSet:
-    """Read a forget set from JSON lines.
-
-    Each line is one object: ``{"phrase": …}``, ``{"alias": …}``, ``{"text": …}``, ``{"question": …, "answer": …,
-    "paraphrases": […]}`` or, once, ``{"set": {description, case_sensitive, word_boundary, requester, legal_basis, expires_at}}``.
-    Empty lines are skipped.
-
-    Raises:
-        InvalidForgetSet: every bad line with its number, the value and the rule.
-    """
-    problems: list[str] = []
-    fields: dict[str, Any] = {"name": name, "phrases": [], "aliases": [], "questions": [], "texts": []}
-    seen_set = 0
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = parse_object(line)
-        except InvalidJson as error:
-            problems.append(f"line {number}: {error}")
-            continue
-        problem = _add_entry(fields, entry)
-        if problem:
-            problems.append(f"line {number}: {problem}")
-        if "set" in entry:
-            if seen_set:
-                problems.append(f"line {number}: a second 'set' line (the first is line {seen_set}); merge the two")
-            seen_set = number
-    if not problems:
-        try:
-            return ForgetSet.model_validate(fields)
-        except ValidationError as error:
-            problems = describe_validation(error)
-    raise InvalidForgetSet(problems)
-
-
-def _add_entry(fields: dict[str, Any], entry: dict[str, Any]) -> str | None:
-    """Add one line's object to ``fields``; returns what is wrong with it, if anything."""
-    kinds = [kind for kind in (*_LINE_KINDS, "question", "set") if kind in entry]
-    if len(kinds) != 1:
-        return f"{shorten(entry)} must have exactly one of the keys phrase, alias, text, question, set"
-    kind = kinds[0]
-    allowed = {"question", "answer", "paraphrases"} if kind == "question" else {kind}
-    if unknown := sorted(entry.keys() - allowed):
-        return f"{shorten(entry)} has unknown keys {', '.join(unknown)}; a {kind} line may have {', '.join(sorted(allowed))}"
-    if kind == "set":
-        if not isinstance(entry["set"], dict) or (unknown := sorted(entry["set"].keys() - set(_SET_FIELDS))):
-            return f"'set' must be an object with keys from {', '.join(_SET_FIELDS)} (got {shorten(entry['set'])})"
-        try:
-            # Checked alone, so that a bad date is reported with this line's number.
-            ForgetSet.model_validate({"name": "x", "phrases": ["x"], **entry["set"]})
-        except ValidationError as error:
-            return "; ".join(describe_validation(error))
-        fields.update(entry["set"])
-        return None
-    try:
-        if kind == "question":
-            fields["questions"].append(Question.model_validate(entry))
-        elif kind == "phrase":
-            if not isinstance(entry["phrase"], str):
-                return f"phrase must be a string (got {shorten(entry['phrase'])})"
-            check_phrases([entry["phrase"]])
-            fields["phrases"].append(entry["phrase"])
-        else:
-            ForgetSet.model_validate({"name": "x", _LINE_KINDS[kind]: [entry[kind]]})
-            fields[_LINE_KINDS[kind]].append(entry[kind])
-    except InvalidForgetSet as error:
-        return "; ".join(error.problems)
-    except ValidationError as error:
-        return "; ".join(describe_validation(error))
-    return None
+"""The key of a JSON line, and the field of the set that it fills. Questions have lines of three keys."""
+HEADER_FIELDS = ("description", "case_sensitive", "word_boundary", "match", "requester", "legal_basis", "expires_at")
 
 
 def write_jsonl(forget_set: ForgetSet) -> str:
-    """The inverse of `read_jsonl` (without the name)."""
+    """As JSON lines, which `guards.removal_list.read_removal_list` reads (without the name)."""
     fields = forget_set.model_dump(mode="json")
-    header = {key: fields[key] for key in _SET_FIELDS if fields[key] not in ("", None, False)}
+    header = {key: fields[key] for key in HEADER_FIELDS if fields[key] not in ("", None, False, "folded")}
     lines: list[dict[str, Any]] = [{"set": header}] if header else []
-    for kind, field in _LINE_KINDS.items():
+    for kind, field in LINE_KINDS.items():
         lines += [{kind: value} for value in fields[field]]
     lines += fields["questions"]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

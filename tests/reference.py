@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -10,18 +11,46 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+APOSTROPHES = "'\u2018\u2019\u201a\u201b\u02b9\u02bb\u02bc\u02bd\u02be\u02bf\u02c8\u00b4\u0060\u2032\u2035\u05f3\u055a\ua78c\uff07"
+QUOTES = '"\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u2033\u2036\u05f4\u300c\u300d\u300e\u300f\u301d\u301e\u301f\uff02'
+GREEK_MARKS = "\u0300\u0301\u0304\u0306\u0308\u0313\u0314\u0342\u0343"
+SEPARATORS = " -./()',:+"
 
-def fold_character(character: str) -> str:
-    for _ in range(2):
-        for folded in (character.casefold(), character.lower()):
-            if len(folded) == 1:
-                character = folded
-                break
-    return character
+
+def is_invisible(character: str) -> bool:
+    code, category = ord(character), unicodedata.category(character)
+    drawn = {0x0600, 0x0601, 0x0602, 0x0603, 0x0604, 0x0605, 0x06DD, 0x070F, 0x0890, 0x0891, 0x08E2, 0x110BD, 0x110CD}
+    fillers = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0}
+    return (
+        (category == "Cf" and code not in drawn)
+        or (category == "Cc" and not character.isspace())
+        or code in fillers
+        or unicodedata.name(character, "").startswith("VARIATION SELECTOR")
+        or 0xE0000 <= code <= 0xE0FFF
+    )
+
+
+def is_vowel_mark(character: str) -> bool:
+    """Marks that Arabic, Hebrew and Syriac are usually written without; a hamza or madda is part of its letter."""
+    name = unicodedata.name(character, "")
+    return (
+        unicodedata.category(character) == "Mn" and name.startswith(("ARABIC ", "HEBREW ", "SYRIAC ")) and "HAMZA" not in name
+    ) and name != "ARABIC MADDAH ABOVE"
+
+
+def is_unspaced(character: str) -> bool:
+    scripts = "CJK HIRAGANA KATAKANA HALFWIDTH KATAKANA-HIRAGANA HENTAIGANA BOPOMOFO IDEOGRAPHIC KANGXI THAI LAO KHMER MYANMAR"
+    scripts += " TIBETAN TAI NEW AHOM JAVANESE BALINESE YI NUSHU TANGUT KHITAN"
+    first = unicodedata.name(character, "").split(" ")[0]
+    return character >= "\u0e00" and first in scripts.split() and unicodedata.category(character)[0] in "LMN"
 
 
 def is_word(character: str) -> bool:
-    return character == "_" or unicodedata.category(character)[0] in "LMN"
+    return character == "_" or (unicodedata.category(character)[0] in "LMN" and not is_unspaced(character))
+
+
+def is_mark(symbol: str) -> bool:
+    return unicodedata.combining(symbol) != 0
 
 
 def decode(text: bytes) -> list[tuple[str, int]]:
@@ -33,36 +62,136 @@ def decode(text: bytes) -> list[tuple[str, int]]:
     return characters
 
 
-def spellings(phrase: str, fold_case: bool) -> set[str]:
-    forms = {phrase}
+def symbols_of(character: str, *, fold_case: bool, match: str) -> str:
+    """What one character is compared as, by Unicode's caseless and compatibility matching (D145, D146) and our own table of
+    punctuation. At most four symbols: what would be longer stays itself."""
+    if 0xD800 <= ord(character) < 0xE000:
+        return character
+    if match != "exact":
+        if is_invisible(character) or is_vowel_mark(character) or character == "\u0640":
+            return ""
+        if character.isspace() or character == "\u2800":
+            return " "
+    text, compatible = character, match != "exact"
+    for _ in range(2):
+        text = unicodedata.normalize("NFD", text)
+        text = text.casefold() if fold_case else text
+        text = unicodedata.normalize("NFKD" if compatible else "NFD", text)
     if fold_case:
-        forms |= {phrase.upper(), phrase.lower(), phrase.title(), phrase.casefold()}
-    return forms | {unicodedata.normalize(form, text) for text in forms for form in ("NFC", "NFD")}
+        text = text.replace("\u0131", "i")
+    if character in APOSTROPHES and compatible:
+        text = "'"
+    elif character in QUOTES and compatible:
+        text = '"'
+    if compatible:
+        text = "".join("" if is_vowel_mark(c) or is_invisible(c) or c == "\u0640" else _plain(c) for c in text)
+    if fold_case:
+        text = "".join(reduced(list(text), fold_case=True))
+    if len(text) > 4 or (len(text) > 1 and (" " in text or "/" in text)):
+        return character
+    return text
 
 
-def occurrences(text: bytes, phrases: Iterable[str], *, fold_case: bool, left_boundary: bool) -> set[tuple[int, int]]:
-    """(start, end) in characters of every occurrence of every phrase."""
+def _plain(symbol: str) -> str:
+    if symbol in APOSTROPHES:
+        return "'"
+    if symbol in QUOTES:
+        return '"'
+    if unicodedata.category(symbol) == "Pd" or symbol in "\u2212\u2043":
+        return "-"
+    if symbol in "\u2044\u2215":
+        return "/"
+    digit = unicodedata.decimal(symbol, None)
+    return symbol if digit is None else str(digit)
+
+
+def reduced(symbols: list[str], *, fold_case: bool) -> list[str]:
+    """Without the marks that capitals are written without: tonos and the like on Greek, the dot on i and j."""
+    kept: list[str] = []
+    for symbol in symbols:
+        base = next((each for each in reversed(kept) if not is_mark(each)), "")
+        greek = base and unicodedata.name(base, "").startswith("GREEK ")
+        if fold_case and ((symbol == "\u0307" and base and base in "ij") or (greek and symbol in GREEK_MARKS)):
+            continue
+        kept.append(symbol)
+    return kept
+
+
+def folded(characters: Iterable[str], *, fold_case: bool, match: str) -> list[tuple[str, int]]:
+    """(symbol, index of its character) of a text, one symbol after the other."""
+    kept: list[tuple[str, int]] = []
+    for index, character in enumerate(characters):
+        symbols = symbols_of(character, fold_case=fold_case, match="folded" if match == "number" else match)
+        for symbol in symbols:
+            before = [each for each, _ in kept]
+            if match == "number" and symbol in SEPARATORS:
+                continue
+            if match == "folded" and before and before[-1] == " " and symbol in " /":
+                continue
+            if reduced([*before, symbol], fold_case=fold_case) == reduced(before, fold_case=fold_case) and is_mark(symbol):
+                continue
+            kept.append((symbol, index))
+    return kept
+
+
+def is_number(phrase: str) -> bool:
+    text = "".join(symbols_of(c, fold_case=True, match="folded") for c in phrase)
+    rest = [c for c in text if c not in SEPARATORS]
+    digits = sum(c in "0123456789" for c in rest)
+    return digits >= 6 and all(c in "0123456789abcdefghijklmnopqrstuvwxyz" for c in rest) and len(rest) - digits <= digits
+
+
+def forms(phrase: str, *, fold_case: bool, match: str) -> set[tuple[str, ...]]:
+    """Every order of the marks of a phrase that is canonically the same, and what a leading slash turns into after a space."""
+    symbols = "".join(symbol for symbol, _ in folded(phrase.strip(), fold_case=fold_case, match=match))
+    while symbols and (is_mark(symbols[0]) or symbols[0] == " "):  # an accent on nothing
+        symbols = symbols[1:]
+    symbols = symbols.rstrip(" ")
+    runs: list[list[str]] = [[""]]
+    for is_run, group in itertools.groupby(symbols, key=is_mark):
+        text = "".join(group)
+        orders = {text}
+        if is_run:
+            same = unicodedata.normalize("NFD", text)
+            orders = {o for o in map("".join, itertools.permutations(text)) if unicodedata.normalize("NFD", o) == same}
+        runs.append(sorted(orders))
+    found = {"".join(parts) for parts in itertools.product(*runs)}
+    if match == "folded":
+        found |= {f" {rest}" for form in found if form.startswith("/") and (rest := form.lstrip("/ "))}
+    return {tuple(form) for form in found if form}
+
+
+def occurrences(
+    text: bytes, phrases: Iterable[str], *, fold_case: bool, left_boundary: bool, match: str = "folded"
+) -> set[tuple[int, int]]:
+    """(start, end) in characters of every occurrence of every phrase: it starts and ends with a character."""
     characters = [character for character, _ in decode(text)]
-    fold = fold_character if fold_case else (lambda character: character)
-    haystack = [fold(character) for character in characters]
     found = set()
     for phrase in phrases:
-        for form in spellings(phrase.strip(), fold_case):
-            needle = [fold(character) for character in form]
+        kind = "number" if match == "folded" and is_number(phrase) else match
+        haystack = folded(characters, fold_case=fold_case, match=kind)
+        for needle in forms(phrase, fold_case=fold_case, match=kind):
             for start in range(len(haystack) - len(needle) + 1):
-                if haystack[start : start + len(needle)] == needle and not (
-                    left_boundary and start and is_word(characters[start - 1])
-                ):
-                    found.add((start, start + len(needle)))
+                end = start + len(needle)
+                if tuple(symbol for symbol, _ in haystack[start:end]) != needle:
+                    continue
+                first, last = haystack[start][1], haystack[end - 1][1]
+                whole = (start == 0 or haystack[start - 1][1] != first) and (end == len(haystack) or haystack[end][1] != last)
+                base = next((symbol for symbol, _ in reversed(haystack[:start]) if not is_mark(symbol)), "")
+                bound = left_boundary and kind != "number" and not is_unspaced(needle[0]) and base and is_word(base)
+                if whole and not bound:
+                    found.add((first, last + 1))
     return found
 
 
-def completes(history: bytes, token: bytes, phrases: Iterable[str], *, fold_case: bool, left_boundary: bool) -> bool:
+def completes(
+    history: bytes, token: bytes, phrases: Iterable[str], *, fold_case: bool, left_boundary: bool, match: str = "folded"
+) -> bool:
     """Would ``token`` after ``history`` finish a phrase that was not finished before?"""
     ends = [end for _, end in decode(history + token)]
     return any(
         ends[end - 1] > len(history)
-        for _, end in occurrences(history + token, phrases, fold_case=fold_case, left_boundary=left_boundary)
+        for _, end in occurrences(history + token, phrases, fold_case=fold_case, left_boundary=left_boundary, match=match)
     )
 
 

@@ -6,9 +6,10 @@ A phrase is about to be completed when the text so far ends with its first part 
 Aho and Corasick with its states addressed by content instead of by number: no failure links, no state to keep per request, and
 a step costs the same for a hundred phrases as for a hundred thousand. Tokens that contain a whole phrase are banned always.
 
-Splits inside a character (a token may end in the middle of one) are splits like any other, once for each letter case.
+Where the text so far ends inside a character, which few steps do, the tokens that complete it are tried one by one: the artifact
+also keeps the hashes of the phrases and of their *stems*, the phrases without their last symbols, to know when that is needed.
 
-Exactness: equal texts have equal hashes, so nothing that must be banned is ever missed. Two different texts may share a 64-bit
+Exactness: equal symbols have equal hashes, so nothing that must be banned is ever missed. Two different texts may share a 64-bit
 hash, which would ban a token needlessly, once in about 2**64 look-ups.
 
 Not covered: see the package.
@@ -18,36 +19,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from guards.errors import InvalidArtifact, VocabularyMismatch
+from guards.errors import InvalidArtifact
 from guards.forget_set import MAX_PHRASE_CHARACTERS, check_phrases
+from guards.letters import is_unspaced
 from guards.suppression.folding import (
+    CONTEXTS,
     LEFT_BOUNDARY_KEY,
-    RAW,
-    SYMBOLS,
-    case_variants,
-    fold_table,
+    MARK,
+    MOST_SYMBOLS,
+    WHITE,
+    WORD,
+    Folding,
+    Match,
+    code_points,
+    folding,
     powers,
-    spellings,
     symbol_hashes,
-    word_table,
 )
-from guards.suppression.vocabulary import SortedTokens, Vocabulary
+from guards.suppression.spelling import spell
+from guards.suppression.vocabulary import FoldedTokens, Vocabulary, context_key
 
-_FORMAT = "lethe-phrases-1"
+_FORMAT = "lethe-phrases-2"
+_LONGEST = MAX_PHRASE_CHARACTERS * MOST_SYMBOLS
 
 
-def phrases_fingerprint(phrases: Iterable[str], vocabulary: str, *, fold_case: bool, left_boundary: bool) -> str:
+def phrases_fingerprint(
+    phrases: Iterable[str], vocabulary: str, *, fold_case: bool = True, left_boundary: bool = False, match: Match = "folded"
+) -> str:
     """The content address of compiled phrases: a sha256 of everything that the result depends on."""
-    content = [_FORMAT, vocabulary, fold_case, left_boundary, sorted(set(phrases))]
+    options = [fold_case, left_boundary, match]
+    content = [_FORMAT, unicodedata.unidata_version, vocabulary, *options, sorted(set(phrases))]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
 
@@ -60,65 +72,99 @@ class Ranges:
     high: np.ndarray  # [M] int32, exclusive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class CompiledPart:
+    """The phrases of one folding. Lists 0 and 1 of ``ranges`` are the tokens banned always, and after a word boundary; the list of
+    ``keys[i]`` is ``i + 2``. Hashes of phrases that may start at a word boundary only have `LEFT_BOUNDARY_KEY` added."""
+
+    match: Match
+    fold_case: bool
+    window: int  # how many symbols back a step has to look
+    keys: np.ndarray  # [N] uint64 ascending, hashes of first parts
+    ranges: Ranges
+    stem_keys: np.ndarray  # [S] uint64 ascending, hashes of phrases without their last symbols
+    phrase_keys: np.ndarray  # [P] uint64 ascending, hashes of the whole phrases in all spellings
+    phrase_lengths: np.ndarray  # [D] int32, the distinct lengths in symbols
+
+    @property
+    def by(self) -> Folding:
+        return folding(self.match, self.fold_case)
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Every occurrence of a phrase in ``text`` as (start, end) in characters, ordered by start."""
+        by = self.by
+        places = by.read(text)
+        elements = code_points(text)[places]
+        symbols, owner = by.expand(elements)
+        count = len(symbols)
+        if not count or not len(self.phrase_keys):
+            return []
+        change = np.flatnonzero(np.diff(owner, prepend=-1, append=-1))
+        opens, closes = np.zeros(count + 1, dtype=bool), np.zeros(count + 1, dtype=bool)
+        opens[change[:-1]] = closes[change[1:]] = True
+        row = torch.from_numpy(elements.astype(np.int64))[None]
+        words = by.on(row.device).words(row, torch.ones_like(row, dtype=torch.bool))[0].numpy()
+        at_boundary = np.concatenate([[True], ~words])[owner]
+        with np.errstate(over="ignore"):
+            terms = symbol_hashes()[symbols] * powers(count, inverse=True)
+            sums = np.concatenate([[np.uint64(0)], np.cumsum(terms, dtype=np.uint64)])
+            found: set[tuple[int, int]] = set()
+            for length in self.phrase_lengths.tolist():
+                if length > count:
+                    continue
+                hashes = (sums[length:] - sums[:-length]) * powers(count)[length - 1 :]
+                last = count - length + 1
+                hit = _contains(self.phrase_keys, hashes)
+                hit |= _contains(self.phrase_keys, hashes + np.uint64(LEFT_BOUNDARY_KEY)) & at_boundary[:last]
+                hit &= opens[:last] & closes[length:]
+                found |= {(int(places[owner[start]]), int(places[owner[start + length - 1]]) + 1) for start in np.flatnonzero(hit)}
+        return sorted(found)
+
+
+_PART_TENSORS = ("keys", "range_starts", "range_low", "range_high", "stem_keys", "phrase_keys", "phrase_lengths")
+
+
+@dataclass(frozen=True, eq=False)
 class CompiledPhrases:
-    """The artifact. Lists 0 and 1 of ``ranges`` are the tokens banned always, and after a word boundary; the list of
-    ``keys[i]`` is ``i + 2``."""
+    """The artifact of one forget set's phrases."""
 
     fingerprint: str
     vocabulary: str  # fingerprint of the vocabulary it was compiled against
-    fold_case: bool
-    left_boundary: bool
     phrase_count: int
-    window_bytes: int  # how far back a step has to look
-    keys: np.ndarray  # [N] uint64 ascending
-    ranges: Ranges
-    phrase_keys: np.ndarray  # [P] uint64 ascending, hashes of the whole phrases in all spellings
-    phrase_lengths: np.ndarray  # [D] int32, the distinct lengths in characters
+    parts: tuple[CompiledPart, ...]
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """Every occurrence of a phrase in ``text`` as (start, end) in characters, ordered by start.
 
         This is the guard's definition of "appears", for reports and for checking finished text.
         """
-        if not text or not self.phrase_keys.size:
-            return []
-        symbols = fold_table(self.fold_case)[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
-        count = len(symbols)
-        with np.errstate(over="ignore"):
-            sums = np.concatenate(
-                [[np.uint64(0)], np.cumsum(symbol_hashes()[symbols] * powers(count, inverse=True), dtype=np.uint64)]
-            )
-            at_boundary = np.ones(count, dtype=bool)
-            if self.left_boundary:
-                at_boundary[1:] = ~word_table()[symbols[:-1]]
-            found = []
-            for length in self.phrase_lengths.tolist():
-                if length > count:
-                    continue
-                hashes = (sums[length:] - sums[:-length]) * powers(count)[length - 1 :]
-                hit = _contains(self.phrase_keys, hashes) & at_boundary[: count - length + 1]
-                found += [(int(start), int(start) + length) for start in np.flatnonzero(hit)]
-        return sorted(found)
+        return sorted({place for part in self.parts for place in part.find(text)})
+
+    def end_of(self, text: str, times: int = 1) -> str:
+        """As much of the end of a text as phrases that go on after it may need, without characters that do not count anyway.
+
+        Args:
+            times: characters that may stand for one, for texts in which they are written as escapes.
+        """
+        wanted: set[int] = set()
+        for part in self.parts:
+            # One more, for the letter before a phrase.
+            wanted.update(part.by.read(text)[-times * (int(part.phrase_lengths.max(initial=0)) + 1) :].tolist())
+        return "".join(text[place] for place in sorted(wanted))
 
     def save(self, path: Path) -> None:
         """Write to ``path`` (the caller makes it atomic)."""
-        tensors = {
-            "keys": self.keys.view(np.int64),
-            "range_starts": self.ranges.starts,
-            "range_low": self.ranges.low,
-            "range_high": self.ranges.high,
-            "phrase_keys": self.phrase_keys.view(np.int64),
-            "phrase_lengths": self.phrase_lengths,
-        }
+        tensors: dict[str, np.ndarray] = {}
+        for number, part in enumerate(self.parts):
+            columns = (part.keys, part.ranges.starts, part.ranges.low, part.ranges.high, part.stem_keys, part.phrase_keys)
+            for name, column in zip(_PART_TENSORS, (*columns, part.phrase_lengths), strict=True):
+                tensors[f"{number}.{name}"] = column.view(np.int64) if column.dtype == np.uint64 else column
         header: dict[str, Any] = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             "vocabulary": self.vocabulary,
-            "fold_case": self.fold_case,
-            "left_boundary": self.left_boundary,
             "phrase_count": self.phrase_count,
-            "window_bytes": self.window_bytes,
+            "parts": [[part.match, part.fold_case, part.window] for part in self.parts],
         }
         header["content"] = _content_digest(tensors, header)
         path.write_bytes(save(tensors, metadata={"lethe": json.dumps(header)}))
@@ -142,18 +188,22 @@ class CompiledPhrases:
             raise InvalidArtifact(f"{path} has format {header.get('format')!r}, this version reads {_FORMAT!r}; rebuild it")
         if header.pop("content", None) != _content_digest(tensors, header):
             raise InvalidArtifact(f"{path} was altered after it was written; restart the server to have it rebuilt")
-        return CompiledPhrases(
-            fingerprint=header["fingerprint"],
-            vocabulary=header["vocabulary"],
-            fold_case=header["fold_case"],
-            left_boundary=header["left_boundary"],
-            phrase_count=header["phrase_count"],
-            window_bytes=header["window_bytes"],
-            keys=tensors["keys"].view(np.uint64),
-            ranges=Ranges(tensors["range_starts"], tensors["range_low"], tensors["range_high"]),
-            phrase_keys=tensors["phrase_keys"].view(np.uint64),
-            phrase_lengths=tensors["phrase_lengths"],
-        )
+        parts = []
+        for number, (match, fold_case, window) in enumerate(header["parts"]):
+            column = {name: tensors[f"{number}.{name}"] for name in _PART_TENSORS}
+            parts.append(
+                CompiledPart(
+                    match=match,
+                    fold_case=fold_case,
+                    window=window,
+                    keys=column["keys"].view(np.uint64),
+                    ranges=Ranges(column["range_starts"], column["range_low"], column["range_high"]),
+                    stem_keys=column["stem_keys"].view(np.uint64),
+                    phrase_keys=column["phrase_keys"].view(np.uint64),
+                    phrase_lengths=column["phrase_lengths"],
+                )
+            )
+        return CompiledPhrases(header["fingerprint"], header["vocabulary"], header["phrase_count"], tuple(parts))
 
 
 def compile_phrases(
@@ -162,33 +212,36 @@ def compile_phrases(
     *,
     fold_case: bool = True,
     left_boundary: bool = False,
-    progress: Callable[[float], None] = lambda _: None,
+    match: Match = "folded",
 ) -> CompiledPhrases:
     """Compile phrases against a vocabulary. About a second for 10,000 phrases, mostly linear in their characters.
 
     Args:
         phrases: non-empty texts of at most MAX_PHRASE_CHARACTERS characters; white space around them does not count.
         fold_case: ban every letter case.
-        left_boundary: ban only where the phrase starts a word, so that "Ron" leaves "electron" alone.
-        progress: called with the fraction done.
+        left_boundary: ban only where the phrase starts a word, so that "Ron" leaves "electron" alone. Numbers match anywhere.
+        match: "folded" or "exact", see `folding`.
 
     Raises:
-        InvalidForgetSet: a phrase is empty, too long or not text.
+        InvalidForgetSet: a phrase is empty, too long, not text, or nothing of it would count.
     """
     check_phrases(phrases)
-    progress(0.0)
-    texts = _Texts.of(sorted({form for phrase in phrases for form in _forms(phrase.strip(), fold_case)}), fold_case)
-    progress(0.2)
-    tokens = vocabulary.sorted_tokens(fold_case)
-    if len(np.unique(tokens.prefix_keys)) != len(tokens.prefix_keys):
-        raise VocabularyMismatch("two different token prefixes share a hash; this vocabulary needs another hash base")
-    offset = np.uint64(LEFT_BOUNDARY_KEY if left_boundary else 0)
+    spelled = spell(sorted({phrase.strip() for phrase in phrases}), match, fold_case)
+    return CompiledPhrases(
+        fingerprint=phrases_fingerprint(
+            phrases, vocabulary.fingerprint, fold_case=fold_case, left_boundary=left_boundary, match=match
+        ),
+        vocabulary=vocabulary.fingerprint,
+        phrase_count=len(set(phrases)),
+        parts=tuple(
+            _compile(_Texts.of(found, left_boundary and by.match != "number"), vocabulary.folded(by))
+            for by, found in spelled.items()
+        ),
+    )
 
-    entries = [_whole_character_splits(texts, tokens), *_split_characters(texts, tokens, fold_case)]
-    progress(0.7)
-    keys, low, high, window = (np.concatenate(column) for column in zip(*entries, strict=True))
-    with np.errstate(over="ignore"):
-        keys = keys + offset
+
+def _compile(texts: _Texts, tokens: FoldedTokens) -> CompiledPart:
+    keys, low, high, window = (np.concatenate(column) for column in zip(*_splits(texts, tokens), strict=True))
     order = np.lexsort((high, low, keys))
     keys, low, high = keys[order], low[order], high[order]
     fresh = np.ones(len(keys), dtype=bool)
@@ -196,34 +249,35 @@ def compile_phrases(
     keys, low, high = keys[fresh], low[fresh], high[fresh]
     unique_keys, counts = np.unique(keys, return_counts=True)
 
-    always, after_boundary = _tokens_that_contain(texts, tokens, left_boundary)
-    progress(0.9)
-    lists = [_as_ranges(always), _as_ranges(after_boundary)]
-    heads = np.array([len(lists[0][0]), len(lists[1][0])], dtype=np.int64)
-    return CompiledPhrases(
-        fingerprint=phrases_fingerprint(phrases, vocabulary.fingerprint, fold_case=fold_case, left_boundary=left_boundary),
-        vocabulary=vocabulary.fingerprint,
-        fold_case=fold_case,
-        left_boundary=left_boundary,
-        phrase_count=len(set(phrases)),
-        # One more character, so that the one before the phrase is seen too.
-        window_bytes=int(window.max(initial=0)) + 4,
+    always, after_boundary = map(_as_ranges, _tokens_that_contain(texts, tokens))
+    heads = np.array([len(always[0]), len(after_boundary[0])], dtype=np.int64)
+    # A stem's rest may be all that the tokens add which complete a character; the empty stem is always there.
+    rests = np.arange(1, tokens.most_completing + 1)
+    phrase = np.repeat(np.arange(len(texts.lengths)), len(rests))
+    rest = np.tile(rests, len(texts.lengths))
+    phrase, rest = phrase[rest < texts.lengths[phrase]], rest[rest < texts.lengths[phrase]]
+    end = texts.begins[phrase] + texts.lengths[phrase] - rest
+    stems = texts.hashes(texts.begins[phrase], end, phrase, whole=True)
+    longest_stem = int((texts.lengths[phrase] - rest).max(initial=0))
+    return CompiledPart(
+        match=tokens.by.match,
+        fold_case=tokens.by.fold_case,
+        window=max(int(window.max(initial=0)), longest_stem),
         keys=unique_keys,
         ranges=Ranges(
             starts=np.concatenate([[0], np.cumsum(np.concatenate([heads, counts]))]).astype(np.int64),
-            low=np.concatenate([lists[0][0], lists[1][0], low]).astype(np.int32),
-            high=np.concatenate([lists[0][1], lists[1][1], high]).astype(np.int32),
+            low=np.concatenate([always[0], after_boundary[0], low]).astype(np.int32),
+            high=np.concatenate([always[1], after_boundary[1], high]).astype(np.int32),
         ),
+        stem_keys=np.unique(stems),
         phrase_keys=np.unique(texts.whole_hashes()),
         phrase_lengths=np.unique(texts.lengths).astype(np.int32),
     )
 
 
-def _forms(phrase: str, fold_case: bool) -> list[str]:
-    return [phrase.lower() if fold_case else phrase] if phrase.isascii() else spellings(phrase, fold_case)
-
-
 def _contains(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
+    if not len(ascending):
+        return np.zeros(len(values), dtype=bool)
     position = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
     return ascending[position] == values
 
@@ -236,140 +290,114 @@ class _Texts:
     begins: np.ndarray  # [P] int64
     lengths: np.ndarray  # [P] int64
     sums: np.ndarray  # [S + 1] uint64, of hash(symbol) * base**-(position in phrase)
+    offsets: np.ndarray  # [P] uint64, LEFT_BOUNDARY_KEY for phrases that may only start at a word boundary
 
     @staticmethod
-    def of(texts: list[str], fold_case: bool) -> _Texts:
-        folded = {fold_table(fold_case)[_code_points(text)].tobytes() for text in texts}
-        parts = [np.frombuffer(part, dtype=np.int32) for part in sorted(folded)]
+    def of(spelled: Sequence[Sequence[np.ndarray]], left_boundary: bool) -> _Texts:
+        distinct = sorted({symbols.tobytes() for spellings in spelled for symbols in spellings})
+        parts = [np.frombuffer(part, dtype=np.int32) for part in distinct]
         lengths = np.array([len(part) for part in parts], dtype=np.int64)
         begins = np.cumsum(lengths) - lengths
         symbols = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
         position = np.arange(len(symbols)) - np.repeat(begins, lengths)
         with np.errstate(over="ignore"):
-            terms = symbol_hashes()[symbols] * powers(MAX_PHRASE_CHARACTERS * 4, inverse=True)[position]
+            terms = symbol_hashes()[symbols] * powers(_LONGEST, inverse=True)[position]
             sums = np.concatenate([[np.uint64(0)], np.cumsum(terms, dtype=np.uint64)])
-        return _Texts(symbols, begins, lengths, sums)
+        bound = [left_boundary and not is_unspaced(chr(part[0])) for part in parts]
+        offsets = np.where(bound, np.uint64(LEFT_BOUNDARY_KEY), np.uint64(0))
+        return _Texts(symbols, begins, lengths, sums, offsets)
 
-    def hashes(self, begin: np.ndarray, end: np.ndarray, phrase: np.ndarray) -> np.ndarray:
-        """Hashes of ``symbols[begin:end]``, parts of the given phrases; 0 for an empty part."""
+    def hashes(self, begin: np.ndarray, end: np.ndarray, phrase: np.ndarray, *, whole: bool = False) -> np.ndarray:
+        """Hashes of ``symbols[begin:end]``, parts of the given phrases; 0 for an empty part.
+
+        Args:
+            whole: add what tells phrases apart that may only start at a word boundary. For parts from a phrase's beginning.
+        """
         with np.errstate(over="ignore"):
             last = np.maximum(end - 1 - self.begins[phrase], 0)
-            return (self.sums[end] - self.sums[begin]) * powers(MAX_PHRASE_CHARACTERS * 4)[last]
+            plain = (self.sums[end] - self.sums[begin]) * powers(_LONGEST)[last]
+            return plain + self.offsets[phrase] if whole else plain
 
     def whole_hashes(self) -> np.ndarray:
-        return self.hashes(self.begins, self.begins + self.lengths, np.arange(len(self.begins)))
+        return self.hashes(self.begins, self.begins + self.lengths, np.arange(len(self.begins)), whole=True)
 
-    def widths(self, fold_case_bytes: np.ndarray) -> np.ndarray:
-        """[S + 1] int64 running sum of the most bytes that each symbol may take."""
-        return np.concatenate([[0], np.cumsum(fold_case_bytes[self.symbols])])
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-
-
-def _most_bytes() -> np.ndarray:
-    """[SYMBOLS] int64: the longest UTF-8 form among a symbol's letter cases."""
-    code_points = np.arange(SYMBOLS)
-    widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
-    widths[RAW:] = 1
-    for representative, characters in case_variants(True).items():
-        widths[representative] = max(len(character.encode()) for character in characters)
-    return widths
+    def contexts(self, by: Folding, cut: np.ndarray, begin: np.ndarray) -> dict[int, np.ndarray]:
+        """For each context, whether the part that ends before ``cut`` is one: [N] bool."""
+        bits = by.bits[self.symbols]
+        place = np.where((bits & MARK) == 0, np.arange(len(bits)), -1)
+        base = np.maximum.accumulate(place)[cut - 1] if len(cut) else cut
+        base_bits = np.where(base >= begin, bits[base], 0)
+        last = bits[cut - 1]
+        return {context: ((last if context == WHITE else base_bits) & context) != 0 for context in CONTEXTS}
 
 
-_Entries = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # key, low, high, bytes to look back
+_Entries = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # key, low, high, symbols to look back
 
 
-def _whole_character_splits(texts: _Texts, tokens: SortedTokens) -> _Entries:
-    """Splits between two characters: text so far ``p[:k]``, next token starts with ``p[k:]``, for 1 <= k < len(p)."""
-    longest = int(tokens.lengths.max(initial=0))
+def _splits(texts: _Texts, tokens: FoldedTokens) -> list[_Entries]:
+    """Text so far ``p[:k]``, next token starts with ``p[k:]``, for 1 <= k < len(p)."""
+    longest = int(tokens.plain.lengths.max(initial=0))
     count = np.minimum(texts.lengths - 1, longest)
     phrase = np.repeat(np.arange(len(texts.lengths)), count)
     nth = np.arange(len(phrase)) - np.repeat(np.cumsum(count) - count, count)
     begin, end = texts.begins[phrase], texts.begins[phrase] + texts.lengths[phrase]
     cut = end - 1 - nth
-    found, position = _look_up(tokens, texts.hashes(cut, end, phrase))
-    phrase, begin, cut, position = phrase[found], begin[found], cut[found], position[found]
-    widths = texts.widths(_most_bytes())
-    return (
-        texts.hashes(begin, cut, phrase),
-        tokens.prefix_low[position],
-        tokens.prefix_high[position],
-        widths[cut] - widths[begin],
-    )
-
-
-def _split_characters(texts: _Texts, tokens: SortedTokens, fold_case: bool) -> list[_Entries]:
-    """Splits inside a character: the text so far ends with its first bytes, the next token starts with the others."""
-    starts_raw = set(tokens.symbols[tokens.symbols[:, 0] >= RAW, 0].tolist()) if len(tokens.symbols) else set()
-    if not starts_raw:
-        return []
-    variants = case_variants(fold_case)
-    phrase_of = np.repeat(np.arange(len(texts.lengths)), texts.lengths)
-    widths = texts.widths(_most_bytes())
-    order = np.argsort(texts.symbols, kind="stable")
-    present, first = np.unique(texts.symbols[order], return_index=True)
+    rest = texts.hashes(cut, end, phrase)
+    chosen = [(np.ones(len(cut), dtype=bool), np.uint64(0))]
+    chosen += [(here, context_key(context)) for context, here in texts.contexts(tokens.by, cut, begin).items()]
     entries = []
-    for symbol, positions in zip(present.tolist(), np.split(order, first[1:]), strict=True):
-        for character in variants.get(symbol, (chr(symbol),)):
-            encoded = character.encode()
-            for cut in range(1, len(encoded)):
-                head = np.array([RAW + byte for byte in encoded[:cut]])
-                tail = np.array([RAW + byte for byte in encoded[cut:]])
-                if int(tail[0]) not in starts_raw:
-                    continue
-                phrase = phrase_of[positions]
-                begin, end = texts.begins[phrase], texts.begins[phrase] + texts.lengths[phrase]
-                with np.errstate(over="ignore"):
-                    rest = texts.hashes(positions + 1, end, phrase) + _horner(tail) * _power(end - positions - 1)
-                    found, where = _look_up(tokens, rest)
-                    before = texts.hashes(begin, positions, phrase) * powers(cut + 1)[cut] + _horner(head)
-                entries.append(
-                    (
-                        before[found],
-                        tokens.prefix_low[where[found]],
-                        tokens.prefix_high[where[found]],
-                        (widths[positions] - widths[begin] + cut)[found],
-                    )
-                )
+    for here, key in chosen:
+        with np.errstate(over="ignore"):
+            which, position = _look_up(tokens.prefix_keys, rest[here] + key)
+        own_phrase, own_begin, own_cut = (each[here][which] for each in (phrase, begin, cut))
+        entries.append(
+            (
+                texts.hashes(own_begin, own_cut, own_phrase, whole=True),
+                tokens.prefix_low[position],
+                tokens.prefix_high[position],
+                own_cut - own_begin,
+            )
+        )
     return entries
 
 
-def _horner(symbols: np.ndarray) -> np.uint64:
-    with np.errstate(over="ignore"):
-        return (symbol_hashes()[symbols] * powers(len(symbols))[::-1]).sum(dtype=np.uint64)
+def _look_up(ascending: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every match, pairwise: index into ``values``, index into ``ascending``."""
+    first = np.searchsorted(ascending, values)
+    count = np.searchsorted(ascending, values, side="right") - first
+    which = np.repeat(np.arange(len(values)), count)
+    return which, first[which] + np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
 
 
-def _power(exponents: np.ndarray) -> np.ndarray:
-    return powers(MAX_PHRASE_CHARACTERS * 4)[exponents]
-
-
-def _look_up(tokens: SortedTokens, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    position = np.minimum(np.searchsorted(tokens.prefix_keys, hashes), len(tokens.prefix_keys) - 1)
-    return tokens.prefix_keys[position] == hashes, position
-
-
-def _tokens_that_contain(texts: _Texts, tokens: SortedTokens, left_boundary: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted positions of tokens with a whole phrase inside: banned always, and banned only after a word boundary."""
-    always = np.zeros(len(tokens.token_ids), dtype=bool)
+def _tokens_that_contain(texts: _Texts, tokens: FoldedTokens) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens with a whole phrase inside: banned always, and banned only after a word boundary."""
+    plain, by = tokens.plain, tokens.by
+    always = np.zeros(len(plain.token_ids), dtype=bool)
     after_boundary = always.copy()
-    whole, lengths = texts.whole_hashes(), texts.lengths
-    for length in np.unique(lengths).tolist():
-        wanted = np.unique(whole[lengths == length])
-        for start in range(int(tokens.lengths.max(initial=0)) - length + 1):
-            rows = np.flatnonzero(tokens.lengths >= start + length)
+    bits = by.bits[plain.symbols]
+    for length in np.unique(texts.lengths).tolist():
+        of_length = texts.lengths == length
+        wanted = np.unique(texts.whole_hashes()[of_length])
+        for start in range(int(plain.lengths.max(initial=0)) - length + 1):
+            rows = np.flatnonzero(plain.lengths >= start + length)
+            rows = rows[plain.opens[rows, start] & plain.closes[rows, start + length - 1]]
             with np.errstate(over="ignore"):
-                inside = tokens.prefix_hashes[rows, start + length]
-                inside = inside - tokens.prefix_hashes[rows, start] * powers(length + 1)[length]
-            hit = rows[_contains(wanted, inside)]
-            if not left_boundary:
-                always[hit] = True
-            elif start == 0:
-                after_boundary[hit] = True
+                inside = plain.hashes[rows, start + length]
+                inside = inside - plain.hashes[rows, start] * powers(length + 1)[length]
+                bound = rows[_contains(wanted, inside + np.uint64(LEFT_BOUNDARY_KEY))]
+            always[rows[_contains(wanted, inside)]] = True
+            if start == 0:
+                after_boundary[bound] = True
             else:
-                always[hit[~word_table()[tokens.symbols[hit, start - 1]]]] = True
+                always[bound[~_in_word(bits[bound, :start])]] = True
     return np.flatnonzero(always), np.flatnonzero(after_boundary & ~always)
+
+
+def _in_word(bits: np.ndarray) -> np.ndarray:
+    """[N] bool for [N, L] bits of what stands before: does it end inside a word?"""
+    letter = (bits & MARK) == 0
+    last = bits.shape[1] - 1 - letter[:, ::-1].argmax(axis=1)
+    return letter.any(axis=1) & ((bits[np.arange(len(bits)), last] & WORD) != 0)
 
 
 def _as_ranges(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,23 +11,166 @@ import numpy as np
 import torch
 
 from guards.errors import VocabularyMismatch
-from guards.suppression.folding import ABSENT, decode_symbols, fold_table, powers, symbol_hashes, word_table
+from guards.suppression.folding import (
+    ABSENT,
+    BREAK,
+    CONTEXTS,
+    MOST_SYMBOLS,
+    RAW,
+    WHITE,
+    Folding,
+    elements_of_bytes,
+    folding,
+    join_bytes,
+    powers,
+    symbol_hashes,
+)
 
 
-@dataclass(frozen=True)
-class SortedTokens:
-    """The tokens' folded symbols in sorted order, and every distinct prefix of a token with its range.
+@dataclass(frozen=True, eq=False)
+class Forms:
+    """What tokens are read as, F of them, as symbols."""
 
-    All arrays are over tokens that have text. ``sorted`` means by symbols, so tokens that share a prefix are neighbours.
+    token_ids: np.ndarray  # [F] int64
+    symbols: np.ndarray  # [F, L] int32, ABSENT after the end
+    lengths: np.ndarray  # [F] int64, symbols
+    opens: np.ndarray  # [F, L] bool, whether a character starts with this symbol
+    closes: np.ndarray  # [F, L] bool, whether a character ends with this symbol
+    hashes: np.ndarray  # [F, L + 1] uint64, of the first k symbols
+
+    @staticmethod
+    def of(by: Folding, elements: np.ndarray, owner: np.ndarray) -> Forms:
+        """Forms of texts that are given one after the other: [E] elements that count, and the token of each, ascending."""
+        symbols, element = by.expand(elements)
+        token_ids, row, lengths = np.unique(owner[element], return_inverse=True, return_counts=True)
+        width = int(lengths.max(initial=1))
+        place = np.arange(len(symbols)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        matrix = np.full((len(token_ids), width), ABSENT, dtype=np.int32)
+        opens, closes = np.zeros(matrix.shape, dtype=bool), np.zeros(matrix.shape, dtype=bool)
+        matrix[row, place] = symbols
+        change = np.flatnonzero(np.diff(element, prepend=-1, append=-1))
+        opens[row[change[:-1]], place[change[:-1]]] = True
+        closes[row[change[1:] - 1], place[change[1:] - 1]] = True
+        hashes = np.zeros((len(token_ids), width + 1), dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            for k in range(width):
+                step = hashes[:, k] * powers(2)[1] + symbol_hashes()[matrix[:, k]]
+                hashes[:, k + 1] = np.where(k < lengths, step, hashes[:, k])
+        return Forms(token_ids, matrix, lengths, opens, closes, hashes)
+
+    def sorted(self) -> Forms:
+        """In the order of their symbols, a shorter one first; where symbols are equal, a character that ends here first."""
+        # Big-endian and shifted by one, so that byte strings sort as the symbols do.
+        rows = np.ascontiguousarray((self._ranks() + 1).astype(">u4")).view(f"S{4 * self.symbols.shape[1]}").ravel()
+        order = np.argsort(rows, kind="stable")
+        return Forms(*(each[order] for each in (self.token_ids, self.symbols, self.lengths, self.opens, self.closes, self.hashes)))
+
+    def prefixes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Hash, first row and the one after the last of every prefix that ends with a character, if `sorted`."""
+        ranks, width = self._ranks(), self.symbols.shape[1]
+        same = ranks[1:] == ranks[:-1]
+        common = np.where(same.all(axis=1), width, same.argmin(axis=1))  # symbols shared with the row before
+        keys, lows, highs = [], [], []
+        for k in range(1, width + 1):
+            first = np.flatnonzero(np.concatenate([[True], common < k]))
+            ends = np.append(first[1:], len(ranks))
+            whole = self.closes[first, k - 1]
+            keys.append(self.hashes[first[whole], k])
+            lows.append(first[whole])
+            highs.append(ends[whole])
+        return np.concatenate(keys), np.concatenate(lows), np.concatenate(highs)
+
+    def _ranks(self) -> np.ndarray:
+        inside = self.symbols != ABSENT
+        return np.where(inside, 2 * self.symbols + (inside & ~self.closes), -1)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedTokens:
+    """A vocabulary under one folding: tokens that have symbols, sorted, and every prefix of one.
+
+    What drops out of a text depends on what stands before it: a token that begins with white space, or with an accent, begins
+    with something else after white space or after a Greek letter. Such tokens have one more row for each such context, after
+    the others, and their prefixes' hashes have `context_key` added there.
     """
 
-    token_ids: np.ndarray  # [N] int64, in sorted order
-    symbols: np.ndarray  # [N, L] int32, ABSENT after a token's end
-    lengths: np.ndarray  # [N] int32, symbols per token
-    prefix_hashes: np.ndarray  # [N, L + 1] uint64, hash of the first k symbols
-    prefix_keys: np.ndarray  # [P] uint64, ascending: hash of each distinct non-empty prefix
-    prefix_low: np.ndarray  # [P] int64, first sorted position that has the prefix
+    by: Folding
+    plain: Forms  # sorted, with nothing before them
+    token_ids: np.ndarray  # [N] int64, the token of each row: first those of ``plain``
+    prefix_keys: np.ndarray  # [P] uint64, ascending; twice where a letter with its accent is one character or two
+    prefix_low: np.ndarray  # [P] int64, first row
     prefix_high: np.ndarray  # [P] int64, one past the last
+    elements: np.ndarray  # [E] int64, what the tokens are read as, one after the other, without what never counts
+    starts: np.ndarray  # [V + 1] int64 into ``elements``
+    blank: np.ndarray  # [V] bool, whether a token is nothing but white space
+    completing: np.ndarray  # [C] int64, tokens that begin in mid-character
+    most_completing: int  # symbols that one of these can add, with the character that it completes
+
+    @staticmethod
+    def of(by: Folding, elements: np.ndarray, owner: np.ndarray, size: int) -> FoldedTokens:
+        """Fold all tokens, given one after the other as [E] elements and the token of each."""
+        kept = by.kept(elements, owner)
+        elements, owner = elements[kept], owner[kept]
+        starts = np.searchsorted(owner, np.arange(size + 1))
+        plain = Forms.of(by, elements, owner).sorted()
+        parts, token_ids, shift = [plain.prefixes()], [plain.token_ids], len(plain.token_ids)
+        first = elements[np.minimum(starts[:-1], len(elements) - 1)] if len(elements) else np.zeros(size, dtype=np.int64)
+        some = starts[1:] > starts[:-1]
+        for context, (before, dropped) in CONTEXTS.items():
+            changing = (some & ((by.bits[first] & dropped) != 0))[owner]
+            left = by.kept(elements[changing], owner[changing], before)
+            if not left.all() and left.any():
+                forms = Forms.of(by, elements[changing][left], owner[changing][left]).sorted()
+                keys, low, high = forms.prefixes()
+                with np.errstate(over="ignore"):
+                    parts.append((keys + context_key(context), low + shift, high + shift))
+                token_ids.append(forms.token_ids)
+                shift += len(forms.token_ids)
+        keys, low, high = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(keys, kind="stable")
+        completing = np.flatnonzero(some & (first >= RAW + 0x80) & (first < RAW + 0xC0))
+        longest = int(plain.lengths[np.isin(plain.token_ids, completing)].max(initial=0))
+        return FoldedTokens(
+            by=by,
+            plain=plain,
+            token_ids=np.concatenate(token_ids),
+            prefix_keys=keys[order],
+            prefix_low=low[order],
+            prefix_high=high[order],
+            elements=elements,
+            starts=starts,
+            blank=(np.diff(starts) == 1) & ((by.bits[first] & WHITE) != 0),
+            completing=completing,
+            most_completing=longest - 1 + MOST_SYMBOLS if longest else 0,
+        )
+
+    def elements_of(self, token: int) -> np.ndarray:
+        return self.elements[self.starts[token] : self.starts[token + 1]]
+
+    def completed(self, waiting: bytes, context: int) -> Forms:
+        """What the tokens are read as that complete a character of which ``waiting`` has been said, the character included.
+
+        Args:
+            context: a key of `CONTEXTS`: what stands before the character; 0 for nothing.
+        """
+        head = [RAW + byte for byte in waiting]
+        longest = max((len(self.elements_of(token)) for token in self.completing.tolist()), default=0)
+        rows = np.full((len(self.completing), len(head) + longest), ABSENT, dtype=np.int64)
+        for row, token in zip(rows, self.completing.tolist(), strict=True):
+            own = self.elements_of(token)
+            row[: len(head) + len(own)] = [*head, *own]
+        elements, there = join_bytes(torch.from_numpy(rows))
+        whole = elements[:, 0] < RAW if len(rows) else torch.zeros(0, dtype=torch.bool)
+        elements, there = elements[whole], there[whole]
+        owner = np.repeat(self.completing[whole.numpy()], there.sum(1).numpy())
+        flat = elements[there].numpy()
+        kept = self.by.kept(flat, owner, CONTEXTS[context][0] if context else BREAK)
+        return Forms.of(self.by, flat[kept], owner[kept])
+
+
+def context_key(context: int) -> np.uint64:
+    """Added to the hashes of prefixes that tokens have only in a context, a key of `CONTEXTS`."""
+    return symbol_hashes()[RAW + context]
 
 
 class Vocabulary:
@@ -54,80 +197,31 @@ class Vocabulary:
         digest = hashlib.sha256(b"lethe vocabulary 1\0" + self.size.to_bytes(8, "little"))
         digest.update(self.lengths.tobytes() + self.special.tobytes() + self.bytes.tobytes())
         self.fingerprint = digest.hexdigest()
+        self._folded: dict[str, FoldedTokens] = {}
 
     def text_of(self, token_ids: Sequence[int]) -> bytes:
         """The bytes that these tokens add to a text."""
         return b"".join(self.bytes[self.starts[i] : self.starts[i] + self.lengths[i]].tobytes() for i in token_ids)
 
-    def padded_bytes(self, token_ids: np.ndarray) -> np.ndarray:
-        """[N, L] int64 bytes of the given tokens, ABSENT after each one's end; L is the longest of them."""
-        lengths = self.lengths[token_ids]
-        offsets = np.arange(lengths.max(initial=1))
-        inside = offsets < lengths[:, None]
-        values = self.bytes[np.where(inside, self.starts[token_ids][:, None] + offsets, 0)].astype(np.int64)
-        return np.where(inside, values, ABSENT)
-
-    @functools.cached_property
-    def folded(self) -> SortedTokens:
-        """The vocabulary with letter case folded."""
-        return self._sort(fold_case=True)
-
-    @functools.cached_property
-    def unfolded(self) -> SortedTokens:
-        """The vocabulary as it is, for phrases whose letter case matters."""
-        return self._sort(fold_case=False)
+    def folded(self, by: Folding) -> FoldedTokens:
+        """The tokens under a folding, made once: about a second for 50,000 tokens."""
+        if by.name not in self._folded:
+            self._folded[by.name] = FoldedTokens.of(by, *self._elements, self.size)
+        return self._folded[by.name]
 
     def warm(self) -> None:
-        """Build the tables that everybody needs now, about two seconds, rather than when somebody waits."""
-        word_table()
-        assert self.folded
+        """Make the tables that everybody needs now, a few seconds, rather than when somebody waits."""
+        for match in ("folded", "number"):
+            self.folded(folding(match, True))
 
-    def sorted_tokens(self, fold_case: bool) -> SortedTokens:
-        return self.folded if fold_case else self.unfolded
-
-    def _sort(self, fold_case: bool) -> SortedTokens:
-        token_ids = np.flatnonzero(self.lengths > 0)
-        text = torch.from_numpy(self.padded_bytes(token_ids))
-        raw_symbols, kept = (part.numpy() for part in decode_symbols(text))
-        # Close the gaps left by continuation bytes: kept symbols first, in order.
-        order = np.argsort(~kept, axis=1, kind="stable")
-        lengths = kept.sum(axis=1).astype(np.int32)
-        width = int(lengths.max(initial=1))
-        compact = np.take_along_axis(np.where(kept, raw_symbols, 0), order, axis=1)[:, :width]
-        inside = np.arange(width) < lengths[:, None]
-        symbols = np.where(inside, fold_table(fold_case)[compact], ABSENT).astype(np.int32)
-
-        # Big-endian and shifted by one, so that byte strings sort as the symbols do and a shorter token comes first.
-        rows = np.ascontiguousarray((symbols + 1).astype(">u4")).view(f"S{4 * width}").ravel()
-        by_text = np.argsort(rows, kind="stable")
-        token_ids, symbols, lengths = token_ids[by_text], symbols[by_text], lengths[by_text]
-
-        hashes = np.zeros((len(token_ids), width + 1), dtype=np.uint64)
-        base = powers(2)[1]
-        with np.errstate(over="ignore"):
-            for k in range(width):
-                present = k < lengths
-                step = hashes[:, k] * base + symbol_hashes()[np.where(present, symbols[:, k], 0)]
-                hashes[:, k + 1] = np.where(present, step, hashes[:, k])
-
-        same = symbols[1:] == symbols[:-1]
-        common = np.where(same.all(axis=1), width, same.argmin(axis=1))  # symbols shared with the token before
-        keys, lows, highs = [], [], []
-        for k in range(1, width + 1):
-            first_of_group = np.flatnonzero(np.concatenate([[True], common < k]))
-            ends = np.append(first_of_group[1:], len(token_ids))
-            long_enough = lengths[first_of_group] >= k
-            lows.append(first_of_group[long_enough])
-            highs.append(ends[long_enough])
-            keys.append(hashes[lows[-1], k])
-        all_keys = np.concatenate(keys)
-        by_key = np.argsort(all_keys, kind="stable")
-        return SortedTokens(
-            token_ids=token_ids,
-            symbols=symbols,
-            lengths=lengths,
-            prefix_hashes=hashes,
-            prefix_keys=all_keys[by_key],
-            prefix_low=np.concatenate(lows)[by_key],
-            prefix_high=np.concatenate(highs)[by_key],
-        )
+    @functools.cached_property
+    def _elements(self) -> tuple[np.ndarray, np.ndarray]:
+        """All tokens' elements one after the other, and the token of each: [E] int64 both."""
+        # In one long row, with a gap after each token: no character is put together across two.
+        owner = np.repeat(np.arange(self.size), self.lengths + 1)
+        row = np.full(len(owner), ABSENT, dtype=np.int64)
+        inside = np.ones(len(owner), dtype=bool)
+        inside[np.cumsum(self.lengths + 1) - 1] = False
+        row[inside] = self.bytes
+        elements, there = join_bytes(elements_of_bytes(torch.from_numpy(row)[None]))
+        return elements[0, there[0]].numpy(), owner[there[0].numpy()]

@@ -17,16 +17,14 @@ from guards.contrastive.assistant import Recipe
 from guards.errors import GuardError, InvalidForgetSet, InvalidJson, InvalidPolicy, Untrainable
 from guards.forget_set import (
     MAX_TEXT_CHARACTERS,
-    ForgetSet,
     Frozen,
     Name,
     describe_validation,
     is_name,
-    parse_forget_set,
-    read_jsonl,
     write_jsonl,
 )
 from guards.policy import DEFAULT, Corruption, parse_policy
+from guards.removal_list import Kind, RemovalList, check_new_set, read_removal_list
 from guards.similarity.calibrate import TooFewExamples
 from guards.similarity.encoder import EncoderUnavailable
 from guards.steering.artifact import SteeringRecipe
@@ -43,6 +41,10 @@ from serve.registry.nouns import InUse, NameTaken, NotReady, RegistryError, Stor
 from serve.registry.store import Registry
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
+TABLES = ("text/csv", "text/tab-separated-values")
+Force = Annotated[bool, Query(description="add also what nobody is likely to mean, such as the phrase 'the'")]
+Column = Annotated[str | None, Query(description="of a CSV file, the column to read")]
+As = Annotated[Kind | None, Query(alias="as", description="what the cells of the column, or the lines of a plain list, are")]
 _STATUS: dict[type[Exception], int] = {
     UnknownName: 404,
     NameTaken: 409,
@@ -127,10 +129,12 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         return {"data": described, "revision": control.snapshot.revision}
 
     @router.post("/forget_sets", status_code=201)
-    async def create_forget_set(request: Request, name: str | None = None) -> dict[str, Any]:
-        content = await _forget_set(request, name)
-        revision = await control.create(content, actor=actor(request))
-        return await _shown(content.name, revision)
+    async def create_forget_set(
+        request: Request, name: str | None = None, force: Force = False, column: Column = None, kind: As = None
+    ) -> dict[str, Any]:
+        read = await _removal_list(request, name, column, kind, force=force)
+        revision = await control.create(read.forget_set, actor=actor(request))
+        return {**await _shown(read.forget_set.name, revision), "notes": read.notes}
 
     @router.get("/forget_sets/{name}")
     async def show_forget_set(name: str, request: Request) -> Response:
@@ -144,9 +148,11 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         return JSONResponse({**shown, "content": content.model_dump(mode="json", exclude={"name"})})
 
     @router.put("/forget_sets/{name}")
-    async def replace_forget_set(name: str, request: Request) -> dict[str, Any]:
-        content = await _forget_set(request, name)
-        return await _shown(name, await control.replace(content, actor=actor(request)))
+    async def replace_forget_set(
+        name: str, request: Request, force: Force = False, column: Column = None, kind: As = None
+    ) -> dict[str, Any]:
+        read = await _removal_list(request, name, column, kind, force=force)
+        return {**await _shown(name, await control.replace(read.forget_set, actor=actor(request))), "notes": read.notes}
 
     @router.delete("/forget_sets/{name}")
     async def delete_forget_set(name: str, request: Request) -> dict[str, Any]:
@@ -308,16 +314,17 @@ def _describe(stored: StoredSet) -> dict[str, Any]:
     }
 
 
-async def _forget_set(request: Request, name: str | None) -> ForgetSet:
-    """The set in a body: a JSON object, or JSON lines with the name in the URL."""
-    if request.headers.get("content-type", "").split(";")[0].strip() in JSON_LINES:
+async def _removal_list(request: Request, name: str | None, column: str | None, kind: Kind | None, *, force: bool) -> RemovalList:
+    """The set in a body: a JSON object; or, with the name in the URL, a file of another form (see `guards.removal_list`)."""
+    content_type = request.headers.get("content-type", "").split(";")[0].strip()
+    if content_type in (*JSON_LINES, *TABLES) or column is not None or kind is not None:
         if name is None or not is_name(name):
             raise InvalidForgetSet([f"name {name!r} must be 1 to 63 of a-z, 0-9, _ and -, in the URL: ?name=..."])
-        return await asyncio.to_thread(read_jsonl, await request.body(), name)
+        return await asyncio.to_thread(read_removal_list, await request.body(), name, column=column, kind=kind, force=force)
     fields = await read_object(request)
     if name is not None:
         fields = {**_without(fields, "name", name), "name": name}
-    return await asyncio.to_thread(parse_forget_set, fields)
+    return await asyncio.to_thread(check_new_set, fields, force=force)
 
 
 async def read_object(request: Request) -> dict[str, Any]:

@@ -9,11 +9,13 @@ import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import TypedDict
 
 from guards.errors import GuardError, InvalidArtifact
 from guards.forget_set import ForgetSet
 from guards.similarity.index import similarity_path
 from guards.suppression.automaton import CompiledPhrases, compile_phrases, phrases_fingerprint
+from guards.suppression.folding import Match
 from guards.suppression.vocabulary import Vocabulary
 from guards.whole_file import write_whole
 from serve.api.similarity import Similarity
@@ -23,6 +25,14 @@ from serve.wire import load_phrases, phrases_path
 logger = logging.getLogger(__name__)
 
 _KEPT_COMPILED = 64
+
+
+class _Options(TypedDict):
+    """How a set's phrases match, as the compiler takes it."""
+
+    fold_case: bool
+    left_boundary: bool
+    match: Match
 
 
 class Builder:
@@ -40,12 +50,7 @@ class Builder:
         self._compiled_lock = threading.Lock()  # the event loop and its threads both read
 
     def phrases_fingerprint(self, content: ForgetSet) -> str:
-        return phrases_fingerprint(
-            content.phrases,
-            self._vocabulary.fingerprint,
-            fold_case=not content.case_sensitive,
-            left_boundary=content.word_boundary,
-        )
+        return phrases_fingerprint(content.phrases, self._vocabulary.fingerprint, **_options(content))
 
     def to_build(self, content: ForgetSet) -> list[Artifact]:
         """The artifacts that a set will have, not built yet."""
@@ -84,12 +89,7 @@ class Builder:
             path = phrases_path(self._artifacts, fingerprint)
             with contextlib.suppress(InvalidArtifact):
                 return load_phrases(self._artifacts, fingerprint)
-            compiled = compile_phrases(
-                content.phrases,
-                self._vocabulary,
-                fold_case=not content.case_sensitive,
-                left_boundary=content.word_boundary,
-            )
+            compiled = compile_phrases(content.phrases, self._vocabulary, **_options(content))
             write_whole(path, compiled.save)
             return compiled
 
@@ -107,3 +107,7 @@ class Builder:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(fingerprint)
             return compiled
+
+
+def _options(content: ForgetSet) -> _Options:
+    return {"fold_case": not content.case_sensitive, "left_boundary": content.word_boundary, "match": content.match}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import (
@@ -14,7 +14,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from guards.forget_set import read_jsonl
+from guards.forget_set import write_jsonl
+from guards.removal_list import Kind, read_removal_list
 from serve.cli.talk import NameArgument, act, artifact_of, connect, err, fail, folding_table, out, print_set, unwrap
 
 app = typer.Typer(no_args_is_help=True, help="Add, show, enable, disable and remove forget sets.")
@@ -23,21 +24,36 @@ app = typer.Typer(no_args_is_help=True, help="Add, show, enable, disable and rem
 @app.command("add")
 def forget_add(
     name: NameArgument,
-    file: Annotated[Path, typer.Argument(help="JSON lines: {'phrase': ...}, {'alias': ...}, {'question': ..., 'answer': ...}")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="JSON lines: {'phrase': ...}, {'alias': ...}, {'question': ..., 'answer': ...}; or CSV, or a list"),
+    ],
     replace: Annotated[bool, typer.Option(help="Replace the set if it exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Add also what nobody is likely to mean, such as the phrase 'the'.")
+    ] = False,
+    column: Annotated[str | None, typer.Option(help="Of a CSV file, the column to read.")] = None,
+    kind: Annotated[Kind | None, typer.Option("--as", help="What the column's cells, or the lines of a plain list, are.")] = None,
 ) -> None:
-    """Add a forget set from a file, and wait until it is compiled. It does nothing until enabled."""
+    """Add a forget set from a file, and wait until it is compiled. It does nothing until enabled.
+
+    Says what was left out of the file, and which phrases occur in a sample of ordinary text.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:
         fail(f"cannot read {file}: {error.strerror}")
-    read_jsonl(content, name)  # the same check that the server makes, before anything is sent
+    # The server makes the same checks; here they come before anything is sent, and for every form of file.
+    read = read_removal_list(content, name, column=column, kind=kind, force=force)
+    for note in read.notes:
+        out.print(f"Note: {note}")
     with connect() as client:
-        headers = {"content-type": "application/jsonl"}
+        body: dict[str, Any] = {"content": write_jsonl(read.forget_set).encode(), "headers": {"content-type": "application/jsonl"}}
+        options = {"force": "true"} if force else {}
         if replace and client.get(f"/forget_sets/{name}").status_code == 200:
-            answer = client.put(f"/forget_sets/{name}", content=content, headers=headers)
+            answer = client.put(f"/forget_sets/{name}", params=options, **body)
         else:
-            answer = client.post("/forget_sets", params={"name": name}, content=content, headers=headers)
+            answer = client.post("/forget_sets", params={"name": name, **options}, **body)
         added = unwrap(answer)
         with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as progress:
             progress.add_task(f"Compiling {added['phrases']:,} phrases and embedding the rest")

@@ -144,7 +144,7 @@ def forget(admin: httpx.Client) -> Iterator:
 
     def put_in_force(*phrases: str, **options: bool) -> str:
         name = f"test-{len(names)}"
-        created = admin.post("/forget_sets", json={"name": name, "phrases": phrases, **options})
+        created = admin.post("/forget_sets", params={"force": "true"}, json={"name": name, "phrases": phrases, **options})
         assert created.status_code == 201, created.text
         names.append(name)
         enabled = admin.post(f"/forget_sets/{name}/enable")

@@ -16,14 +16,16 @@ from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
 
 
+LONGEST_ESCAPE = 12
+"""Characters that JSON may take for one: two surrogates of six."""
+
+
 class _Channel:
     """Text that arrives in pieces, as far as a phrase could still be completed in it."""
 
     def __init__(self, artifacts: list[CompiledPhrases], half_said: str, *, grows: bool) -> None:
         self._artifacts = artifacts
-        longest = max((int(artifact.phrase_lengths.max(initial=0)) for artifact in artifacts), default=0)
-        self._reach = 6 * longest + 1  # the longest phrase in escapes, and the character before it
-        self._before = half_said[-self._reach :]
+        self._befores = [artifact.end_of(half_said) for artifact in artifacts]
         self._grows = grows
 
     def first_hit(self, piece: str) -> int | None:
@@ -31,15 +33,18 @@ class _Channel:
 
         A tool call's arguments are JSON, which vLLM reads and writes anew: what they say with escapes counts as said.
         """
-        text, known = self._before + piece, len(self._before)
-        hits = [start for artifact in self._artifacts for start, end in artifact.find(text) if end > known]
-        if not hits and "\\" in text:
-            plain, plain_before = _unescaped(text), _unescaped(self._before)
-            if any(len(artifact.find(plain)) > len(artifact.find(plain_before)) for artifact in self._artifacts):
-                hits = [known]
-        if self._grows:
-            self._before = text[-self._reach :]
-        return max(0, min(hits) - known) if hits else None
+        hits: list[int] = []
+        for number, artifact in enumerate(self._artifacts):
+            text, known = self._befores[number] + piece, len(self._befores[number])
+            found = [start - known for start, end in artifact.find(text) if end > known]
+            if not found and "\\" in text:
+                plain, plain_before = _unescaped(text), _unescaped(self._befores[number])
+                if len(artifact.find(plain)) > len(artifact.find(plain_before)):
+                    found = [0]
+            hits += found
+            if self._grows:
+                self._befores[number] = artifact.end_of(text, LONGEST_ESCAPE)
+        return max(0, min(hits)) if hits else None
 
 
 class Watch:
