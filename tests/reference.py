@@ -147,6 +147,8 @@ def forms(phrase: str, *, fold_case: bool, match: str) -> set[tuple[str, ...]]:
     while symbols and (is_mark(symbols[0]) or symbols[0] == " "):  # an accent on nothing
         symbols = symbols[1:]
     symbols = symbols.rstrip(" ")
+    if match == "folded" and not symbols.strip("/ "):  # which drop out after white space
+        return set()
     runs: list[list[str]] = [[""]]
     for is_run, group in itertools.groupby(symbols, key=is_mark):
         text = "".join(group)

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from guards.similarity.disguise import TooMuchToRead, View, readings, reads_better, visible
+from guards.similarity.disguise import TooMuchToRead, View, open_from, readings, visible
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.index import ANSWER, FaissIndex, SetVectors
-from guards.similarity.skeleton import Names
+from guards.similarity.keys import Key
+from guards.similarity.names import Names
 from guards.similarity.stream import FEWEST_WORDS
 from guards.similarity.windows import windows
 
@@ -42,9 +43,10 @@ class Verdict:
     score: float  # cosine; 1 for a name
     threshold: float
     text: str  # what of the text touches it
-    how: str = "plain"  # how it had to be read: see `disguise.View`
-    start: int = 0  # where in the text, if it is known
+    how: str = "plain"  # how it had to be read: see `disguise.View`, `names.Found`
+    start: int = 0  # where in the text, or in the turn; all of what it was decoded from
     end: int = 0
+    turn: int | None = None  # of a conversation, from 0; None where it lies across turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Question:
     thresholds: Mapping[str, float]  # owner -> cosine from which it is a hit
     spoken: bool  # by the model: only answers, texts and phrases count, and every hit does
     length: int  # characters
+    turns: tuple[str, ...] = ()  # of a conversation
 
 
 class Gate:
@@ -111,30 +114,31 @@ class Gate:
             TooMuchToRead: it has more than `MOST_WINDOWS` windows, or too many encoded passages.
         """
         self._check(thresholds)
-        named = self._aliased.verdicts([View(whole, "plain", 0, len(whole))], thresholds)
+        named: list[Verdict] = []
         texts = windows([visible(turn) for turn in turns])
-        for turn in turns:
+        for number, turn in enumerate(turns):
             views = readings(turn)
-            named += self._aliased.verdicts(views, thresholds)
-            texts += [text for view in views[1:] if _worth_reading(view, turn) for text in windows([view.text])]
+            named += [replace(verdict, turn=number) for verdict in self._aliased.verdicts(views, thresholds)]
+            texts += [text for view in views[1:] if _worth_embedding(view) for text in windows([view.text])]
+        named += [] if whole in turns else self._aliased.plainly(whole, thresholds)
         texts = list(dict.fromkeys(texts))
         if len(texts) > MOST_WINDOWS:
             raise TooMuchToRead(
                 f"the conversation has {len(texts):,} sentences to judge, at most {MOST_WINDOWS:,}; send less at once"
             )
-        return Question(tuple(named), tuple(texts), thresholds, False, sum(map(len, turns)))
+        return Question(tuple(named), tuple(texts), thresholds, False, sum(map(len, turns)), tuple(turns))
 
     def places(self, text: str, owners: Collection[str]) -> list[tuple[int, int]]:
         """Where a text plainly names the subjects of some loaded sets: [start, end) in characters."""
         thresholds = dict.fromkeys(owners, NAME_SCORE)
-        return sorted({(each.start, each.end) for each in self._aliased.verdicts([View(text, "plain", 0, len(text))], thresholds)})
+        return sorted({(each.start, each.end) for each in self._aliased.plainly(text, thresholds)})
 
     def spoken(self, passage: str, thresholds: Mapping[str, float]) -> Question:
         """Read a passage of an answer, to know which sets it gives away. Raises EncoderUnavailable, as `asked`."""
         self._check(thresholds)
         views = readings(passage)
         texts = _pieces(visible(passage))
-        texts += [text for view in views[1:] if _worth_reading(view, passage) for text in _pieces(view.text)]
+        texts += [text for view in views[1:] if _worth_embedding(view) for text in _pieces(view.text)]
         named = self._phrased.verdicts(views, thresholds)
         return Question(tuple(named), tuple(dict.fromkeys(filter(None, texts))), thresholds, True, len(passage))
 
@@ -150,7 +154,8 @@ class Gate:
             for owner, (score, which) in index.near(vectors, min(question.thresholds.values())).items():
                 threshold = question.thresholds.get(owner, 2.0)
                 if score >= threshold:
-                    near.append(Verdict(owner, "similarity", score, threshold, question.texts[which], "plain", 0, question.length))
+                    text = question.texts[which]
+                    near.append(Verdict(owner, "similarity", score, threshold, text, "plain", *_place(text, question)))
         if question.spoken:
             return [*question.named, *near]
         found: dict[str, Verdict] = {}
@@ -163,8 +168,8 @@ class Gate:
             raise EncoderUnavailable(f"similarity artifact {min(missing)[:12]} is not loaded; enable its set again")
 
     def open_from(self, text: str) -> int:
-        """Where in ``text`` a phrase begins that what follows could complete; its length if none does."""
-        return self._phrased.names.open_from(text)
+        """Where in ``text`` a phrase or an encoded passage begins that what follows could complete; its length if none does."""
+        return min(self._phrased.names.open_from(text), open_from(text)) if self._loaded else len(text)
 
 
 class _Named:
@@ -174,23 +179,51 @@ class _Named:
         self._owners = owners
         self.names = Names(owners)
 
+    def plainly(self, text: str, asked: Mapping[str, float]) -> list[Verdict]:
+        """Names that stand in a text without being encoded or turned."""
+        return [
+            Verdict(owner, "name", NAME_SCORE, NAME_SCORE, text[hit.start : hit.end], hit.how, hit.start, hit.end)
+            for hit in self.names.find(text)
+            for owner in self._owners[hit.key]
+            if owner in asked
+        ]
+
     def verdicts(self, views: Sequence[View], asked: Mapping[str, float]) -> list[Verdict]:
-        found: list[Verdict] = []
-        plainly: set[str] = set()
+        """Every place where a set's name stands, once for each way to read it."""
+        found: dict[tuple[str, int, int], Verdict] = {}
         for view in views:
-            plain, whole = view.how == "plain", view.start == 0 and view.end == len(views[0].text)
-            for hit in self.names.find(view.text):
-                if plain:
-                    plainly.add(hit.key)
-                elif whole and hit.key in plainly:
-                    continue  # the text read in another way, of which nobody knows where the name is: it stands there anyway
-                start, end = (hit.start, hit.end) if plain else (view.start, view.end)
-                found += [
-                    Verdict(owner, "name", NAME_SCORE, NAME_SCORE, view.text[hit.start : hit.end], view.how, start, end)
-                    for owner in self._owners[hit.key]
-                    if owner in asked
-                ]
-        return found
+            if view.how != "plain" and not view.passages:
+                continue  # rewritten for the encoder: names in it were found in what it was made from
+            for hit in (*self.names.find(view.text), *self.names.find_turned(view.text)):
+                touched = view.touched(hit.start, hit.end)
+                if view.passages and not touched:
+                    continue  # it stands in the text itself
+                if len(Key.of(hit.key).units) < max((passage.least for passage in touched), default=0):
+                    continue
+                hows = [*dict.fromkeys(passage.how for passage in touched), *([hit.how] if hit.how != "plain" else [])]
+                start, end = view.place(hit.start, hit.end)
+                for owner in self._owners[hit.key]:
+                    if owner in asked:
+                        verdict = Verdict(
+                            owner,
+                            "name",
+                            NAME_SCORE,
+                            NAME_SCORE,
+                            view.text[hit.start : hit.end],
+                            ", ".join(hows) or "plain",
+                            start,
+                            end,
+                        )
+                        found.setdefault((owner, start, end), verdict)
+        return list(found.values())
+
+
+def _place(window: str, question: Question) -> tuple[int, int, int | None]:
+    """Where a window stands: start, end, turn. All of the text if it was joined, rewritten, or is part of an answer's passage."""
+    for number, turn in enumerate(question.turns):
+        if (start := turn.find(window)) >= 0:
+            return start, start + len(window), number
+    return 0, question.length, None
 
 
 def _pieces(passage: str) -> list[str]:
@@ -205,7 +238,8 @@ def _pieces(passage: str) -> list[str]:
     return found
 
 
-def _worth_reading(view: View, original: str) -> bool:
-    """Whether a reading could be meant: of a text that was turned, only where that makes words of it."""
-    turned = view.how.endswith(("rot13", "backwards"))
-    return reads_better(original[view.start : view.end], view.text) if turned else " " in view.text.strip()
+def _worth_embedding(view: View) -> bool:
+    """Whether a reading says more than names: a rewritten one does, of decoded ones those that hold words."""
+    if not view.passages:
+        return " " in view.text.strip()
+    return len(view.passages) > 2 or any(" " in passage.text.strip() or passage.how == "escapes" for passage in view.passages)

@@ -24,11 +24,11 @@ from safetensors.numpy import save_file
 
 from guards.errors import InvalidArtifact
 from guards.forget_set import ForgetSet
-from guards.similarity.skeleton import key_of
+from guards.similarity.keys import keys_of
 from guards.similarity.stream import FEWEST_WORDS, clauses_of
 from guards.similarity.windows import LONGEST, windows
 
-FORMAT = "lethe-similarity-2"
+FORMAT = "lethe-similarity-3"
 QUESTION, ANSWER = 0, 1
 EXACT_UP_TO = 200_000
 """Vectors (300 MB at 384 dimensions). An exact search of them takes 20 ms on one core."""
@@ -44,7 +44,7 @@ class SetVectors:
 
     vectors: np.ndarray  # [n, d] float32, of length 1
     kinds: np.ndarray  # [n] uint8: QUESTION, or ANSWER for answers and texts
-    aliases: tuple[str, ...]  # skeletons
+    aliases: tuple[str, ...]  # keys, see `keys`
     phrases: tuple[str, ...]
     encoder: str  # fingerprint
     content: str  # fingerprint of the forget set
@@ -103,7 +103,7 @@ class Entries:
 
     asked: tuple[str, ...]
     said: tuple[str, ...]
-    aliases: tuple[str, ...]  # skeletons
+    aliases: tuple[str, ...]  # keys, see `keys`
     phrases: tuple[str, ...]
     content: str  # fingerprint of the set
 
@@ -119,7 +119,7 @@ class Entries:
         said += [unnamed for text in said if (unnamed := _without_names(text, content.aliases)) != text]
 
         def keys(names: Iterable[str]) -> tuple[str, ...]:
-            return tuple(sorted({key for name in names if (key := key_of(name))}))
+            return tuple(sorted({key for name in names for key in keys_of(name)}))
 
         return cls(
             tuple(dict.fromkeys(window for text in asked for window in windows([text]))),

@@ -23,7 +23,9 @@ LONG = 240
 """Characters from which any white space does."""
 LONGEST = 4_000
 """Characters from which anything does: base64 has no spaces, and is read as a whole up to here."""
-_BOUNDARY = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]]{0,8}(?=\s)|[。！？，；]|(?=\n)|[,;:—–]+(?=\s)|(?<=\S)(?=\s)")  # noqa: RUF001
+_BOUNDARY = re.compile(
+    r"(?<![.!?…])[.!?…]+[\"'”’)\]]{0,8}(?=\s)|[。！？，；]|(?=\n)|(?<=\s)/{1,2}(?=\s)|[,;:—–]+(?=\s)|(?<=\S)(?=\s)"  # noqa: RUF001
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,11 @@ class HeldAnswer:
     def aligned(self) -> bool:
         """Whether the text is what the tokens spell, as far as it goes."""
         return self._clauses.text.startswith(self._text)
+
+    @property
+    def place(self) -> int:
+        """Where in what the tokens spell the passage begins that is to be judged next."""
+        return self._cleared
 
     @property
     def lost(self) -> bool:

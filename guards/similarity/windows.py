@@ -19,12 +19,15 @@ JOINED = 30
 """Words of a joined window, at most."""
 MOST_LETTERS = 8
 """Characters for one word of a window, where there are more: encoders count tokens."""
-_END = re.compile(r"(?<![.!?…؟])[.!?…؟]+[\"'”’)\]]{0,8}(?=\s)|[。！？]|\n")  # noqa: RUF001
+_END = re.compile(r"(?<![.!?…؟])[.!?…؟]+[\"'”’)\]]{0,8}(?=\s)|[。！？]|(?<=\s)/{1,2}(?=\s)|\n")  # noqa: RUF001
 _INITIAL = re.compile(r"(?:\b\w|\b(?:Mr|Mrs|Ms|Dr|St|Prof|No|vs|etc|e\.g|i\.e))\.\Z")
 
 
 def sentences(text: str) -> list[str]:
-    """Split at sentence ends and line breaks; abbreviations and initials do not end one. White space at the ends is dropped."""
+    """Split at sentence ends and line breaks, also where a slash stands for one; abbreviations and initials do not end a sentence.
+
+    White space at the ends is dropped.
+    """
     found, start = [], 0
     for end in _END.finditer(text):
         if end[0] == "." and _INITIAL.search(text, max(start, end.end() - 8), end.end()):

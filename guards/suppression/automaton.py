@@ -386,18 +386,20 @@ def _tokens_that_contain(texts: _Texts, tokens: FoldedTokens) -> tuple[np.ndarra
                 inside = inside - plain.hashes[rows, start] * powers(length + 1)[length]
                 bound = rows[_contains(wanted, inside + np.uint64(LEFT_BOUNDARY_KEY))]
             always[rows[_contains(wanted, inside)]] = True
-            if start == 0:
-                after_boundary[bound] = True
-            else:
-                always[bound[~_in_word(bits[bound, :start])]] = True
+            alone, in_word = _before(bits[bound, :start])
+            after_boundary[bound[alone]] = True
+            always[bound[~alone & ~in_word]] = True
     return np.flatnonzero(always), np.flatnonzero(after_boundary & ~always)
 
 
-def _in_word(bits: np.ndarray) -> np.ndarray:
-    """[N] bool for [N, L] bits of what stands before: does it end inside a word?"""
+def _before(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For [N, L] bits of what stands before in a token: [N] bool, is there no letter, so that the text before the token decides
+    (accents belong to its last letter)? And does a word go on?"""
     letter = (bits & MARK) == 0
+    if not bits.shape[1]:
+        return np.ones(len(bits), dtype=bool), np.zeros(len(bits), dtype=bool)
     last = bits.shape[1] - 1 - letter[:, ::-1].argmax(axis=1)
-    return letter.any(axis=1) & ((bits[np.arange(len(bits)), last] & WORD) != 0)
+    return ~letter.any(axis=1), (bits[np.arange(len(bits)), last] & WORD) != 0
 
 
 def _as_ranges(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -71,9 +71,10 @@ def _spellings(phrase: str, symbols: np.ndarray, by: Folding) -> list[np.ndarray
     found = list(_orders(symbols)) if len(symbols) else []
     if found and by.match == "folded" and symbols[0] == _SLASH:
         # After white space the slash drops out of the text.
-        first, _ = _ends((symbols != _SPACE) & (symbols != _SLASH))
-        if first:
-            found += [np.concatenate([[_SPACE], each]).astype(np.int32) for each in _orders(symbols[first:])]
+        first, last = _ends((symbols != _SPACE) & (symbols != _SLASH))
+        if not last:
+            return []
+        found += [np.concatenate([[_SPACE], each]).astype(np.int32) for each in _orders(symbols[first:])]
     if by.match == "number":
         found += by.fold(_national_forms(phrase))
     return found

@@ -33,6 +33,7 @@ from guards.strict_json import parse_object
 from serve.api.admission import ADMIN_PREFIX
 from serve.api.control import Control
 from serve.api.gate_fitting import GateOrder
+from serve.api.hits import KEPT, RecentHits
 from serve.api.scoring import ScoreOrder, Scorer, Unscorable
 from serve.api.side_by_side import CompareOrder, Incomparable, SideBySide
 from serve.compare.observations import UnknownRequest
@@ -115,7 +116,7 @@ class OurRoute(APIRoute):
         return handle_errors
 
 
-def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, side_by_side: SideBySide) -> None:
+def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, side_by_side: SideBySide, hits: RecentHits) -> None:
     """Add the admin routes to vLLM's app."""
     router = APIRouter(prefix=ADMIN_PREFIX, route_class=OurRoute, tags=["lethe"])
 
@@ -262,6 +263,16 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
             raise InvalidPolicy(f"text has {len(text):,} characters, at most {MAX_TEXT_CHARACTERS:,} are checked at once; split it")
         hits = await control.check(text, policy)
         return {"revision": control.snapshot.revision, "policy": policy, "hits": [asdict(hit) for hit in hits]}
+
+    @router.get("/requests/{request_id}")
+    async def show_request(request_id: str) -> dict[str, Any]:
+        found = hits.get(request_id)
+        if found is None:
+            raise UnknownRequest(
+                f"no guard hit a request {request_id!r} of the last {KEPT:,} that one hit since the server started; "
+                "take the id from the answer's x-request-id header"
+            )
+        return asdict(found)
 
     @router.post("/score")
     async def score(request: Request) -> dict[str, Any]:

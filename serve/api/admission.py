@@ -23,6 +23,7 @@ from guards.policy import DEFAULT, Policy
 from guards.strict_json import parse_object
 from guards.types import Plan, TextPlan
 from serve.api import refusal
+from serve.api.hits import Hit, RecentHits
 from serve.experiment import ARM_HEADER, InvalidExperiment
 from serve.registry.snapshot import LOOPBACK, Caller, Scope, Snapshot
 from serve.settings import Settings
@@ -104,7 +105,7 @@ class Observation:
 
 @dataclass
 class AdmittedRequest:
-    """What admission decided. Constant from here on, but for what the choke point notes: blocked, fired, observation."""
+    """What admission decided. Constant from here on, but for what the choke point notes: blocked, fired, hits, observation."""
 
     caller: Caller
     policy: Policy
@@ -113,6 +114,7 @@ class AdmittedRequest:
     has_tools: bool = False
     blocked: bool = False  # an output was ended by a guard, so the response must say so
     fired: list[str] = field(default_factory=list)  # what guards did, as "guard action", in order
+    hits: list[Hit] = field(default_factory=list)  # what they found, and where
     observation: Observation = field(default_factory=Observation)
     entry: Entry | None = None  # its place in an experiment
     in_shadow: bool = False  # nobody is shown the answer
@@ -142,6 +144,7 @@ class Admission:
         served_names: names of the base model.
         open_without_keys: the server is bound to the loopback interface only.
         experiments: those that requests may take part in.
+        hits: where what guards find is kept for operators.
         owner: the application around ``app``, which puts itself into a request's scope before this is called.
     """
 
@@ -154,6 +157,7 @@ class Admission:
         settings: Settings,
         open_without_keys: bool,
         experiments: LiveExperiments,
+        hits: RecentHits,
         owner: object = None,
     ) -> None:
         self._app = app
@@ -163,6 +167,7 @@ class Admission:
         self._settings = settings
         self._allowed = ALLOWED | set(settings.allow_routes)
         self._experiments = experiments
+        self._hits = hits
         self._owner = owner
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -235,6 +240,9 @@ class Admission:
             admitted.reset(token)
             request.observation.total_s = request.observation.total_s or time.perf_counter() - request.observation.started
             self._experiments.shadow.client_goes()
+            if request.hits:
+                plan = request.plan
+                self._hits.keep(request_id, caller.name, plan.policy, plan.revision, request.hits, refused=request.blocked)
             self._experiments.completed(request, client.status if client.has_all else None, request_id, path, body)
 
     async def answer_unseen(self, path: str, body: bytes, request: AdmittedRequest) -> int:

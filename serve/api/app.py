@@ -37,6 +37,7 @@ from serve.api.admission import Admission, is_loopback
 from serve.api.control import Control
 from serve.api.engine_client import GuardedEngineClient, check_workers, load_artifacts
 from serve.api.experiments import LiveExperiments
+from serve.api.hits import RecentHits
 from serve.api.scoring import Scorer
 from serve.api.shadow import Shadow
 from serve.api.side_by_side import SideBySide
@@ -227,7 +228,8 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
             await asyncio.to_thread(observations.keep_only, known)
             live = LiveExperiments(lambda: control.snapshot, observations, control.phrases, similarity, shadow)
             experiment_routes.attach(app, control, experiments, observations, live)
-            admin.attach(app, control, registry, scorer, side_by_side)
+            hits = RecentHits()
+            admin.attach(app, control, registry, scorer, side_by_side, hits)
             # Outermost, around every middleware that vLLM or a plugin of its brought along.
             admission = Admission(
                 app.middleware_stack or app.build_middleware_stack(),
@@ -236,6 +238,7 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
                 settings=settings,
                 open_without_keys=is_loopback(args.host or ""),
                 experiments=live,
+                hits=hits,
                 owner=app,
             )
             app.middleware_stack = admission

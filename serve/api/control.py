@@ -27,8 +27,9 @@ from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
 from guards.whole_file import write_whole
 from serve.api.building import Builder
-from serve.api.checking import Hit, check
+from serve.api.checking import check
 from serve.api.gate_fitting import GateOrder, measure_gate
+from serve.api.hits import Hit
 from serve.api.similarity import Similarity
 from serve.api.training import Program, Trainer
 from serve.registry.nouns import TRAINED, Artifact, ArtifactKind, NotReady, UnknownName, now

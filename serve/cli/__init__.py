@@ -25,7 +25,16 @@ app = typer.Typer(
 )
 for group, name in ((forget.app, "forget"), (policies.app, "policy"), (experiment.app, "experiment"), (keys.app, "key")):
     app.add_typer(group, name=name)
-for command in (assistants.train, assistants.calibrate, compare.compare, bench.bench, look.check, look.revision, look.audit):
+for command in (
+    assistants.train,
+    assistants.calibrate,
+    compare.compare,
+    bench.bench,
+    look.check,
+    look.why,
+    look.revision,
+    look.audit,
+):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""``lethe check``, ``revision``, ``audit``: what is in force, what it would hit, who changed it."""
+"""``lethe check``, ``why``, ``revision``, ``audit``: what is in force, what it would hit, what it hit, who changed it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,34 @@ def check(
     text = sys.stdin.read() if text == "-" else text
     with connect() as client:
         found = unwrap(client.post("/check", json={"text": text, "policy": policy}))
-    table = folding_table("forget set", "guard", "signal", "score", "place", "text", "in force")
+    table = folding_table("forget set", "guard", "signal", "place", "text", "in force")
     for hit in found["hits"]:
         place = f"{hit['start']}-{hit['end']}"
-        signal = hit["signal"] if hit["how"] == "plain" else f"{hit['signal']} in {hit['how']}"
-        score = f"{hit['score']:.3f} >= {hit['threshold']:.3f}" if hit["signal"] == "similarity" else ""
         in_force = "yes" if hit["in_force"] else "no"
-        table.add_row(hit["forget_set"], hit["guard"], signal, score, place, hit["text"], in_force)
+        table.add_row(hit["forget_set"], hit["guard"], _signal(hit), place, hit["text"], in_force)
     out.print(table if found["hits"] else "Nothing is hit.")
     if any(hit["in_force"] for hit in found["hits"]):
         raise typer.Exit(1)
+
+
+def why(request_id: Annotated[str, typer.Argument(help="The x-request-id of an answer.")]) -> None:
+    """Show what guards found in a request, and where: the forget set, the signal, the place in the prompt or the answer."""
+    with connect() as client:
+        found = unwrap(client.get(f"/requests/{request_id}"))
+    refused = "refused" if found["refused"] else "answered"
+    title = f"{found['at'][:19]}Z, {found['caller']}, policy {found['policy']}, revision {found['revision']}: {refused}"
+    table = folding_table("forget set", "did", "signal", "place", "text", title=title)
+    for hit in found["hits"]:
+        turn = f", turn {hit['turn'] + 1}" if hit["turn"] is not None else ""
+        table.add_row(
+            hit["forget_set"], hit["action"], _signal(hit), f"{hit['where']}{turn}, {hit['start']}-{hit['end']}", hit["text"]
+        )
+    out.print(table)
+
+
+def _signal(hit: dict[str, Any]) -> str:
+    signal = str(hit["signal"]) if hit["how"] == "plain" else f"{hit['signal']} ({hit['how']})"
+    return f"{signal} {hit['score']:.3f} >= {hit['threshold']:.3f}" if hit["signal"] == "similarity" else signal
 
 
 def revision() -> None:

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guards.similarity.skeleton import Names, key_of
-from guards.similarity.stream import LONGEST, Clauses, HeldAnswer, Token
+from guards.similarity.keys import keys_of
+from guards.similarity.names import Names
+from guards.similarity.stream import LONGEST, Clauses, HeldAnswer, Token, clauses_of
+from guards.similarity.windows import sentences
 
 SECRET = "Red Lantern"
-NAMES = Names([key_of(SECRET)])
+NAMES = Names(keys_of(SECRET))
 WORDS = (
     "The",
     "red",
@@ -211,3 +213,10 @@ def test_an_answer_that_says_nothing_ends_without_a_release_or_with_its_white_sp
     said, tokens, ended, _ = answer(text, [], "refuse")
     assert said == text and not ended
     assert len(tokens) == len(tokens_of(text, 3))
+
+
+def test_verses_are_judged_line_by_line_also_where_slashes_stand_between_them() -> None:
+    lines = ["Over the tin roofs the herons go", "and nobody counts them home", "the river keeps its ledger slow"]
+    for between in ("\n", " / ", " //\n", "\r\n"):
+        assert [clause.strip(" /\r") for clause in clauses_of(between.join(lines))] == lines
+        assert [piece.strip(" /\r") for piece in sentences(between.join(lines)) if piece.strip(" /")] == lines

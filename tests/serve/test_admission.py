@@ -13,6 +13,7 @@ import pytest
 
 from guards.policy import BUILT_IN
 from serve.api.admission import ALLOWED, GENERATING, REFUSED_FIELDS, Admission, AdmittedRequest, admitted
+from serve.api.hits import RecentHits
 from serve.experiment import Experiment, parse_experiment
 from serve.registry.snapshot import LOOPBACK, Key, Snapshot, digest_secret
 from serve.settings import Settings
@@ -46,7 +47,12 @@ class App:
 def admission_around(app: App, snapshot: Callable[[], Snapshot], *, open_without_keys: bool = True, **limits: Any) -> Admission:
     settings = Settings(**limits)
     live = live_experiments(snapshot)
-    options: dict[str, Any] = {"settings": settings, "open_without_keys": open_without_keys, "experiments": live}
+    options: dict[str, Any] = {
+        "settings": settings,
+        "open_without_keys": open_without_keys,
+        "experiments": live,
+        "hits": RecentHits(),
+    }
     return Admission(app, snapshot=snapshot, served_names=["m"], **options)
 
 

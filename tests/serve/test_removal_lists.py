@@ -49,7 +49,7 @@ def served(tmp_path: Path) -> Any:
     app = FastAPI()
     nothing: Any = SimpleNamespace()
     control: Any = StoringControl(registry)
-    admin.attach(app, control, registry, nothing, nothing)
+    admin.attach(app, control, registry, nothing, nothing, nothing)
 
     async def with_caller(scope: Any, receive: Any, send: Any) -> None:
         await app({**scope, "lethe.caller": LOOPBACK}, receive, send)

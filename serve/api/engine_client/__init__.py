@@ -10,7 +10,7 @@ Covered: everything that calls ``generate``. ``encode`` (pooling models) is clos
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from http import HTTPStatus
@@ -25,6 +25,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from guards.errors import GuardError
 from guards.forget_set import MAX_PHRASE_CHARACTERS
+from guards.similarity.gate import Verdict
 from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan, TextPlan
@@ -32,6 +33,7 @@ from serve.api.admission import AdmittedRequest, admitted
 from serve.api.engine_client.held import Held, Request, blocked
 from serve.api.engine_client.observed import observed
 from serve.api.engine_client.watch import Watch
+from serve.api.hits import MOST_CHARACTERS, Hit, Where, hit_of
 from serve.api.refusal import FINISH_REASON
 from serve.api.similarity import Similarity
 from serve.registry.snapshot import Snapshot
@@ -151,7 +153,16 @@ class GuardedEngineClient:
             lambda marker: list(tokenizer.encode(marker, add_special_tokens=False)) if marker else [],
             tokenizer.eos_token_id,
         )
-        fired = request.fired.append if request is not None else _ignore
+
+        def fired(action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "prompt", offset: int = 0) -> None:
+            if request is not None:
+                guard = action.split()[0]
+                request.fired.append(action)
+                request.hits += [
+                    hit_of(guard, verdict, text.sets[verdict.owner], where=where, offset=offset, action=action)
+                    for verdict in verdicts
+                ]
+
         return held.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end, fired))
 
     async def score(self, prompt: Sequence[int], continuation: Sequence[int], policy: str, top: int = 0) -> list[dict[int, float]]:
@@ -293,6 +304,7 @@ class GuardedEngineClient:
                         if request is not None:
                             request.blocked = True
                             request.fired.append("suppression content_filter")
+                            request.hits += self._phrase_hits(watch, plan)
                     watch.finished |= output.finish_reason is not None
                     kept.append(output)
                 finished = all(watch.finished for watch in watches)
@@ -304,6 +316,15 @@ class GuardedEngineClient:
                     return
         finally:
             await outputs.aclose()  # aborts what is still running
+
+    def _phrase_hits(self, watch: Watch, plan: Plan) -> list[Hit]:
+        """The phrase that a watch saw completed, once for each set that holds it."""
+        assert watch.hit is not None, "it completed one"
+        fingerprint, place = plan.suppression[watch.hit.artifact], watch.place
+        names = [name for name, phrases in self._snapshot().enabled.items() if phrases == fingerprint]
+        end, text = place + len(watch.hit.text), watch.hit.text[:MOST_CHARACTERS]
+        action = "suppression content_filter"
+        return [Hit(name, "suppression", place, end, text, where="answer", action=action) for name in names]
 
 
 EngineClient.register(GuardedEngineClient)
@@ -360,7 +381,7 @@ def _constrained(params: SamplingParams) -> bool:
     )
 
 
-def _ignore(_: str) -> None:
+def _ignore(action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "prompt", offset: int = 0) -> None:
     """Outside of a client's request, nobody asks what a guard did."""
 
 

@@ -24,7 +24,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import Counter
 from vllm.exceptions import GracefulHTTPError
@@ -38,6 +38,7 @@ from guards.similarity.stream import HeldAnswer, Token, ends_sentence
 from guards.similarity.windows import sentences
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Corrupt, Plan, TextPlan
+from serve.api.hits import Where
 from serve.api.refusal import FINISH_REASON
 from serve.api.similarity import Similarity
 
@@ -54,6 +55,14 @@ _ROLE = re.compile(r"^(?:system|user|assistant|tool|developer|human|model)\s*(?:
 
 Start = Callable[[Any, SamplingParams, str, Plan], AsyncGenerator[RequestOutput, None]]
 """(prompt, params, request id, plan) -> the engine's outputs, every other guard in place."""
+
+
+class Fired(Protocol):
+    """Takes note of what a guard did."""
+
+    def __call__(self, action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "prompt", offset: int = 0) -> None:
+        """``action``: guard and what it did, such as "gate refuse"; ``offset``: characters of the answer before what was judged."""
+        ...
 
 
 def turns_of(token_ids: Sequence[int], vocabulary: Vocabulary) -> list[str]:
@@ -112,7 +121,7 @@ class Request:
     text: TextPlan
     restartable: bool
     ended: Callable[[], None]  # an output was ended by a guard
-    fired: Callable[[str], None]  # a guard did something
+    fired: Fired  # a guard did something
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +205,7 @@ class Held:
             raise
         refused = bool(verdicts) and gate.on_hit == "refuse"
         if verdicts:
-            request.fired(f"gate {gate.on_hit}")
+            request.fired(f"gate {gate.on_hit}", verdicts)
         _gate.labels(request.plan.policy, "refused" if refused else "hit" if verdicts else "clear").inc()
         if refused:
             return None
@@ -405,7 +414,7 @@ class _Choice:
         if not verdicts:
             return None
         _gate.labels(self._request.plan.policy, "later").inc()
-        self._request.fired(f"gate {gate.on_hit} later")
+        self._request.fired(f"gate {gate.on_hit} later", verdicts, where="answer", offset=self._answer.place)
         self._opened = self._opened.also(verdict.owner for verdict in verdicts)
         if gate.on_hit == "refuse":
             self._end("gate")
@@ -435,7 +444,7 @@ class _Choice:
             self._answer.passed()
             return None
         _hits.labels(self._request.plan.policy, stream.on_hit).inc()
-        self._request.fired(f"stream {stream.on_hit}")
+        self._request.fired(f"stream {stream.on_hit}", verdicts, where="answer", offset=self._answer.place)
         if stream.on_hit == "monitor":
             self._answer.passed()
             return None
