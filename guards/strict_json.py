@@ -1,8 +1,9 @@
-"""JSON as everybody must read it alike: UTF-8, one object, no key twice. Used wherever bytes from outside become fields."""
+"""JSON as everybody must read it alike: UTF-8, one object, no key twice, no NaN. Used wherever bytes from outside become fields."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -21,7 +22,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
         InvalidJson: says what is wrong, and where.
     """
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_int=_int64)
+        value = _DECODER.decode(content.decode("utf-8"))
         _check_surrogates(value)
     except UnicodeEncodeError:
         raise InvalidJson(f"{shorten(content)} contains half a surrogate pair (\\ud800 to \\udfff)") from None
@@ -40,12 +41,11 @@ def parse_documents(text: str) -> list[tuple[int, Any]]:
     Raises:
         InvalidJson: says what is wrong, and in which line and column.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_int64)
     documents: list[tuple[int, Any]] = []
     start = _WHITE.match(text, 0).end()  # type: ignore[union-attr]
     while start < len(text):
         try:
-            value, end = decoder.raw_decode(text, start)
+            value, end = _DECODER.raw_decode(text, start)
             _check_surrogates(value)
         except UnicodeEncodeError:
             raise InvalidJson(f"{_place(text, start)}: half a surrogate pair (\\ud800 to \\udfff)") from None
@@ -91,3 +91,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"key {shorten(twice)} stands twice in one object; give it once")
     return fields
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:24]} is no finite number; JSON has no others")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_int64, parse_float=_finite, parse_constant=_finite)

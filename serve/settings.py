@@ -29,6 +29,12 @@ class Settings(BaseSettings):
     max_logit_bias: int = Field(1024, gt=0)
     max_prompts: int = Field(64, gt=0, description="prompts in one call of /v1/completions")
     max_messages: int = Field(2048, gt=0)
+    max_under_way: int = Field(512, gt=0, description="requests that are answered or wait; more get a 429")
+    comment_after_s: float = Field(15.0, gt=0, description="seconds without a sign on a stream after which a comment is sent")
+    template_switches: tuple[str, ...] = Field(
+        ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget", "low_effort"),
+        description="keys of chat_template_kwargs that clients may send, as JSON",
+    )
     shadow_waiting: int = Field(64, gt=0, description="shadow answers that may wait; more are dropped")
     shadow_beside: int = Field(0, ge=0, description="clients' requests under way beside which shadow answers go on")
     shadow_quiet_s: float = Field(1.0, ge=0, description="how long there must have been no more of them before one begins")

@@ -140,6 +140,17 @@ class CompiledPhrases:
         """
         return sorted({place for part in self.parts for place in part.find(text)})
 
+    def open_from(self, text: str, times: int = 1) -> int:
+        """Where in a text a phrase may begin at the earliest that what follows could complete; ``times`` as in `end_of`."""
+        opened = len(text)
+        for part in self.parts:
+            places = part.by.read(text)
+            # All but one of the longest phrase's symbols may be there; one more, since the text before this one is not looked at.
+            symbols = times * int(part.phrase_lengths.max(initial=0))
+            if symbols:
+                opened = min(opened, int(places[-symbols]) if len(places) > symbols else 0)
+        return opened
+
     def end_of(self, text: str, times: int = 1) -> str:
         """As much of the end of a text as phrases that go on after it may need, without characters that do not count anyway.
 

@@ -26,6 +26,7 @@ from guards.forget_set import (
 from guards.policy import DEFAULT, Corruption, parse_policy
 from guards.removal_list import Kind, RemovalList, check_new_set, read_removal_list
 from guards.similarity.calibrate import TooFewExamples
+from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import EncoderUnavailable
 from guards.steering.artifact import SteeringRecipe
 from guards.steering.train import Lesson
@@ -57,6 +58,7 @@ _STATUS: dict[type[Exception], int] = {
     Untrainable: 400,
     TooFewExamples: 400,
     EncoderUnavailable: 503,
+    TooMuchToRead: 400,
     Unscorable: 400,
     Incomparable: 400,
     InvalidExperiment: 400,

@@ -12,7 +12,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,11 @@ from urllib.parse import urlsplit
 
 from guards.errors import InvalidJson, InvalidPolicy
 from guards.policy import DEFAULT, Policy
-from guards.strict_json import parse_object
+from guards.strict_json import parse_object, shorten
 from guards.types import Plan, TextPlan
 from serve.api import refusal
+from serve.api.envelopes import SignsOfLife, cross_origin, error_body, with_headers, with_own_errors, without_body
+from serve.api.grammars import TooLarge, check_size
 from serve.api.hits import Hit, RecentHits
 from serve.experiment import ARM_HEADER, InvalidExperiment
 from serve.registry.snapshot import LOOPBACK, Caller, Scope, Snapshot
@@ -50,14 +52,14 @@ ALLOWED = {
     *(f"POST {path}" for path in GENERATING),
     "POST /v1/messages/count_tokens",
     "GET /v1/models",
-    "GET /v1/responses/{id}",
-    "POST /v1/responses/{id}/cancel",
+    "GET /v1/models/{id}",
     "GET /version",
     "GET /load",
     "GET /metrics",
 }
 OWN_SCOPES: dict[str, Scope] = {f"POST {ADMIN_PREFIX}/compare": "compare", f"POST {ADMIN_PREFIX}/feedback": "chat"}
 """Of our own routes, those that need less than an operator's key."""
+RETRY_AFTER_S = 5
 END_WITHIN_S = 5.0
 """How long an answer that nobody waits for may take to end, before its task is cancelled outright."""
 REFUSED_FIELDS = (
@@ -67,7 +69,6 @@ REFUSED_FIELDS = (
     "priority",
     "prompt_embeds",
     "chat_template",
-    "chat_template_kwargs",
     "lora_request",
     "kv_transfer_params",
     "ec_transfer_params",
@@ -83,8 +84,14 @@ REFUSED_FIELDS = (
     "previous_input_messages",
 )
 """Fields that choose K/V, adapters, templates, scheduling or ids: the server's business. None and defaults of no effect pass."""
-MAX_REPETITION = 10_000
-_COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties", "minContains", "maxContains"}
+CHOOSES_NOTHING = ("policy", "lethe_policy", "forget_set", "forget_sets", "guards")
+"""Fields that look as if they chose a guard. Passed over in silence, they would leave their sender in the belief that they do."""
+STORING = ("store", "background", "previous_response_id", "conversation")
+"""Fields of ``/v1/responses`` that need responses to be kept. What is kept would outlive the removal of what it says."""
+MOST_TEMPLATE_CHARACTERS = 64
+"""Of a value of ``chat_template_kwargs``."""
+PROXY_HEADERS = (b"forwarded", b"via", b"x-real-ip")
+"""With ``x-forwarded-*``: what proxies add, who may stand on this machine and speak for anybody."""
 STRIPPED_HEADERS = {b"x-request-id", b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority"}
 _NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", {}, [])
 
@@ -125,15 +132,19 @@ admitted: ContextVar[AdmittedRequest | None] = ContextVar("admitted", default=No
 
 
 class Refused(Exception):
-    """A request that goes no further. Becomes an OpenAI error envelope."""
+    """A request that goes no further. Becomes an error in its protocol's envelope."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, kind: str = "invalid_request_error") -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        kind: str = "invalid_request_error",
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.kind = status, message, param, kind
-
-    def body(self) -> bytes:
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
-        return json.dumps({"error": error}).encode()
+        self.status, self.message, self.param, self.kind, self.retry_after_s = status, message, param, kind, retry_after_s
 
 
 class Admission:
@@ -145,6 +156,7 @@ class Admission:
         open_without_keys: the server is bound to the loopback interface only.
         experiments: those that requests may take part in.
         hits: where what guards find is kept for operators.
+        allowed_origins: of web pages that may read answers, as vLLM's ``--allowed-origins``.
         owner: the application around ``app``, which puts itself into a request's scope before this is called.
     """
 
@@ -158,6 +170,7 @@ class Admission:
         open_without_keys: bool,
         experiments: LiveExperiments,
         hits: RecentHits,
+        allowed_origins: Sequence[str] = (),
         owner: object = None,
     ) -> None:
         self._app = app
@@ -168,6 +181,8 @@ class Admission:
         self._allowed = ALLOWED | set(settings.allow_routes)
         self._experiments = experiments
         self._hits = hits
+        self._allowed_origins = allowed_origins
+        self._under_way = 0
         self._owner = owner
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -177,20 +192,28 @@ class Admission:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008, "reason": "not allowed"})
             return
-        request_id = uuid.uuid4().hex
+        request_id, path = uuid.uuid4().hex, _route(scope)
+        named = dict(scope["headers"])
+        send = with_headers(with_own_errors(send, path), request_id, named.get(b"origin"))
+        if scope["method"] == "HEAD":  # whatever may be got can be asked for without its body
+            scope, send = {**scope, "method": "GET"}, without_body(send)
         try:
-            await self._admit(scope, receive, send, request_id)
+            await self._admit(scope, receive, send, request_id, path)
         except Refused as refused:
-            headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
+            body = error_body(path, refused.status, refused.message, refused.kind, refused.param)
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            headers += cross_origin(named.get(b"origin"), self._allowed_origins)
             if refused.status == 401:
                 headers.append((b"www-authenticate", b"Bearer"))
+            if refused.retry_after_s is not None:
+                headers.append((b"retry-after", str(refused.retry_after_s).encode()))
             await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-            await send({"type": "http.response.body", "body": refused.body()})
+            await send({"type": "http.response.body", "body": body})
 
-    async def _admit(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, request_id: str) -> None:
-        path, method = scope["path"], scope["method"]
+    async def _admit(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, request_id: str, path: str) -> None:
+        method = scope["method"]
         headers = [(name, value) for name, value in scope["headers"] if name not in STRIPPED_HEADERS]
-        scope, send = {**scope, "headers": headers}, _with_request_id(send, request_id)
+        scope = {**scope, "headers": headers}
         named = dict(headers)
         preflight = method == "OPTIONS" and b"origin" in named and b"access-control-request-method" in named
         if preflight or f"{method} {path}" in OPEN:
@@ -203,9 +226,9 @@ class Admission:
         caller, snapshot = self._identify(headers, needed)
         if not admin and f"{method} {_generic(path)}" not in self._allowed:
             raise Refused(
-                403,
-                f"{method} {path} is not served here; an operator can allow it with LETHE_ALLOW_ROUTES",
-                kind="permission_error",
+                404,
+                f"{method} {path} is not served here; an operator can allow routes of vLLM with LETHE_ALLOW_ROUTES",
+                kind="not_found_error",
             )
         request = None
         if method in ("POST", "PUT"):
@@ -232,11 +255,22 @@ class Admission:
             finally:
                 admitted.reset(token)
             return
+        if self._under_way >= self._settings.max_under_way:
+            raise Refused(
+                429,
+                f"{self._under_way:,} requests are under way or wait, this server's limit; try again later",
+                kind="rate_limit_error",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self._under_way += 1
         self._experiments.shadow.client_comes()
         token = admitted.set(request)
+        alive = SignsOfLife(send, self._settings.comment_after_s)
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, alive)
         finally:
+            alive.stop()
+            self._under_way -= 1
             admitted.reset(token)
             request.observation.total_s = request.observation.total_s or time.perf_counter() - request.observation.started
             self._experiments.shadow.client_goes()
@@ -294,7 +328,8 @@ class Admission:
     def _identify(self, headers: list[tuple[bytes, bytes]], needed: Scope | None) -> tuple[Caller, Snapshot]:
         """Who calls, and what is in force for them, now."""
         named, snapshot = dict(headers), self._snapshot()
-        caller = snapshot.caller(_secret(named), open_without_keys=self._open_without_keys)
+        found = (snapshot.caller(secret, open_without_keys=self._open_without_keys) for secret in _secrets(named))
+        caller = next((each for each in found if each is not None), None)
         if caller is None:
             raise Refused(
                 401,
@@ -304,7 +339,8 @@ class Admission:
         if caller is LOOPBACK and not _same_machine(named):
             raise Refused(
                 403,
-                "while no key exists, only programs on this machine are served, not web pages; make a key",
+                "while no key exists, only programs on this machine are served, not web pages and not what a proxy passes on; "
+                "make a key with `lethe key create`",
                 kind="permission_error",
             )
         if needed is not None:
@@ -329,6 +365,21 @@ class Admission:
             plan = snapshot.plan(policy_name)
         except InvalidPolicy as error:
             raise Refused(404, str(error), param="model", kind="not_found_error") from None
+        self._check_template(fields.get("chat_template_kwargs"))
+        for name in CHOOSES_NOTHING:
+            if name in fields:
+                raise Refused(
+                    400,
+                    f"field {name!r} chooses no guard; the model's name chooses a policy, as in {self._served_names[0]}:strict",
+                    param=name,
+                )
+        for name in STORING:
+            if path == "/v1/responses" and fields.get(name) not in _NO_EFFECT:
+                raise Refused(
+                    400,
+                    f"field {name!r} needs stored responses, which are not kept here; send the whole conversation as input",
+                    param=name,
+                )
         for name in REFUSED_FIELDS:
             if fields.get(name) not in _NO_EFFECT:
                 raise Refused(400, f"field {name!r} is set by the server and not accepted from clients; remove it", param=name)
@@ -340,13 +391,31 @@ class Admission:
                     raise Refused(400, f"field {name!r} is not available under policy {policy_name!r}; remove it", param=name)
         if not isinstance(fields.get("structured_outputs", {}), dict | None):
             raise Refused(400, 'structured_outputs must be an object such as {"choice": [...]}', param="structured_outputs")
-        for name in ("structured_outputs", "response_format", "text", "output_config", "tools"):
-            if too_large := _largest_repetition(fields.get(name)):
-                limit = f"this server's limit is {MAX_REPETITION:,}"
-                raise Refused(400, f"{name} asks for {too_large:,} repetitions; {limit}", param=name)
+        try:
+            check_size(fields)
+        except TooLarge as error:
+            raise Refused(400, str(error), param=str(error).split(" ", 1)[0]) from None
         self._check_caps(fields)
         text = snapshot.text_plans[policy_name]
         return AdmittedRequest(caller, snapshot.policies[policy_name], plan, text, bool(fields.get("tools")), entry=entry)
+
+    def _check_template(self, chosen: Any) -> None:
+        """Let switches of the chat template pass that say nothing: what they name is an operator's list."""
+        if chosen in _NO_EFFECT:
+            return
+        name, allowed = "chat_template_kwargs", self._settings.template_switches
+        if not isinstance(chosen, dict):
+            raise Refused(400, f'{name} must be an object such as {{"enable_thinking": false}}', param=name)
+        for key, value in chosen.items():
+            if key not in allowed:
+                raise Refused(
+                    400,
+                    f"{name} may hold {', '.join(allowed)} here, not {shorten(key)}; remove it, or ask the operator to add it to "
+                    "LETHE_TEMPLATE_SWITCHES",
+                    param=name,
+                )
+            if not isinstance(value, bool | int | float | str | None) or len(str(value)) > MOST_TEMPLATE_CHARACTERS:
+                raise Refused(400, f"{name}.{key} must be a switch, a number or a word, not {shorten(value)}", param=name)
 
     def _select_policy(self, fields: dict[str, Any], caller: Caller) -> str | None:
         """The policy that a request names; None if it names none."""
@@ -388,16 +457,22 @@ def _require(caller: Caller, scope: Scope) -> None:
         )
 
 
-def _secret(headers: dict[bytes, bytes]) -> str | None:
-    """The key in the Authorization header, or in Anthropic's ``x-api-key``."""
+def _secrets(headers: dict[bytes, bytes]) -> list[str | None]:
+    """The keys in the Authorization header and in Anthropic's ``x-api-key``: some clients send both, and mean one."""
     scheme, _, secret = headers.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() == b"bearer":
-        return secret.strip().decode("latin-1")
-    return headers[b"x-api-key"].decode("latin-1") if b"x-api-key" in headers else None
+    found = [secret.strip().decode("latin-1")] if scheme.lower() == b"bearer" else []
+    found += [headers[b"x-api-key"].decode("latin-1")] if b"x-api-key" in headers else []
+    return [*found] or [None]
+
+
+def _route(scope: MutableMapping[str, Any]) -> str:
+    """The path without what a proxy put before it (``--root-path``)."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
 
 
 def _generic(path: str) -> str:
-    return re.sub(r"^/v1/responses/[^/]+", "/v1/responses/{id}", path)
+    return re.sub(r"^/v1/(responses/[^/]+|models/.+)", lambda found: f"/v1/{found[1].split('/')[0]}/{{id}}", path)
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -407,33 +482,21 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise Refused(400, f"the body cannot be read: {error}") from None
 
 
-def _largest_repetition(schema: Any) -> int:
-    """The largest count over MAX_REPETITION that a grammar asks for, else 0: compiling one stops the engine for everybody."""
-    largest, waiting = 0, [schema]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if key in _COUNTS and isinstance(item, int | float):
-                    largest = max(largest, int(min(item, 2**63)))
-                elif key in ("regex", "pattern", "grammar") and isinstance(item, str):
-                    largest = max([largest, *(int(digits[:18]) for digits in re.findall(r"[{,](\d+)", item))])
-                waiting.append(item)
-        elif isinstance(value, list):
-            waiting.extend(value)
-    return largest if largest > MAX_REPETITION else 0
-
-
 def _same_machine(headers: dict[bytes, bytes]) -> bool:
-    """Was this sent by a program on this machine, and not by a web page that a browser on it has open?
+    """Was this sent by a program on this machine, not by a web page that a browser on it has open, and not through a proxy on it?
 
     While no key exists, being here is what lets a caller in. A page from elsewhere can make a browser send requests here, and can
     make its own name resolve to this address; the headers that browsers add tell.
     """
     if headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
         return False
-    origin = urlsplit(headers.get(b"origin", b"").decode("latin-1")).hostname
-    host = urlsplit("//" + headers.get(b"host", b"localhost").decode("latin-1")).hostname
+    if any(name in PROXY_HEADERS or name.startswith(b"x-forwarded-") for name in headers):
+        return False
+    try:
+        origin = urlsplit(headers.get(b"origin", b"").decode("latin-1")).hostname
+        host = urlsplit("//" + headers.get(b"host", b"localhost").decode("latin-1")).hostname
+    except ValueError:  # no address at all
+        return False
     return all(is_loopback(name) for name in (origin, host) if name is not None) and headers.get(b"origin") != b"null"
 
 
@@ -498,13 +561,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _with_request_id(send: Send, request_id: str) -> Send:
-    async def add(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = [(name, value) for name, value in message.get("headers", []) if name.lower() != b"x-request-id"]
-            message = {**message, "headers": [*headers, (b"x-request-id", request_id.encode())]}
-        await send(message)
-
-    return add

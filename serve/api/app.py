@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from guards.base_model import BaseModel, describe_base
 from guards.errors import InvalidArtifact
-from guards.policy import NONE
+from guards.policy import DEFAULT, NONE
 from serve.api import admin, experiment_routes
 from serve.api.admission import Admission, is_loopback
 from serve.api.control import Control
@@ -49,12 +50,14 @@ from serve.settings import Settings
 from serve.vocabulary import vocabulary_of
 from serve.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY
 
-_UNSAFE_ENVIRONMENT = (
-    "VLLM_SERVER_DEV_MODE",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION",
-    "VLLM_SKIP_MODEL_NAME_VALIDATION",
-)
+_UNSAFE_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "opens a way around the guards; unset it",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens a way around the guards; unset it",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "opens a way around the guards; unset it",
+    "VLLM_SKIP_MODEL_NAME_VALIDATION": "opens a way around the guards; unset it",
+    "VLLM_ENABLE_RESPONSES_API_STORE": "keeps answers that a later removal would not reach, for every key; unset it",
+    "VLLM_API_KEY": "knows no scopes; unset it and make keys with `lethe key create`",
+}
 
 
 class UnsafeSetting(ValueError):
@@ -71,9 +74,9 @@ def parse_arguments(arguments: Sequence[str], default_model: Callable[[], str]) 
         UnsafeSetting: an option or environment variable that would open a way around the guards.
         SystemExit: an option that vLLM does not know (argparse has printed why).
     """
-    for name in _UNSAFE_ENVIRONMENT:
+    for name, reason in _UNSAFE_ENVIRONMENT.items():
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
-            raise UnsafeSetting(f"{name} opens a way around the guards; unset it")
+            raise UnsafeSetting(f"{name} {reason}")
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="lethe serve"))
     parser.set_defaults(host="127.0.0.1", port=8000)
@@ -239,6 +242,7 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
                 open_without_keys=is_loopback(args.host or ""),
                 experiments=live,
                 hits=hits,
+                allowed_origins=args.allowed_origins,
                 owner=app,
             )
             app.middleware_stack = admission
@@ -264,6 +268,18 @@ def _list_policies_as_models(app: FastAPI, control: Control) -> None:
             names = sorted(control.snapshot.policies, key=lambda name: (name == NONE, name))
             models["data"] += [{**base, "id": f"{base['id']}:{name}", "parent": base["id"]} for name in names]
         return JSONResponse(models)
+
+    @app.get("/v1/models/{name:path}")
+    async def retrieve_model(name: str, request: Request) -> JSONResponse:
+        """One entry of the list above, as clients look a model up before they use it."""
+        listed = json.loads(bytes((await show_available_models(request)).body))["data"]
+        default = {**listed[0], "id": f"{listed[0]['id']}:{DEFAULT}", "parent": listed[0]["id"]}
+        found = next((each for each in (*listed, default) if each["id"] == name), None)
+        if found is not None:
+            return JSONResponse(found)
+        message = f"there is no model {name!r} here; there are {', '.join(each['id'] for each in listed)}"
+        error = {"message": message, "type": "not_found_error", "param": "model", "code": 404}
+        return JSONResponse({"error": error}, status_code=404)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The documented shape of an answer that a guard ended, in each protocol's own terms.
 
-Chat: ``finish_reason: "content_filter"`` with ``message.refusal``. Responses: status ``incomplete``, reason ``content_filter``.
-Messages: ``stop_reason: "refusal"``. vLLM carries the finish reason of a chat through and has no way to say the rest, so the
+Chat and completions: ``finish_reason: "content_filter"`` with ``refusal`` in the message or the choice. Responses: status
+``incomplete``, reason ``content_filter``, and a ``refusal`` in the output. Messages: ``stop_reason: "refusal"`` with
+``stop_details.explanation``. vLLM carries the finish reason of a chat through and has no way to say the rest, so the
 response is completed on its way out.
 Responses that no guard ended pass through untouched and unread.
 """
@@ -68,14 +69,27 @@ def _complete_line(line: bytes, refusal: str) -> bytes:
 def _complete(document: dict[str, Any], refusal: str) -> None:
     for choice in document.get("choices") or ():
         if choice.get("finish_reason") == FINISH_REASON:
-            for part in ("message", "delta"):
-                if isinstance(choice.get(part), dict):
-                    choice[part]["refusal"] = refusal
+            parts = [choice[part] for part in ("message", "delta") if isinstance(choice.get(part), dict)]
+            for part in parts or [choice]:  # of /v1/completions, a choice is all there is
+                part["refusal"] = refusal
     if document.get("type") == "response.completed":
         document["type"] = "response.incomplete"
     response = document if document.get("object") == "response" else document.get("response")
     if isinstance(response, dict) and response.get("status") == "completed":
         response.update(status="incomplete", incomplete_details={"reason": FINISH_REASON})
+        _say_in_output(response, refusal)
     message = document.get("delta") if document.get("type") == "message_delta" else document
     if document.get("type") in ("message", "message_delta") and isinstance(message, dict) and message.get("stop_reason") is None:
         message["stop_reason"] = "refusal"
+        message["stop_details"] = {"type": "refusal", "category": None, "explanation": refusal}
+
+
+def _say_in_output(response: dict[str, Any], refusal: str) -> None:
+    """Add the refusal to the last message of a response's output; make one if it has none."""
+    output = response.setdefault("output", [])
+    messages = [item for item in output if isinstance(item, dict) and item.get("type") == "message"]
+    if not messages:
+        messages = [{"type": "message", "id": f"msg_{response.get('id', '')}", "role": "assistant", "content": []}]
+        output += messages
+    messages[-1]["status"] = "incomplete"
+    messages[-1].setdefault("content", []).append({"type": "refusal", "refusal": refusal})

@@ -20,6 +20,7 @@ from prometheus_client import Counter, Histogram
 
 from guards.errors import GuardError, InvalidArtifact
 from guards.forget_set import ForgetSet
+from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import BATCH, Encoder, EncoderUnavailable
 from guards.similarity.gate import Gate, Question, Verdict
 from guards.similarity.index import ANSWER, Entries, SetVectors, fingerprint_of, similarity_path
@@ -141,13 +142,13 @@ class Similarity:
             gate.load(sets)
 
     async def look(self, turns: Sequence[str], thresholds: Mapping[str, float], whole: str = "") -> list[Verdict]:
-        """The sets (artifact -> threshold) that a conversation touches; see `Gate.asked`. Raises EncoderUnavailable."""
+        """The sets (artifact -> threshold) that a conversation touches. Raises as `Gate.asked` does."""
         _, gate = self._require()
         with _seconds.labels("conversation").time():
             return await self._ask(await self._read(sum(map(len, turns)), gate.asked, turns, thresholds, whole))
 
     async def said(self, passage: str, thresholds: Mapping[str, float]) -> list[Verdict]:
-        """The sets that a passage of an answer gives away. Raises EncoderUnavailable."""
+        """The sets that a passage of an answer gives away. Raises EncoderUnavailable, TooMuchToRead."""
         _, gate = self._require()
         with _seconds.labels("passage").time():
             return await self._ask(await self._read(len(passage), gate.spoken, passage, thresholds))
@@ -205,8 +206,10 @@ class Similarity:
         """Read a text; whatever goes wrong there, it was not judged."""
         try:
             return read(*arguments) if characters <= INLINE else await asyncio.to_thread(read, *arguments)
+        except (EncoderUnavailable, TooMuchToRead):
+            raise
         except GuardError as error:
-            raise error if isinstance(error, EncoderUnavailable) else EncoderUnavailable(str(error)) from error
+            raise EncoderUnavailable(str(error)) from error
         except Exception as error:
             logger.exception("lethe: a text could not be read")
             raise EncoderUnavailable(f"a text could not be read: {type(error).__name__}") from error

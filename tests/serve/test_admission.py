@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -44,7 +44,14 @@ class App:
             await send({"type": "http.response.body", "body": chunk, "more_body": i + 1 < len(self.chunks)})
 
 
-def admission_around(app: App, snapshot: Callable[[], Snapshot], *, open_without_keys: bool = True, **limits: Any) -> Admission:
+def admission_around(
+    app: App,
+    snapshot: Callable[[], Snapshot],
+    *,
+    open_without_keys: bool = True,
+    allowed_origins: Sequence[str] = (),
+    **limits: Any,
+) -> Admission:
     settings = Settings(**limits)
     live = live_experiments(snapshot)
     options: dict[str, Any] = {
@@ -52,6 +59,7 @@ def admission_around(app: App, snapshot: Callable[[], Snapshot], *, open_without
         "open_without_keys": open_without_keys,
         "experiments": live,
         "hits": RecentHits(),
+        "allowed_origins": allowed_origins,
     }
     return Admission(app, snapshot=snapshot, served_names=["m"], **options)
 
@@ -95,7 +103,7 @@ def test_an_admitted_request_carries_its_snapshot_s_plan() -> None:
 def test_every_refused_field_is_refused_on_every_route(path: str, field: str) -> None:
     answer, app = call("POST", path, {"model": "m", field: "x"})
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == field
+    assert repr(field) in answer.json()["error"]["message"]
     assert not app.reached
     for harmless in (None, False, 0, "", {}, []):
         assert call("POST", path, {"model": "m", field: harmless})[0].status_code == 200
@@ -111,6 +119,9 @@ BAD_BODIES = {
     "half a surrogate": b'{"stop": "\\ud800"}',
     "more than 64 bits": b'{"stream_interval": 9223372036854775808}',
     "a long number": b'{"n": ' + b"1" * 5_000 + b"}",
+    "not a number": b'{"temperature": NaN}',
+    "infinity": b'{"temperature": -Infinity}',
+    "too large a number": b'{"temperature": 1e999}',
 }
 
 
@@ -139,7 +150,8 @@ def test_a_policy_is_selected_in_the_model_s_name_and_the_base_model_reaches_vll
 )
 def test_routes_that_are_not_named_are_closed_even_to_administrators(path: str) -> None:
     answer, app = call("POST", path, {}, snapshot=KEYED, headers={"authorization": "Bearer root"})
-    assert answer.status_code == 403
+    assert answer.status_code == 404
+    assert answer.json()["error"]["type"] == "not_found_error"
     assert not app.reached
 
 
@@ -190,11 +202,16 @@ def test_without_keys_a_server_that_others_can_reach_is_closed() -> None:
         {"origin": "https://elsewhere.example"},
         {"origin": "null"},
         {"sec-fetch-site": "cross-site"},
+        {"origin": "http://["},
+        {"x-forwarded-for": "203.0.113.9"},
+        {"x-real-ip": "203.0.113.9", "host": "127.0.0.1:8000"},
+        {"forwarded": "for=203.0.113.9"},
+        {"via": "1.1 proxy"},
         {"host": "rebound.example:8000"},
     ],
     ids=str,
 )
-def test_without_keys_no_web_page_can_throw_the_switch(headers: dict[str, str]) -> None:
+def test_without_keys_no_web_page_and_no_proxy_can_throw_the_switch(headers: dict[str, str]) -> None:
     answer, app = call("POST", "/lethe/v1/forget_sets/a/disable", headers=headers)
     assert answer.status_code == 403
     assert not app.reached
@@ -237,14 +254,21 @@ def test_what_is_in_force_when_the_body_is_complete_counts() -> None:
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"maxLength": 10**9}}}},
         {"structured_outputs": {"regex": "a{999999}"}},
         {"structured_outputs": True},
+        {"structured_outputs": {"choice": [str(i) for i in range(100_000)]}},
+        {"response_format": {"json_schema": {"schema": {"properties": {"a": {"enum": list(range(100_000))}}}}}},
+        {"structured_outputs": {"json": {"minItems": 9999, "items": {"minItems": 9999, "items": {"minLength": 9999}}}}},
+        {"tools": [{"function": {"parameters": {"properties": {"a": {"maxItems": 400, "items": {"maxLength": 400}}}}}}]},
+        {"structured_outputs": {"regex": "((a{100}){100}){100}"}},
+        {"structured_outputs": {"grammar": 'root ::= "' + "a" * 300_000 + '"'}},
     ],
-    ids=str,
+    ids=lambda body: str(body)[:60],
 )
 def test_grammars_that_would_stop_the_engine_are_refused(body: dict[str, Any]) -> None:
     answer, app = chat(body)
     assert answer.status_code == 400
     assert not app.reached
-    assert chat({"structured_outputs": {"regex": "a{1,20}", "json": {"maxItems": 20}}})[0].status_code == 200
+    schema = {"maxItems": 20, "items": {"properties": {"kind": {"enum": ["a"] * 50}, "text": {"maxLength": 2_000}}}}
+    assert chat({"structured_outputs": {"regex": "(a{1,20}b){20}", "json": schema}})[0].status_code == 200
 
 
 def test_options_needs_a_key_unless_it_is_a_preflight() -> None:
@@ -278,6 +302,8 @@ def test_a_blocked_answer_gets_its_refusal_and_others_pass_untouched() -> None:
     app.blocked = True
     blocked, stopped = chat({}, app=app)[0].json()["choices"]
     assert blocked["message"] == {"content": "a", "refusal": "I cannot continue this answer."}
+    app.chunks = [b'{"object": "text_completion", "choices": [{"finish_reason": "content_filter", "text": ""}]}']
+    assert chat({}, app=app)[0].json()["choices"][0]["refusal"] == "I cannot continue this answer."
     assert stopped["message"] == {}
 
 
@@ -299,8 +325,11 @@ def test_other_protocols_say_it_in_their_own_terms() -> None:
     app.blocked, app.chunks = True, [b'{"object": "response", "status": "completed", "output": []}']
     response = chat({}, app=app)[0].json()
     assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "content_filter"})
+    assert response["output"][-1]["content"] == [{"type": "refusal", "refusal": "I cannot continue this answer."}]
     app.chunks = [b'{"type": "message", "stop_reason": null, "content": []}']
-    assert chat({}, app=app)[0].json()["stop_reason"] == "refusal"
+    message = chat({}, app=app)[0].json()
+    assert message["stop_reason"] == "refusal"
+    assert message["stop_details"]["explanation"] == "I cannot continue this answer."
     app.content_type = b"text/event-stream"
     app.chunks = [
         b"event: response.completed\n",
@@ -421,3 +450,128 @@ def test_metrics_need_a_key_that_may_know_of_policies() -> None:
 
 def test_every_generating_route_is_allowed() -> None:
     assert {f"POST {path}" for path in GENERATING} <= ALLOWED
+
+
+def test_switches_of_the_chat_template_pass_and_nothing_else_of_it() -> None:
+    for harmless in ({"enable_thinking": False}, {"reasoning_effort": "low", "thinking": True}, {}, None):
+        answer, app = chat({"chat_template_kwargs": harmless})
+        assert answer.status_code == 200
+        assert json.loads(app.reached[0]["body"])["chat_template_kwargs"] == harmless
+    for wrong in ({"documents": [{"text": "x"}]}, {"enable_thinking": ["x"]}, {"reasoning_effort": "x" * 100}, "x", {"tools": "x"}):
+        answer, app = chat({"chat_template_kwargs": wrong})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
+        assert not app.reached
+    assert chat({"chat_template_kwargs": {"lang": "de"}}, template_switches=("lang",))[0].status_code == 200
+
+
+@pytest.mark.parametrize("field", ["policy", "lethe_policy", "forget_sets", "guards"])
+def test_a_field_that_only_looks_as_if_it_chose_a_guard_is_refused_and_says_how_to_choose_one(field: str) -> None:
+    answer, app = chat({field: "strict"})
+    assert answer.status_code == 400 and "m:strict" in answer.json()["error"]["message"]
+    assert not app.reached
+
+
+@pytest.mark.parametrize("field", [{"store": True}, {"previous_response_id": "resp_1"}, {"background": True}])
+def test_what_needs_stored_responses_is_refused(field: dict[str, Any]) -> None:
+    assert call("POST", "/v1/responses", {"model": "m", "input": "x", **field})[0].status_code == 400
+    assert call("POST", "/v1/responses", {"model": "m", "input": "x", "store": False})[0].status_code == 200
+
+
+def test_head_is_answered_where_get_is_without_a_body() -> None:
+    for snapshot in (SNAPSHOT, KEYED):
+        answer, _ = call("HEAD", "/health", snapshot=snapshot)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert call("HEAD", "/v1/models", snapshot=KEYED)[0].status_code == 401
+
+
+def test_a_server_behind_a_path_knows_its_routes() -> None:
+    app = App()
+
+    async def send(path: str) -> int:
+        transport = httpx.ASGITransport(admission_around(app, lambda: KEYED), root_path="/llm")
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            return (await client.post(path, json={"model": "m"}, headers={"authorization": "Bearer root"})).status_code
+
+    assert asyncio.run(send("/llm/v1/chat/completions")) == 200
+    assert asyncio.run(send("/llm/tokenize")) == 404
+    assert asyncio.run(send("/llm/lethe/v1/forget_sets")) == 200
+
+
+def test_anthropic_s_clients_get_errors_in_their_own_envelope() -> None:
+    answer, _ = call("POST", "/v1/messages", {"model": "m"}, snapshot=KEYED, headers={"x-api-key": "wrong"})
+    assert answer.status_code == 401
+    assert answer.json()["type"] == "error" and answer.json()["error"]["type"] == "authentication_error"
+    for body, kind in (({"model": "m", "cache_salt": "a"}, "invalid_request_error"), ({"model": "m:nosuch"}, "not_found_error")):
+        answer, _ = call("POST", "/v1/messages", body, snapshot=KEYED, headers={"x-api-key": "root"})
+        assert answer.json()["error"]["type"] == kind
+
+    async def vllm(_scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 400, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": b'{"error": {"message": "too ', "more_body": True})
+        await send({"type": "http.response.body", "body": b'long", "type": "BadRequestError"}}'})
+
+    answer, _ = call("POST", "/v1/messages", {"model": "m"}, app=vllm)  # type: ignore[arg-type]
+    assert answer.json() == {"type": "error", "error": {"type": "invalid_request_error", "message": "too long"}}
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+def test_of_two_keys_the_one_that_is_known_counts() -> None:
+    headers = {"authorization": "Bearer root", "x-api-key": "sk-ant-x"}
+    assert call("GET", "/v1/models", snapshot=KEYED, headers=headers)[0].status_code == 200
+    headers = {"authorization": "Bearer sk-ant-x", "x-api-key": "root"}
+    assert call("GET", "/lethe/v1/forget_sets", snapshot=KEYED, headers=headers)[0].status_code == 200
+    headers = {"authorization": "Bearer no", "x-api-key": "neither"}
+    assert call("GET", "/v1/models", snapshot=KEYED, headers=headers)[0].status_code == 401
+
+
+def test_pages_from_elsewhere_can_read_errors_and_request_ids() -> None:
+    admission = admission_around(App(), lambda: KEYED, allowed_origins=["https://a.example"])
+
+    async def send(origin: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(admission), base_url="http://127.0.0.1:8000") as client:
+            return await client.get("/v1/models", headers={"origin": origin})
+
+    answer = asyncio.run(send("https://a.example"))
+    assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == "https://a.example"
+    assert answer.headers["access-control-expose-headers"] == "x-request-id"
+    assert "access-control-allow-origin" not in asyncio.run(send("https://b.example")).headers
+
+
+def test_a_stream_that_is_held_back_shows_that_it_lives() -> None:
+    async def slow(_scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for part in (b"data: a\n\n", b"data: half", b" b\n\n"):
+            await asyncio.sleep(0.12)
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    answer, _ = call("POST", "/v1/chat/completions", {"model": "m"}, app=slow, comment_after_s=0.05)  # type: ignore[arg-type]
+    assert answer.headers["x-accel-buffering"] == "no"
+    assert answer.text.startswith(": waiting\n\n") and "half b" in answer.text, "never inside an event"
+    assert answer.text.replace(": waiting\n\n", "") == "data: a\n\ndata: half b\n\ndata: [DONE]\n\n"
+
+
+def test_beyond_a_bound_of_requests_under_way_clients_are_told_to_come_later() -> None:
+    release = asyncio.Event()
+
+    async def waiting(_scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await release.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def three() -> list[httpx.Response]:
+        admission = admission_around(waiting, lambda: SNAPSHOT, max_under_way=2)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(admission), base_url="http://127.0.0.1:8000") as client:
+            posts = [asyncio.create_task(client.post("/v1/completions", json={"model": "m"})) for _ in range(3)]
+            await asyncio.wait(posts, return_when=asyncio.FIRST_COMPLETED)
+            release.set()
+            answers = await asyncio.gather(*posts)
+            return [*answers, await client.post("/v1/completions", json={"model": "m"})]
+
+    *first, last = asyncio.run(three())
+    assert sorted(answer.status_code for answer in first) == [200, 200, 429] and last.status_code == 200
+    refused = next(answer for answer in first if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) > 0 and refused.json()["error"]["type"] == "rate_limit_error"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from guards.similarity.gate import Verdict
 from guards.suppression.automaton import compile_phrases
 from guards.suppression.vocabulary import Vocabulary
+from serve.api.engine_client.watch import Watch
 from serve.api.hits import KEPT, MOST_CHARACTERS, MOST_HITS, Hit, RecentHits, hit_of
+
+VOCABULARY = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])
 
 
 def test_the_latest_requests_are_kept_and_no_more_than_that() -> None:
@@ -27,36 +37,60 @@ def test_a_hit_says_where_in_the_answer_it_is_and_shows_no_more_than_itself() ->
     assert len(hit.text) == MOST_CHARACTERS and hit.score == pytest.approx(0.9123)
 
 
-def test_a_phrase_in_pieces_is_seen_and_its_text_is_told() -> None:
-    from vllm.outputs import CompletionOutput
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
+def watching(*phrases: str) -> Watch:
+    artifact = compile_phrases(list(phrases), VOCABULARY)
+    return Watch([artifact], VOCABULARY, SamplingParams(output_kind=RequestOutputKind.DELTA), "")
 
-    from serve.api.engine_client.watch import Watch
 
-    vocabulary = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])
-    artifact = compile_phrases(["Maria Kowalczyk"], vocabulary)
-    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
-    watch = Watch([artifact], vocabulary, params, "")
+def piece(text: str, *, finished: bool = False) -> CompletionOutput:
+    logprobs = [{byte: Logprob(0.0)} for byte in text.encode()]
+    return CompletionOutput(0, text, list(text.encode()), None, logprobs, finish_reason="stop" if finished else None)
+
+
+def test_a_phrase_in_pieces_is_seen_and_its_text_and_place_are_told() -> None:
+    watch = watching("Maria Kowalczyk")
     white = " " * 5_000  # far more than a phrase is long
-    for piece in ("Ask mar", "ia", white, "\n\t"):
-        output = CompletionOutput(0, piece, list(piece.encode()), None, None)
-        assert not watch.completes_a_phrase(output)
-    piece = "KOWALCZYK and"
-    assert watch.completes_a_phrase(CompletionOutput(0, piece, list(piece.encode()), None, None))
-    assert watch.hit is not None and watch.hit.text.lower().startswith("maria") and watch.hit.artifact == 0
-    assert watch.safe_text(CompletionOutput(0, piece, [], None, None)) == ""
+    shown = ""
+    for each in ("Ask mar", "ia", white, "\n\t"):
+        given = watch.take(piece(each))
+        assert not watch.ended
+        shown += given.text if given is not None else ""
+    last = watch.take(piece("KOWALCZYK and"))
+    assert watch.ended and last is not None and watch.hit is not None
+    assert shown + last.text == "Ask " and watch.place == 4
+    assert watch.hit.text.startswith("mar") and watch.hit.artifact == 0
 
 
 @pytest.mark.parametrize("escape", ["\\u004b", "K"])
 def test_a_phrase_in_json_escapes_is_seen(escape: str) -> None:
-    from vllm.outputs import CompletionOutput
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    watch = watching("Maria Kowalczyk")
+    ended = []
+    for each in ('{"n": "M', "\\u0061ria\\n", escape, "owalczy", "k"):
+        watch.take(piece(each))
+        ended.append(watch.ended)
+    assert ended == [False] * 4 + [True]
 
-    from serve.api.engine_client.watch import Watch
 
-    vocabulary = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])
-    artifact = compile_phrases(["Maria Kowalczyk"], vocabulary)
-    watch = Watch([artifact], vocabulary, SamplingParams(output_kind=RequestOutputKind.DELTA), "")
-    pieces = ('{"n": "M', "\\u0061ria\\n", escape, "owalczy", "k")
-    hits = [watch.completes_a_phrase(CompletionOutput(0, piece, list(piece.encode()), None, None)) for piece in pieces]
-    assert hits == [False] * 4 + [True]
+@settings(deadline=None, max_examples=300)
+@given(st.text("HogwartsPe r\u017f\u00df", max_size=40), st.lists(st.integers(0, 40), max_size=8))
+def test_a_stream_shows_what_the_whole_answer_shows_and_is_never_ahead_of_it(text: str, cuts: list[int]) -> None:
+    """Text, token ids and log-probabilities, for any way to cut the answer into pieces."""
+    phrases = ("Hogwarts", "Potter", "ss")
+    artifact = compile_phrases(list(phrases), VOCABULARY)
+    whole = Watch([artifact], VOCABULARY, SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY), "")
+    expected = whole.take(piece(text, finished=True))
+    assert expected is not None
+    places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    pieces = [text[low:high] for low, high in pairwise(places)] or [""]
+    watch, shown, tokens = watching(*phrases), "", 0
+    for number, each in enumerate(pieces):
+        given = watch.take(piece(each, finished=number == len(pieces) - 1))
+        if given is not None:
+            shown += given.text
+            tokens += len(given.token_ids)
+            assert given.logprobs is not None and len(given.logprobs) == len(given.token_ids)
+        assert expected.text.startswith(shown)
+        if watch.ended:
+            break
+    assert (shown, watch.ended, tokens) == (expected.text, whole.ended, len(expected.token_ids))
+    assert not artifact.find(shown)

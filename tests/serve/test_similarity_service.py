@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from guards.forget_set import ForgetSet, Question
+from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.index import similarity_path
 from guards.suppression.vocabulary import Vocabulary
@@ -133,7 +134,7 @@ def test_text_that_would_take_too_long_to_read_is_an_error_and_not_a_miss(tmp_pa
     async def scenario(similarity: Similarity) -> None:
         owner = await store(similarity, tmp_path, 1)
         await similarity.load([owner])
-        with pytest.raises(EncoderUnavailable, match="sentences"):
+        with pytest.raises(TooMuchToRead, match="sentences"):
             await similarity.look(["\n".join(f"Line {i} is short." for i in range(6_000))], {owner: 0.7})
 
     run(tmp_path, scenario)

@@ -19,8 +19,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.logprobs import Logprob
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from guards.errors import GuardError
@@ -32,9 +31,9 @@ from guards.types import Plan, TextPlan
 from serve.api.admission import AdmittedRequest, admitted
 from serve.api.engine_client.held import Held, Request, blocked
 from serve.api.engine_client.observed import observed
+from serve.api.engine_client.outputs import end_answer
 from serve.api.engine_client.watch import Watch
 from serve.api.hits import MOST_CHARACTERS, Hit, Where, hit_of
-from serve.api.refusal import FINISH_REASON
 from serve.api.similarity import Similarity
 from serve.registry.snapshot import Snapshot
 from serve.wire import PLAN_KEY, encode_plan
@@ -297,16 +296,17 @@ class GuardedEngineClient:
                     watch = watches[output.index]
                     if watch.ended:
                         continue
-                    if watch.completes_a_phrase(output):
-                        watch.ended = True
-                        _end(output, end_of_text, keep_text=watch.safe_text(output))
+                    given = watch.take(output)
+                    if watch.ended:
+                        assert given is not None, "the end of an answer goes out"
+                        end_answer(given, end_of_text)
                         blocked.labels(plan.policy, "suppression", "content_filter").inc()
                         if request is not None:
                             request.blocked = True
                             request.fired.append("suppression content_filter")
                             request.hits += self._phrase_hits(watch, plan)
-                    watch.finished |= output.finish_reason is not None
-                    kept.append(output)
+                    if given is not None:
+                        kept.append(given)
                 finished = all(watch.finished for watch in watches)
                 if kept or finished or step.finished:
                     step.outputs = kept
@@ -388,17 +388,6 @@ def _ignore(action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "pr
 def _can_be_taken_up(params: SamplingParams) -> bool:
     """Could the engine go on from an answer's tokens as if it had never stopped? Not where it counts or parses them."""
     return not (_constrained(params) or params.presence_penalty or params.frequency_penalty)
-
-
-def _end(output: CompletionOutput, end_of_text: int, *, keep_text: str) -> None:
-    """Turn an output into its own end. Text, token ids and log-probabilities stay consistent: all that is cut is gone."""
-    output.text = keep_text
-    output.token_ids = [end_of_text]
-    if output.logprobs is not None:
-        output.logprobs = [{end_of_text: Logprob(logprob=0.0, rank=1, decoded_token="")}]
-    output.cumulative_logprob = None
-    output.finish_reason = FINISH_REASON
-    output.stop_reason = None
 
 
 async def _without_banned_candidates(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:

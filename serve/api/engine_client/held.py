@@ -27,19 +27,19 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from prometheus_client import Counter
-from vllm.exceptions import GracefulHTTPError
-from vllm.logprobs import Logprob
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.gate import Verdict
 from guards.similarity.stream import HeldAnswer, Token, ends_sentence
 from guards.similarity.windows import sentences
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Corrupt, Plan, TextPlan
+from serve.api.engine_client.outputs import end_answer, silent
 from serve.api.hits import Where
-from serve.api.refusal import FINISH_REASON
 from serve.api.similarity import Similarity
 
 _gate = Counter("lethe_gate_total", "Conversations that the gate judged.", ["policy", "outcome"])
@@ -155,13 +155,14 @@ class Held:
         self.similarity = similarity
         self.vocabulary = vocabulary
         self.marker_tokens = marker_tokens
-        self._end_of_text = end_of_text
+        self.end_of_text = end_of_text
 
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The request's outputs, in the kind that it asked for.
 
         Raises:
             GracefulHTTPError: 503, similarity cannot judge.
+            VLLMValidationError: 400, the prompt is too much to judge.
         """
         try:
             opened = await self._open(request)
@@ -175,6 +176,8 @@ class Held:
             async with aclosing(outputs) as open_outputs:
                 async for output in open_outputs:
                     yield output
+        except TooMuchToRead as error:
+            raise VLLMValidationError(f"the prompt cannot be judged: {error}") from error
         except EncoderUnavailable as error:
             raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
 
@@ -287,24 +290,10 @@ class Held:
         outputs = []
         for index in range(request.params.n):
             output = CompletionOutput(index, "", [], None, None if request.params.logprobs is None else [])
-            self.end(output)
+            end_answer(output, self.end_of_text)
             outputs.append(output)
         token_ids = list(request.prompt["prompt_token_ids"])
         return RequestOutput(request.id, request.prompt.get("prompt"), token_ids, None, outputs, True, num_cached_tokens=0)
-
-    def end(self, output: CompletionOutput) -> None:
-        """Turn an output into its own end; what it says stays."""
-        output.token_ids = [*output.token_ids, self._end_of_text]
-        if output.logprobs is not None:
-            output.logprobs = [*output.logprobs, _silent(self._end_of_text)]
-        output.cumulative_logprob = None
-        output.finish_reason = FINISH_REASON
-        output.stop_reason = None
-
-
-def _silent(token: int) -> dict[int, Logprob]:
-    """Log-probabilities of a token that nobody sampled."""
-    return {token: Logprob(logprob=0.0, rank=1, decoded_token="")}
 
 
 def _engaged(request: Request, opened: Opened) -> Plan:
@@ -395,10 +384,13 @@ class _Choice:
     async def _judge(self) -> list[int] | None:
         """Judge what is complete. Returns the tokens to go on from where the answer has to be taken up again."""
         while not self._ending and (passage := self._answer.passage()) is not None:
-            if (kept := await self._look_again(passage)) is not None:
-                return kept
-            if not self._ending and (kept := await self._filter(passage)) is not None:
-                return kept
+            try:
+                if (kept := await self._look_again(passage)) is not None:
+                    return kept
+                if not self._ending and (kept := await self._filter(passage)) is not None:
+                    return kept
+            except TooMuchToRead:  # what cannot be judged is not shown
+                self._end("stream")
         if self._answer.lost and not self._ending:
             self._end("stream")
         return None
@@ -491,7 +483,7 @@ class _Choice:
             shown = self._marker if token is None else [token.id]
             given.token_ids = [*given.token_ids, *shown]
             if given.logprobs is not None:
-                about = [_silent(each) for each in shown] if token is None else [token.about]
+                about = [silent(each) for each in shown] if token is None else [token.about]
                 given.logprobs = [*given.logprobs, *about]
 
     def _give(self, output: CompletionOutput, *, ends: bool) -> CompletionOutput | None:
@@ -504,7 +496,7 @@ class _Choice:
         else:
             given = copy.copy(given)
         if self._ending:
-            self._held.end(given)
+            end_answer(given, self._held.end_of_text)
         elif ends:
             given.cumulative_logprob = output.cumulative_logprob
             given.finish_reason, given.stop_reason = output.finish_reason, output.stop_reason
