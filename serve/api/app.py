@@ -43,6 +43,7 @@ from serve.api.scoring import Scorer
 from serve.api.shadow import Shadow
 from serve.api.side_by_side import SideBySide
 from serve.api.similarity import Similarity, default_encoder
+from serve.api.tools import DEFAULT_PARSER, chat_template_of, tool_parser_of
 from serve.compare.observations import Observations
 from serve.registry.experiments import Experiments
 from serve.registry.store import Registry
@@ -130,8 +131,30 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
         **(args.additional_config or {}),
         PLAN_KEY: {ARTIFACTS_KEY: str(settings.artifacts_dir), BASE_KEY: _describe_base(args)},
     }
+    _choose_tool_parser(args)
     if not args.served_model_name:  # a directory's name, not its path, which tells about the machine
         args.served_model_name = [os.path.basename(os.path.abspath(args.model)) if os.path.isdir(args.model) else args.model]
+
+
+def _choose_tool_parser(args: Namespace) -> None:
+    """Tools on by default, with the parser that fits the model."""
+    if args.enable_auto_tool_choice and args.tool_call_parser:
+        return
+    if not args.tool_call_parser:
+        directory = _model_directory(args)
+        template = chat_template_of(directory) if directory is not None else ""
+        if args.chat_template:  # a file, or the template itself
+            template = Path(args.chat_template).read_text("utf-8") if os.path.isfile(args.chat_template) else args.chat_template
+        config = get_config(args.model, args.trust_remote_code, args.revision)
+        parser = tool_parser_of(getattr(config, "model_type", ""), template)
+        if parser is None:
+            print(
+                f"lethe: the chat template of {os.path.basename(args.model)} does not speak of tools: the model is not told of a "
+                'request\'s tools, and only tool_choice "required" or a named tool makes it call one',
+                flush=True,
+            )
+        args.tool_call_parser = parser or DEFAULT_PARSER
+    args.enable_auto_tool_choice = True
 
 
 def _model_directory(args: Namespace) -> Path | None:
