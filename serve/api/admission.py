@@ -23,6 +23,7 @@ from guards.policy import DEFAULT, Policy
 from guards.strict_json import parse_object, shorten
 from guards.types import Plan, TextPlan
 from serve.api import refusal
+from serve.api.dialects import normalise
 from serve.api.envelopes import SignsOfLife, cross_origin, error_body, with_headers, with_own_errors, without_body
 from serve.api.grammars import TooLarge, check_size
 from serve.api.hits import Hit, RecentHits
@@ -396,6 +397,7 @@ class Admission:
         except TooLarge as error:
             raise Refused(400, str(error), param=str(error).split(" ", 1)[0]) from None
         self._check_caps(fields)
+        normalise(path, fields)
         text = snapshot.text_plans[policy_name]
         return AdmittedRequest(caller, snapshot.policies[policy_name], plan, text, bool(fields.get("tools")), entry=entry)
 

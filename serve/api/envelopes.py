@@ -71,8 +71,6 @@ def _anthropic(body: bytes, status: int) -> bytes:
         error = json.loads(body)
     except ValueError:
         return error_body(ANTHROPIC, status, body.decode("utf-8", "replace"), "")
-    if isinstance(error, dict) and error.get("type") == "error":
-        return body
     inner = error.get("error", error) if isinstance(error, dict) else {}
     message = inner.get("message") or inner.get("detail") if isinstance(inner, dict) else inner
     return error_body(ANTHROPIC, status, str(message or "the request failed"), "")

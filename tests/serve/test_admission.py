@@ -575,3 +575,22 @@ def test_beyond_a_bound_of_requests_under_way_clients_are_told_to_come_later() -
     assert sorted(answer.status_code for answer in first) == [200, 200, 429] and last.status_code == 200
     refused = next(answer for answer in first if answer.status_code == 429)
     assert int(refused.headers["retry-after"]) > 0 and refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_tool_that_must_be_called_is_held_to_its_schema() -> None:
+    tool = {"type": "function", "function": {"name": "f", "strict": False, "parameters": {"type": "object", "properties": {}}}}
+    for choice, strict in (("required", True), ({"type": "function", "function": {"name": "f"}}, True), ("auto", False)):
+        _, app = chat({"messages": [], "tools": [tool], "tool_choice": choice})
+        assert json.loads(app.reached[0]["body"])["tools"][0]["function"]["strict"] is strict
+    assert chat({"tools": "x", "tool_choice": "required"})[0].status_code == 200, "vLLM says what is wrong with it"
+
+
+def test_an_assistant_s_turn_without_an_id_is_read_as_its_text() -> None:
+    turns = [
+        {"role": "assistant", "content": [{"type": "output_text", "text": "hel"}, {"type": "output_text", "text": "lo"}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+        {"role": "assistant", "id": "msg_1", "content": [{"type": "output_text", "text": "hi"}]},
+    ]
+    _, app = call("POST", "/v1/responses", {"model": "m", "input": turns})
+    first, *others = json.loads(app.reached[0]["body"])["input"]
+    assert first["content"] == "hello" and others == turns[1:]
