@@ -23,7 +23,7 @@ from guards.policy import DEFAULT, Policy
 from guards.strict_json import parse_object, shorten
 from guards.types import Plan, TextPlan
 from serve.api import refusal
-from serve.api.dialects import normalise
+from serve.api.dialects import normalise, wants_json
 from serve.api.envelopes import SignsOfLife, cross_origin, error_body, with_headers, with_own_errors, without_body
 from serve.api.grammars import TooLarge, check_size
 from serve.api.hits import Hit, RecentHits
@@ -245,7 +245,8 @@ class Admission:
                 headers += [(b"content-length", str(len(body)).encode()), (b"x-request-id", request_id.encode())]
                 scope["headers"] = headers
                 checked = request
-                send = refusal.reporting(send, checked.policy.refusal, lambda: checked.blocked)
+                parsed = wants_json(fields)
+                send = refusal.reporting(send, checked.policy.refusal, lambda: checked.blocked, parsed=parsed)
             client = _Client(send, _replay(body, receive))
             send, receive = client, client.receive
         scope["lethe.caller"] = caller
@@ -381,6 +382,14 @@ class Admission:
                     f"field {name!r} needs stored responses, which are not kept here; send the whole conversation as input",
                     param=name,
                 )
+        items = fields.get("input")
+        if isinstance(items, list) and any(isinstance(item, dict) and item.get("type") == "item_reference" for item in items):
+            raise Refused(
+                400,
+                "an item_reference needs stored responses, which are not kept here; send the items themselves "
+                '(AI SDK: "store": false, or its chat models)',
+                param="input",
+            )
         for name in REFUSED_FIELDS:
             if fields.get(name) not in _NO_EFFECT:
                 raise Refused(400, f"field {name!r} is set by the server and not accepted from clients; remove it", param=name)

@@ -80,7 +80,8 @@ def parse_arguments(arguments: Sequence[str], default_model: Callable[[], str]) 
             raise UnsafeSetting(f"{name} {reason}")
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="lethe serve"))
-    parser.set_defaults(host="127.0.0.1", port=8000)
+    # A tool that must be called gets arguments of its schema, also where it does not say "strict".
+    parser.set_defaults(host="127.0.0.1", port=8000, tool_strict_level="parameter")
     if current_platform.is_cpu():
         # On AVX2, float32 is five times faster than bfloat16 at batch 8, and compiling takes longer than most sessions last.
         parser.set_defaults(dtype="float32", enforce_eager=True)

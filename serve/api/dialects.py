@@ -1,8 +1,6 @@
 """What clients send that vLLM takes otherwise: bodies are brought into the form that it reads as the client means it.
 
-- A tool that is required or named is answered with arguments of its schema. vLLM holds the model to the schema only where the tool
-  says ``strict``, and without it lets a bare string pass for an object.
-- Assistants' earlier turns in ``/v1/responses`` come without an id from clients that keep the conversation themselves (AI SDK).
+Assistants' earlier turns in ``/v1/responses`` come without an id and a type from clients that keep the conversation themselves.
 
 Nothing is changed that would be read as it is.
 """
@@ -14,34 +12,21 @@ from typing import Any
 
 def normalise(path: str, fields: dict[str, Any]) -> None:
     """Change a body in place. Whatever has not the form that is meant is left for vLLM to refuse."""
-    if path == "/v1/chat/completions" and _forces_a_tool(fields.get("tool_choice")):
-        for tool in _dicts(fields.get("tools")):
-            function = tool.get("function")
-            if isinstance(function, dict) and _is_object(function.get("parameters")):
-                function["strict"] = True
     if path == "/v1/responses":
         for item in _dicts(fields.get("input")):
-            if item.get("role") == "assistant" and "id" not in item and item.get("type", "message") == "message":
-                text = _text_of(item.get("content"))
-                if text is not None:
-                    item["content"] = text
-
-
-def _forces_a_tool(choice: Any) -> bool:
-    return choice == "required" or (isinstance(choice, dict) and choice.get("type") in ("function", "allowed_tools"))
-
-
-def _is_object(schema: Any) -> bool:
-    return isinstance(schema, dict) and schema.get("type", "object") == "object"
+            if item.get("role") == "assistant" and isinstance(item.get("content"), list):
+                item.setdefault("type", "message")
 
 
 def _dicts(items: Any) -> list[dict[str, Any]]:
     return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
-def _text_of(content: Any) -> str | None:
-    """The text of parts of output; None if there is anything else among them."""
-    if not isinstance(content, list):
-        return None
-    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "output_text" else None for part in content]
-    return "".join(parts) if all(isinstance(part, str) for part in parts) else None  # type: ignore[arg-type]
+def wants_json(fields: dict[str, Any]) -> bool:
+    """Whether a body of ``/v1/responses`` or ``/v1/messages`` asks for JSON, which its client will parse."""
+    for name in ("text", "output_config"):
+        asked = fields.get(name)
+        asked = asked.get("format") if isinstance(asked, dict) else None
+        if isinstance(asked, dict) and str(asked.get("type", "")).startswith("json"):
+            return True
+    return False

@@ -577,20 +577,51 @@ def test_beyond_a_bound_of_requests_under_way_clients_are_told_to_come_later() -
     assert int(refused.headers["retry-after"]) > 0 and refused.json()["error"]["type"] == "rate_limit_error"
 
 
-def test_a_tool_that_must_be_called_is_held_to_its_schema() -> None:
-    tool = {"type": "function", "function": {"name": "f", "strict": False, "parameters": {"type": "object", "properties": {}}}}
-    for choice, strict in (("required", True), ({"type": "function", "function": {"name": "f"}}, True), ("auto", False)):
-        _, app = chat({"messages": [], "tools": [tool], "tool_choice": choice})
-        assert json.loads(app.reached[0]["body"])["tools"][0]["function"]["strict"] is strict
-    assert chat({"tools": "x", "tool_choice": "required"})[0].status_code == 200, "vLLM says what is wrong with it"
-
-
-def test_an_assistant_s_turn_without_an_id_is_read_as_its_text() -> None:
+def test_an_assistant_s_turn_without_a_type_is_a_message() -> None:
     turns = [
-        {"role": "assistant", "content": [{"type": "output_text", "text": "hel"}, {"type": "output_text", "text": "lo"}]},
-        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
-        {"role": "assistant", "id": "msg_1", "content": [{"type": "output_text", "text": "hi"}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "hello"}]},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
     ]
     _, app = call("POST", "/v1/responses", {"model": "m", "input": turns})
-    first, *others = json.loads(app.reached[0]["body"])["input"]
-    assert first["content"] == "hello" and others == turns[1:]
+    assert json.loads(app.reached[0]["body"])["input"] == [{**turns[0], "type": "message"}, *turns[1:]]
+
+
+def test_references_to_stored_items_are_refused_with_a_way_out() -> None:
+    answer, _ = call("POST", "/v1/responses", {"model": "m", "input": [{"type": "item_reference", "id": "msg_1"}]})
+    assert answer.status_code == 400 and "store" in answer.json()["error"]["message"]
+
+
+def test_a_refused_answer_holds_nothing_that_a_client_would_parse_as_json() -> None:
+    app = App()
+    app.blocked = True
+    part = b'{"type": "output_text", "text": "{\\"city\\": \\""}'
+    app.chunks = [b'{"object": "response", "status": "completed", "output": [{"type": "message", "content": [' + part + b"]}]}"]
+    asked = {"model": "m", "input": "x", "text": {"format": {"type": "json_schema"}}}
+    refusal = {"type": "refusal", "refusal": "I cannot continue this answer."}
+    assert call("POST", "/v1/responses", asked, app=app)[0].json()["output"][0]["content"] == [refusal]
+    app.chunks = [b'{"type": "message", "stop_reason": null, "content": [{"type": "text", "text": "{"}]}']
+    asked = {"model": "m", "messages": [], "output_config": {"format": {"type": "json_schema"}}}
+    assert call("POST", "/v1/messages", asked, app=app)[0].json()["content"] == []
+    app.content_type = b"text/event-stream"
+    app.chunks = [
+        b'event: response.output_text.done\ndata: {"type": "response.output_text.done", "item_id": "i", "text": "{", '
+        b'"content_index": 0, "output_index": 0, "sequence_number": 7}\n\n',
+        b'event: response.content_part.done\ndata: {"type": "response.content_part.done", "part": ' + part + b"}\n\n",
+        b'event: response.output_item.done\ndata: {"type": "response.output_item.done", "item": {"type": "message", "content": ['
+        + part
+        + b"]}}\n\n",
+    ]
+    asked = {"model": "m", "input": "x", "text": {"format": {"type": "json_schema"}}, "stream": True}
+    lines = call("POST", "/v1/responses", asked, app=app)[0].text.splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert lines[0] == "event: response.refusal.done"
+    assert events[0] == {
+        "type": "response.refusal.done",
+        "item_id": "i",
+        "content_index": 0,
+        "output_index": 0,
+        "sequence_number": 7,
+        "refusal": refusal["refusal"],
+    }
+    assert events[1]["part"] == refusal and events[2]["item"]["content"] == [refusal]

@@ -77,7 +77,8 @@ def test_a_phrase_is_not_said_however_it_is_written(
         assert text not in choice["message"]["content"]
         streamed = say(server, text, stream=True).text
         chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
-        assert text not in "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+        said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+        assert said == choice["message"]["content"], "a stream shows what the whole answer shows"
         assert chunks[-1]["choices"][0]["finish_reason"] == "content_filter"
     for text in others:
         choice = say(server, text).json()["choices"][0]
@@ -111,3 +112,22 @@ def test_a_client_cannot_ask_why(server: Server, client: openai.OpenAI, admin: h
     name = forget("Maria Kowalczyk")
     body = say(server, "Maria Kowalczyk").text
     assert name not in body and "Kowalczyk" not in body
+
+
+def test_a_constrained_stream_shows_nothing_of_a_phrase_that_it_then_refuses(server: Server, forget: Any) -> None:
+    forget("Hogwarts School of Witchcraft")
+    text = "He went to Hogwarts School of Witchcraft"
+    chunks = [json.loads(line[6:]) for line in say(server, text, stream=True).text.splitlines() if line.startswith("data: {")]
+    said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert said.strip() == "He went to"
+    assert chunks[-1]["choices"][0]["delta"]["refusal"]
+    whole = say(server, text, logprobs=True, top_logprobs=1).json()["choices"][0]
+    assert "".join(entry["token"] for entry in whole["logprobs"]["content"]) == whole["message"]["content"]
+
+
+def test_an_answer_that_a_minimum_of_tokens_forces_on_ends_and_the_engine_goes_on(server: Server, forget: Any) -> None:
+    forget("Harry Potter")
+    choice = {"structured_outputs": {"choice": ["Harry Potter"]}, "min_tokens": 40, "max_tokens": 60}
+    answer = say(server, "", **choice)
+    assert (answer.status_code, answer.json()["choices"][0]["finish_reason"]) == (200, "content_filter")
+    assert say(server, "Harry").json()["choices"][0]["message"]["content"] == "Harry"
