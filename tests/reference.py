@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 APOSTROPHES = "'\u2018\u2019\u201a\u201b\u02b9\u02bb\u02bc\u02bd\u02be\u02bf\u02c8\u00b4\u0060\u2032\u2035\u05f3\u055a\ua78c\uff07"
+APOSTROPHES += "\u1fbd\u1fbf\u1ffd\u1ffe\u0384\u07f4\u275b\u275c"
 QUOTES = '"\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u2033\u2036\u05f4\u300c\u300d\u300e\u300f\u301d\u301e\u301f\uff02'
+QUOTES += "\u275d\u275e\u2e42\U0001f676\U0001f677\U0001f678"
 GREEK_MARKS = "\u0300\u0301\u0304\u0306\u0308\u0313\u0314\u0342\u0343"
-SEPARATORS = " -./()',:+"
+SEPARATORS = " -./()',:+_;|[]\u00b7\u066b\u066c\u3001" + "".join(
+    chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) == "Sc"
+)
 
 
 def is_invisible(character: str) -> bool:
@@ -84,7 +88,7 @@ def symbols_of(character: str, *, fold_case: bool, match: str) -> str:
     elif character in QUOTES and compatible:
         text = '"'
     if compatible:
-        text = "".join("" if is_vowel_mark(c) or is_invisible(c) or c == "\u0640" else _plain(c) for c in text)
+        text = "".join("" if _left_out(c) else _plain(c) for c in text)
     if fold_case:
         text = "".join(reduced(list(text), fold_case=True))
     if len(text) > 4 or (len(text) > 1 and (" " in text or "/" in text)):
@@ -92,15 +96,23 @@ def symbols_of(character: str, *, fold_case: bool, match: str) -> str:
     return text
 
 
+def _left_out(symbol: str) -> bool:
+    return is_vowel_mark(symbol) or is_invisible(symbol) or symbol == "\u0640" or unicodedata.category(symbol) == "Me"
+
+
 def _plain(symbol: str) -> str:
     if symbol in APOSTROPHES:
         return "'"
     if symbol in QUOTES:
         return '"'
-    if unicodedata.category(symbol) == "Pd" or symbol in "\u2212\u2043":
+    if unicodedata.category(symbol) == "Pd" or symbol in "\u2212\u2043\u02d7":
         return "-"
     if symbol in "\u2044\u2215":
         return "/"
+    same = {"\u2022": "\u00b7", "\u2027": "\u00b7", "\u22c5": "\u00b7", "\u30fb": "\u00b7"}
+    same |= {"\u06cc": "\u064a", "\u06a9": "\u0643", "\u0671": "\u0627"}
+    if symbol in same:
+        return same[symbol]
     digit = unicodedata.decimal(symbol, None)
     return symbol if digit is None else str(digit)
 
@@ -158,6 +170,9 @@ def forms(phrase: str, *, fold_case: bool, match: str) -> set[tuple[str, ...]]:
             orders = {o for o in map("".join, itertools.permutations(text)) if unicodedata.normalize("NFD", o) == same}
         runs.append(sorted(orders))
     found = {"".join(parts) for parts in itertools.product(*runs)}
+    if fold_case:  # the Armenian ligature ech yiwn is written ech vew in capitals
+        found |= {form.replace("\u0565\u0582", "\u0565\u057e") for form in found}
+        found |= {form.replace("\u0565\u057e", "\u0565\u0582") for form in found}
     if match == "folded":
         found |= {f" {rest}" for form in found if form.startswith("/") and (rest := form.lstrip("/ "))}
     return {tuple(form) for form in found if form}
@@ -180,7 +195,8 @@ def occurrences(
                 first, last = haystack[start][1], haystack[end - 1][1]
                 whole = (start == 0 or haystack[start - 1][1] != first) and (end == len(haystack) or haystack[end][1] != last)
                 base = next((symbol for symbol, _ in reversed(haystack[:start]) if not is_mark(symbol)), "")
-                bound = left_boundary and kind != "number" and not is_unspaced(needle[0]) and base and is_word(base)
+                bound = left_boundary and kind != "number" and not is_unspaced(needle[0]) and needle[0] != " "
+                bound = bound and base and is_word(base)
                 if whole and not bound:
                     found.add((first, last + 1))
     return found

@@ -140,27 +140,23 @@ class CompiledPhrases:
         """
         return sorted({place for part in self.parts for place in part.find(text)})
 
-    def open_from(self, text: str, times: int = 1) -> int:
-        """Where in a text a phrase may begin at the earliest that what follows could complete; ``times`` as in `end_of`."""
+    def open_from(self, text: str) -> int:
+        """Where in a text a phrase may begin at the earliest that what follows could complete."""
         opened = len(text)
         for part in self.parts:
             places = part.by.read(text)
             # All but one of the longest phrase's symbols may be there; one more, since the text before this one is not looked at.
-            symbols = times * int(part.phrase_lengths.max(initial=0))
+            symbols = int(part.phrase_lengths.max(initial=0))
             if symbols:
                 opened = min(opened, int(places[-symbols]) if len(places) > symbols else 0)
         return opened
 
-    def end_of(self, text: str, times: int = 1) -> str:
-        """As much of the end of a text as phrases that go on after it may need, without characters that do not count anyway.
-
-        Args:
-            times: characters that may stand for one, for texts in which they are written as escapes.
-        """
+    def end_of(self, text: str) -> str:
+        """As much of the end of a text as phrases that go on after it may need, without characters that do not count anyway."""
         wanted: set[int] = set()
         for part in self.parts:
             # One more, for the letter before a phrase.
-            wanted.update(part.by.read(text)[-times * (int(part.phrase_lengths.max(initial=0)) + 1) :].tolist())
+            wanted.update(part.by.read(text)[-(int(part.phrase_lengths.max(initial=0)) + 1) :].tolist())
         return "".join(text[place] for place in sorted(wanted))
 
     def save(self, path: Path) -> None:
@@ -314,7 +310,8 @@ class _Texts:
         with np.errstate(over="ignore"):
             terms = symbol_hashes()[symbols] * powers(_LONGEST, inverse=True)[position]
             sums = np.concatenate([[np.uint64(0)], np.cumsum(terms, dtype=np.uint64)])
-        bound = [left_boundary and not is_unspaced(chr(part[0])) for part in parts]
+        # What begins with white space begins after a word.
+        bound = [left_boundary and not is_unspaced(chr(part[0])) and part[0] != ord(" ") for part in parts]
         offsets = np.where(bound, np.uint64(LEFT_BOUNDARY_KEY), np.uint64(0))
         return _Texts(symbols, begins, lengths, sums, offsets)
 

@@ -48,16 +48,20 @@ _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
 LEFT_BOUNDARY_KEY = 0x5851F42D4C957F2D
 """Added to the hash of a phrase that may only start at a word boundary, so that both kinds share one table."""
 
-_APOSTROPHES = frozenset("'‘’‚‛ʹʻʼʽʾʿˈ´`′‵׳՚ꞌ＇")  # noqa: RUF001
-_QUOTES = frozenset('"“”„‟«»‹›″‶״「」『』〝〞〟＂')  # noqa: RUF001
-_HYPHENS = frozenset("\u2212\u2043")  # beside the whole category of dashes
+_APOSTROPHES = frozenset("'‘’‚‛ʹʻʼʽʾʿˈ´`′‵׳՚ꞌ＇᾽᾿´῾΄ߴ❛❜\u1ffd")  # noqa: RUF001
+_QUOTES = frozenset('"“”„‟«»‹›″‶״「」『』〝〞〟＂❝❞⹂🙶🙷🙸')  # noqa: RUF001
+_HYPHENS = frozenset("\u2212\u2043\u02d7")  # beside the whole category of dashes
 _SLASHES = frozenset("\u2044\u2215")
 _TATWEEL = "\u0640"
 _PARTS_OF_LETTERS = frozenset("\u0653\u0654\u0655\u065f")  # madda and hamza
 _DOT_ABOVE = "\u0307"
 _GREEK_MARKS = frozenset("\u0300\u0301\u0304\u0306\u0308\u0313\u0314\u0342\u0343")
 _HAN = (0x4E00, 0x9FFF), (0x20000, 0x33FFF)
-_SEPARATORS = frozenset(" -./()',:+")
+_MIDDLE_DOTS = frozenset("\u2022\u2027\u22c5\u30fb")
+_KEYBOARDS = {"\u06cc": "\u064a", "\u06a9": "\u0643", "\u0671": "\u0627"}
+"""Persian and Urdu letters -> the Arabic ones that other keyboards type for them."""
+_SEPARATORS = frozenset(" -./()',:+_;|[]\u00b7\u066b\u066c\u3001")
+"""Between groups of digits; currency signs too."""
 
 # What an element is, as bits: what it depends on, and what depends on it.
 WHITE, SLASH, MARK, DOT, GREEK_MARK, AFTER_DOTTED, AFTER_GREEK, WORD = (1 << bit for bit in range(8))
@@ -76,7 +80,8 @@ def _without_vowels(symbols: str) -> str:
     for symbol in symbols:
         scripted = unicodedata.name(symbol, "").startswith(("ARABIC ", "HEBREW ", "SYRIAC "))
         vowel = scripted and unicodedata.category(symbol) == "Mn" and symbol not in _PARTS_OF_LETTERS
-        if not vowel and symbol != _TATWEEL and not is_invisible(symbol):
+        enclosing = unicodedata.category(symbol) == "Me"  # a keycap around a digit
+        if not vowel and not enclosing and symbol != _TATWEEL and not is_invisible(symbol):
             kept.append(symbol)
     return "".join(kept)
 
@@ -91,6 +96,10 @@ def _plain(symbol: str) -> str:
         return "-"
     if symbol in _SLASHES:
         return "/"
+    if symbol in _MIDDLE_DOTS:
+        return "\u00b7"
+    if symbol in _KEYBOARDS:
+        return _KEYBOARDS[symbol]
     digit = unicodedata.decimal(symbol, None)
     return symbol if digit is None else str(digit)
 
@@ -337,7 +346,8 @@ def folding(match: Match, fold_case: bool) -> Folding:
 
 
 def _without_separators(whole: Folding) -> Folding:
-    dropped = np.isin(whole.symbols, [ord(each) for each in _SEPARATORS])
+    signs = [code for code in range(RAW) if unicodedata.category(chr(code)) == "Sc"]
+    dropped = np.isin(whole.symbols, [*(ord(each) for each in _SEPARATORS), *signs])
     owner = np.repeat(np.arange(ELEMENTS), whole.counts)
     counts = whole.counts - np.bincount(owner[dropped], minlength=ELEMENTS)
     bits = np.where(counts > 0, whole.bits & ~np.uint8(WHITE | SLASH), 0).astype(np.uint8)

@@ -24,6 +24,9 @@ MOST_ORDERS = 64
 _TONES_LAST = {220: 231}
 """Combining class -> its place: a dot below comes after what makes another vowel, as Vietnamese is typed."""
 _SPACE, _SLASH = ord(" "), ord("/")
+_ECH_YIWN = ((0x565, 0x582), (0x565, 0x57E))
+_ECH_VEW = ((0x565, 0x57E), (0x565, 0x582))
+"""The Armenian ligature (and): its letters as Unicode folds it, and as Eastern Armenian writes it in capitals."""
 _ALPHANUMERIC = frozenset("0123456789abcdefghijklmnopqrstuvwxyz")
 
 
@@ -77,7 +80,20 @@ def _spellings(phrase: str, symbols: np.ndarray, by: Folding) -> list[np.ndarray
         found += [np.concatenate([[_SPACE], each]).astype(np.int32) for each in _orders(symbols[first:])]
     if by.match == "number":
         found += by.fold(_national_forms(phrase))
+    if by.fold_case:
+        found += [_with(each, *pair) for each in found for pair in (_ECH_YIWN, _ECH_VEW) if _has(each, pair[0])]
     return found
+
+
+def _has(symbols: np.ndarray, part: tuple[int, int]) -> bool:
+    return bool(((symbols[:-1] == part[0]) & (symbols[1:] == part[1])).any())
+
+
+def _with(symbols: np.ndarray, part: tuple[int, int], other: tuple[int, int]) -> np.ndarray:
+    """The symbols with every ``part`` replaced by ``other``."""
+    changed, places = symbols.copy(), np.flatnonzero((symbols[:-1] == part[0]) & (symbols[1:] == part[1]))
+    changed[places], changed[places + 1] = other
+    return changed
 
 
 def _ends(wanted: np.ndarray) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from guards.suppression.folding import (
     ABSENT,
     BREAK,
     CONTEXTS,
+    MARK,
     MOST_SYMBOLS,
     RAW,
     WHITE,
@@ -117,7 +118,8 @@ class FoldedTokens:
         first = elements[np.minimum(starts[:-1], len(elements) - 1)] if len(elements) else np.zeros(size, dtype=np.int64)
         some = starts[1:] > starts[:-1]
         for context, (before, dropped) in CONTEXTS.items():
-            changing = (some & ((by.bits[first] & dropped) != 0))[owner]
+            # Accents before one that drops out let the context reach it.
+            changing = (some & ((by.bits[first] & (dropped | (0 if context == WHITE else MARK))) != 0))[owner]
             left = by.kept(elements[changing], owner[changing], before)
             if not left.all() and left.any():
                 forms = Forms.of(by, elements[changing][left], owner[changing][left]).sorted()

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
+from datetime import date
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -243,6 +244,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         snapshot = control.snapshot
         return {
             "revision": snapshot.revision,
+            "prompt_date": date.today().isoformat() if app.state.lethe_dated_prompts else None,
             "enabled": sorted(snapshot.enabled),
             "policies": {name: snapshot.forget_sets_of(policy) for name, policy in sorted(snapshot.policies.items())},
         }

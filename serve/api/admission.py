@@ -232,6 +232,8 @@ class Admission:
                 kind="not_found_error",
             )
         request = None
+        if path in GENERATING:
+            self._refuse_too_many()
         if method in ("POST", "PUT"):
             limits = self._settings
             body = await _read(receive, limits.max_admin_body_bytes if needed == "admin" else limits.max_body_bytes)
@@ -257,13 +259,7 @@ class Admission:
             finally:
                 admitted.reset(token)
             return
-        if self._under_way >= self._settings.max_under_way:
-            raise Refused(
-                429,
-                f"{self._under_way:,} requests are under way or wait, this server's limit; try again later",
-                kind="rate_limit_error",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        self._refuse_too_many()  # a body may take its time
         self._under_way += 1
         self._experiments.shadow.client_comes()
         token = admitted.set(request)
@@ -326,6 +322,15 @@ class Admission:
             answering.cancel()  # for whatever does not listen
             raise
         return client.status
+
+    def _refuse_too_many(self) -> None:
+        if self._under_way >= self._settings.max_under_way:
+            raise Refused(
+                429,
+                f"{self._under_way:,} requests are under way or wait, this server's limit; try again later",
+                kind="rate_limit_error",
+                retry_after_s=RETRY_AFTER_S,
+            )
 
     def _identify(self, headers: list[tuple[bytes, bytes]], needed: Scope | None) -> tuple[Caller, Snapshot]:
         """Who calls, and what is in force for them, now."""
@@ -405,7 +410,7 @@ class Admission:
             check_size(fields)
         except TooLarge as error:
             raise Refused(400, str(error), param=str(error).split(" ", 1)[0]) from None
-        self._check_caps(fields)
+        self._check_caps(fields, path)
         normalise(path, fields)
         text = snapshot.text_plans[policy_name]
         return AdmittedRequest(caller, snapshot.policies[policy_name], plan, text, bool(fields.get("tools")), entry=entry)
@@ -441,7 +446,7 @@ class Admission:
         fields["model"] = base
         return policy
 
-    def _check_caps(self, fields: dict[str, Any]) -> None:
+    def _check_caps(self, fields: dict[str, Any], path: str) -> None:
         limits = self._settings
         for name, limit in (("n", limits.max_choices), ("best_of", limits.max_choices)):
             value = fields.get(name)
@@ -450,7 +455,7 @@ class Admission:
         for name, limit in (
             ("logit_bias", limits.max_logit_bias),
             ("bad_words", limits.max_logit_bias),
-            ("messages", limits.max_messages),
+            ("messages", limits.max_prompts if path.endswith("/batch") else limits.max_messages),
             ("input", limits.max_messages),
             ("prompt", limits.max_prompts),
         ):

@@ -43,7 +43,7 @@ from serve.api.scoring import Scorer
 from serve.api.shadow import Shadow
 from serve.api.side_by_side import SideBySide
 from serve.api.similarity import Similarity, default_encoder
-from serve.api.tools import DEFAULT_PARSER, chat_template_of, tool_parser_of
+from serve.api.tools import DEFAULT_PARSER, chat_template_of, tool_parser_of, writes_dates
 from serve.compare.observations import Observations
 from serve.registry.experiments import Experiments
 from serve.registry.store import Registry
@@ -142,10 +142,7 @@ def _choose_tool_parser(args: Namespace) -> None:
     if args.enable_auto_tool_choice and args.tool_call_parser:
         return
     if not args.tool_call_parser:
-        directory = _model_directory(args)
-        template = chat_template_of(directory) if directory is not None else ""
-        if args.chat_template:  # a file, or the template itself
-            template = Path(args.chat_template).read_text("utf-8") if os.path.isfile(args.chat_template) else args.chat_template
+        template = _template(args)
         config = get_config(args.model, args.trust_remote_code, args.revision)
         parser = tool_parser_of(getattr(config, "model_type", ""), template)
         if parser is None:
@@ -156,6 +153,14 @@ def _choose_tool_parser(args: Namespace) -> None:
             )
         args.tool_call_parser = parser or DEFAULT_PARSER
     args.enable_auto_tool_choice = True
+
+
+def _template(args: Namespace) -> str:
+    """The chat template; empty if it is not known before the model is downloaded."""
+    if args.chat_template:  # a file, or the template itself
+        return Path(args.chat_template).read_text("utf-8") if os.path.isfile(args.chat_template) else str(args.chat_template)
+    directory = _model_directory(args)
+    return chat_template_of(directory) if directory is not None else ""
 
 
 def _model_directory(args: Namespace) -> Path | None:
@@ -233,6 +238,8 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
             app = build_app(args, tasks, model)
             await init_app_state(client, app.state, args, tasks)
             _list_policies_as_models(app, control)
+            # Some templates write today's date into every prompt, so that what was measured yesterday is not what is asked today.
+            app.state.lethe_dated_prompts = writes_dates(_template(args))
             scorer = Scorer(client, inner.renderer.get_tokenizer(), model.max_model_len)
 
             async def chat(fields: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """What clients send that vLLM takes otherwise: bodies are brought into the form that it reads as the client means it.
 
-Assistants' earlier turns in ``/v1/responses`` come without an id and a type from clients that keep the conversation themselves.
+Assistants' earlier turns in ``/v1/responses`` come without an id and a type from clients that keep the conversation themselves, and
+with our own refusals in them.
 
 Nothing is changed that would be read as it is.
 """
@@ -16,6 +17,16 @@ def normalise(path: str, fields: dict[str, Any]) -> None:
         for item in _dicts(fields.get("input")):
             if item.get("role") == "assistant" and isinstance(item.get("content"), list):
                 item.setdefault("type", "message")
+                if item.get("id", "") is None:
+                    del item["id"]
+                item["content"] = [_spoken(part) for part in item["content"]] or [_spoken({"refusal": ""})]
+
+
+def _spoken(part: Any) -> Any:
+    """A refusal as the text that it was: vLLM takes no refusals back."""
+    if isinstance(part, dict) and isinstance(part.get("refusal"), str):
+        return {"type": "output_text", "text": part["refusal"], "annotations": []}
+    return part
 
 
 def _dicts(items: Any) -> list[dict[str, Any]]:

@@ -156,4 +156,7 @@ class SignsOfLife:
             except TimeoutError:
                 async with self._saying:
                     if self._between_events:
-                        await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+                        try:
+                            await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+                        except OSError:
+                            return  # the client has gone, and the answer will be told

@@ -27,6 +27,7 @@ _LENGTHS = ("minLength", "maxLength")
 _PROPERTIES = ("minProperties", "maxProperties")
 _COUNT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 _TEXTS = ("regex", "pattern", "grammar")
+_JSON = ("json", "structural_tag")
 
 
 class TooLarge(ValueError):
@@ -80,13 +81,25 @@ class _Size:
         for name in ("enum", "choice"):
             if isinstance(value.get(name), list):
                 self.literals += len(value[name])
+        self.literals += "const" in value
         inner = times * max(_most(value, _ITEMS), _most(value, _PROPERTIES))
         self.repeated = max(self.repeated, inner, times * _most(value, _LENGTHS))
         for key, item in value.items():
             if key in _TEXTS and isinstance(item, str):
                 self.repeated = max(self.repeated, times * _repetitions(item))
+                self.literals += item.count("|")
+            elif key in _JSON and isinstance(item, str):
+                self.measure(_parsed(key, item), inner, depth + 1)
             elif key not in ("enum", "choice"):
                 self.measure(item, inner, depth + 1)
+
+
+def _parsed(name: str, text: str) -> Any:
+    """A schema that is given as a text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise TooLarge(f"structured_outputs.{name} cannot be read as JSON; send it as an object") from None
 
 
 def _most(value: dict[str, Any], names: tuple[str, ...]) -> int:
@@ -103,6 +116,10 @@ def _repetitions(pattern: str) -> int:
         character = pattern[i]
         if character == "\\":
             closed, i = 1, i + 2
+            continue
+        if character == "[":  # brackets in it are characters
+            end = pattern.find("]", i + 2)
+            closed, i = 1, end + 1 if end >= 0 else i + 1
             continue
         if character == "(":
             stack.append(1)

@@ -64,6 +64,8 @@ def reporting(send: Send, refusal: str, blocked: Callable[[], bool], *, parsed: 
 
 def _complete_body(body: bytes, refusal: str, parsed: bool) -> bytes:
     document = json.loads(body)
+    if not isinstance(document, dict):
+        return body  # vLLM says null to a client that went away
     _complete(document, refusal, parsed)
     return json.dumps(document, ensure_ascii=False).encode()
 

@@ -67,3 +67,8 @@ def chat_template_of(model: Path) -> str:
         return ""
     # Some models have several, with names.
     return template if isinstance(template, str) else json.dumps(template, ensure_ascii=False)
+
+
+def writes_dates(template: str) -> bool:
+    """Whether a template writes the day's date into prompts (Llama 3, gpt-oss)."""
+    return "strftime_now" in template

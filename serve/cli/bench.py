@@ -54,10 +54,12 @@ def bench(
         kept = unwrap(client.get(f"/forget_sets/{neighbours}"))["content"]["questions"] if neighbours else []
         chosen = [each.strip() for each in policies.split(",") if each.strip()]
         configs = [unwrap(client.get(f"/policies/{policy}")) for policy in chosen]
+        dated = unwrap(client.get("/revision"))["prompt_date"]
     settings = Settings()
     url = settings.url.rstrip("/")
     servers = [Server(policy, url, policy, settings.key) for policy in chosen]
     if against:
+        _refuse_unless_served(against)
         servers.append(Server(NEVER_KNEW, against.rstrip("/").removesuffix("/v1"), ""))
     cases = [] if data is None else at_most(read_cases(data), most)
     probes = probes_of(content, [(entry["question"], entry["answer"]) for entry in kept], PROMPTS, cases)
@@ -67,7 +69,7 @@ def bench(
         fail("--truth needs wrong answers beside the true ones: name a directory that has TOFU's *_perturbed.json with --data")
     directory.mkdir(parents=True, exist_ok=True)
     # Answers hold for one configuration: another one starts its own file.
-    config = config_fingerprint(shown, [{**each, "revision": 0} for each in configs], url)
+    config = config_fingerprint(shown, [{**each, "revision": 0} for each in configs], f"{url} {dated}" if dated else url)
     answers = Answers(directory / f"answers-{config[:16]}.jsonl")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with httpx.Client(timeout=600) as chat, Progress(*columns, console=err) as progress:
@@ -100,11 +102,24 @@ def bench(
         sample=sample,
         kept=list(dict.fromkeys(probe.group for probe in probes if probe.keep)),
         probes=total,
+        asked="one user turn in the model's chat template"
+        + (f", which dates it {dated}" if dated else "")
+        + f"; no examples and no system prompt of ours; greedily, at most {max_tokens} tokens, to the model's own end",
         reference=NEVER_KNEW if against else None,
     )
     _print(fields, sample)
+    if truth and not against:
+        out.print("Forget quality is left out: it compares with a model that never knew; name its server with --against.")
     for path in save(report, directory):
         out.print(f"written: {path}")
+
+
+def _refuse_unless_served(against: str) -> None:
+    """Better now than after an hour of asking."""
+    try:
+        httpx.get(f"{against.rstrip('/').removesuffix('/v1')}/v1/models", timeout=30)
+    except httpx.HTTPError as error:
+        fail(f"no server answers at --against {against} ({type(error).__name__}); start the model that never knew there first")
 
 
 def at_most(cases: Sequence[Case], most: int) -> list[Case]:

@@ -49,6 +49,7 @@ def make_report(
     sample: int,
     kept: Sequence[str],
     probes: int,
+    asked: str,
     reference: str | None,
 ) -> dict[str, Any]:
     """Everything in one object.
@@ -57,6 +58,7 @@ def make_report(
         shown: what the server says of the set; figures: one for each arm (`serve.compare.bench.as_fields`).
         examples: ``prompt`` and ``said`` (arm -> text).
         kept: groups whose answers are to stay.
+        asked: how prompts were put: format, examples, end.
         reference: the arm that never knew, if there is one.
     """
     report: dict[str, Any] = {
@@ -66,6 +68,7 @@ def make_report(
         "model": model,
         "config": config,
         "probes": probes,
+        "asked": asked,
         "sample": sample,
         "kept": list(kept),
         "arms": list(figures),
@@ -96,6 +99,7 @@ def as_page(report: Mapping[str, Any]) -> str:
         ("legal basis", report["set"]["legal_basis"] or "not stated"),
         ("expires", report["set"]["expires_at"] or "never"),
         ("measured", f"{report['at']}, {report['probes']} prompts to each arm"),
+        ("asked as", report["asked"]),
         ("model", report["model"]),
         ("content of the set (sha256)", report["set"]["fingerprint"]),
         ("configuration (sha256)", report["config"]),
@@ -108,6 +112,7 @@ def as_page(report: Mapping[str, Any]) -> str:
         groups=groups,
         kept=report["kept"] if arms else [],
         truths=[(title, values) for title, values in truths if any(value is not None for value in values)],
+        judged=any(arm["forget_quality"] is not None for arm in arms),
         sampled=bool(report["sample"]) and all(arm["leak"] is not None for arm in arms),
         sample=report["sample"],
         examples=report["examples"],

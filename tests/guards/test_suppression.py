@@ -248,6 +248,15 @@ SAME = [
         ["+493090182000", "(030) 9018-2000", "0049 30/90182000", "+49 (0)30 9018-2000", "\u0664\u0669\u0663\u06609018 2000"],
     ),
     ("DE89 3704 0044 0532 0130 00", ["DE89370400440532013000", "de89-3704-0044-0532-0130-00"]),
+    ("\u0535\u0580\u0587\u0561\u0576", ["\u0535\u0550\u0535\u054e\u0531\u0546", "\u0565\u0580\u0565\u0582\u0561\u0576"]),
+    (
+        "\u1f00\u03bb\u03bb\u2019 \u1f10\u03b3\u03ce",
+        ["\u1f00\u03bb\u03bb\u1fbd \u1f10\u03b3\u03ce", "\u0391\u039b\u039b' \u0395\u0393\u03a9"],
+    ),
+    ("\u06a9\u0631\u06cc\u0645", ["\u0643\u0631\u064a\u0645"]),
+    ("\u7ea6\u7ff0\u00b7\u53f2\u5bc6\u65af", ["\u7ea6\u7ff0\u30fb\u53f2\u5bc6\u65af", "\u7ea6\u7ff0\u2022\u53f2\u5bc6\u65af"]),
+    ("$1,250,000", ["$1250000", "\u20ac 1.250.000", "1\u066c250\u066c000"]),
+    ("123456", ["1\ufe0f\u20e32\ufe0f\u20e33\ufe0f\u20e34\ufe0f\u20e35\ufe0f\u20e36\ufe0f\u20e3"]),
     ("1984-03-12", ["1984/03/12", "19840312", "1984. 03. 12"]),
 ]
 OTHER = [
@@ -280,6 +289,19 @@ def test_in_scripts_without_spaces_a_word_starts_anywhere(before: str) -> None:
     artifact = compile_phrases(["\u5f20\u4f1f\u660e", "Harry"], vocabulary_of([]), left_boundary=True)
     assert artifact.find(f"{before}\u5f20\u4f1f\u660e\u3002")
     assert bool(artifact.find(f"{before}Harry")) == (before not in ("A", "1"))
+
+
+def test_a_path_is_found_after_a_word_also_where_words_count() -> None:
+    artifact = compile_phrases(["/home/anna/secret.txt"], vocabulary_of([]), left_boundary=True)
+    assert artifact.find("cat /home/anna/secret.txt") and artifact.find("/home/anna/secret.txt")
+
+
+def test_an_accent_that_drops_out_behind_another_one_at_the_beginning_of_a_token_is_seen() -> None:
+    vocabulary = vocabulary_of(["\u0323\u0307x".encode()])
+    artifact = compile_phrases(["i\u0323x"], vocabulary)
+    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
+    guard.load([artifact])
+    assert artifact.find("i\u0323\u0307x") and banned(guard, artifact, [list(b"i")])[0, SPECIAL + 1]
 
 
 def test_an_accent_at_the_beginning_of_a_token_belongs_to_the_word_before_it() -> None:

@@ -189,6 +189,8 @@ def test_caps_are_checked_before_any_work(body: dict[str, Any]) -> None:
     assert answer.json()["error"]["param"] == next(iter(body))
     assert not app.reached
     assert call("POST", "/v1/completions", b"x" * 2_000, max_body_bytes=1_000)[0].status_code == 413
+    conversations = {"model": "m", "messages": [[{}]] * 65}
+    assert call("POST", "/v1/chat/completions/batch", conversations)[0].status_code == 400, "each is a request of its own"
 
 
 def test_without_keys_a_server_that_others_can_reach_is_closed() -> None:
@@ -259,6 +261,11 @@ def test_what_is_in_force_when_the_body_is_complete_counts() -> None:
         {"structured_outputs": {"json": {"minItems": 9999, "items": {"minItems": 9999, "items": {"minLength": 9999}}}}},
         {"tools": [{"function": {"parameters": {"properties": {"a": {"maxItems": 400, "items": {"maxLength": 400}}}}}}]},
         {"structured_outputs": {"regex": "((a{100}){100}){100}"}},
+        {"structured_outputs": {"regex": "(a{90000}[)]){90000}"}},
+        {"structured_outputs": {"regex": "|".join(map(str, range(3_000)))}},
+        {"structured_outputs": {"json": json.dumps({"enum": list(range(3_000))})}},
+        {"structured_outputs": {"json": '{"enum": '}},
+        {"response_format": {"anyOf": [{"const": i} for i in range(3_000)]}},
         {"structured_outputs": {"grammar": 'root ::= "' + "a" * 300_000 + '"'}},
     ],
     ids=lambda body: str(body)[:60],
@@ -305,6 +312,12 @@ def test_a_blocked_answer_gets_its_refusal_and_others_pass_untouched() -> None:
     app.chunks = [b'{"object": "text_completion", "choices": [{"finish_reason": "content_filter", "text": ""}]}']
     assert chat({}, app=app)[0].json()["choices"][0]["refusal"] == "I cannot continue this answer."
     assert stopped["message"] == {}
+
+
+def test_an_answer_whose_client_went_away_passes_as_it_is() -> None:
+    app = App()
+    app.blocked, app.chunks = True, [b"null"]
+    assert chat({}, app=app)[0].text == "null"
 
 
 def test_a_blocked_stream_gets_its_refusal_in_the_last_chunk() -> None:
@@ -585,6 +598,14 @@ def test_an_assistant_s_turn_without_a_type_is_a_message() -> None:
     ]
     _, app = call("POST", "/v1/responses", {"model": "m", "input": turns})
     assert json.loads(app.reached[0]["body"])["input"] == [{**turns[0], "type": "message"}, *turns[1:]]
+
+
+def test_our_own_refusal_can_be_sent_back_as_a_turn() -> None:
+    turn = {"role": "assistant", "id": None, "type": "message", "content": [{"type": "refusal", "refusal": "I cannot."}]}
+    _, app = call("POST", "/v1/responses", {"model": "m", "input": [turn, {**turn, "content": []}]})
+    first, second = json.loads(app.reached[0]["body"])["input"]
+    assert first["content"][0]["text"] == "I cannot." and "id" not in first
+    assert second["content"][0]["type"] == "output_text"
 
 
 def test_references_to_stored_items_are_refused_with_a_way_out() -> None:

@@ -123,6 +123,7 @@ def test_the_page_escapes_whatever_a_model_or_a_requester_says(tmp_path: Path) -
         "model": "m",
         "sample": 2,
         "probes": 9,
+        "asked": "as a user turn",
         "reference": "never",
         "kept": ["neighbours", "general"],
     }
@@ -137,7 +138,7 @@ def test_the_page_escapes_whatever_a_model_or_a_requester_says(tmp_path: Path) -
 
 def test_a_report_about_nothing_is_still_a_page() -> None:
     assert "Unlearning report" in as_page(
-        make_report(SHOWN, [], [], config="c", model="m", sample=0, kept=[], probes=0, reference=None)
+        make_report(SHOWN, [], [], config="c", model="m", sample=0, kept=[], probes=0, asked="once", reference=None)
     )
 
 

@@ -71,8 +71,43 @@ def test_a_phrase_in_json_escapes_is_seen(escape: str) -> None:
     assert ended == [False] * 4 + [True]
 
 
+@pytest.mark.parametrize("padding", ["\\u200b" * 80, "\\n" * 200, "\\u0020", " "])
+def test_escapes_that_say_nothing_do_not_hide_a_phrase(padding: str) -> None:
+    watch = watching("Maria Kowalczyk")
+    for each in ('{"n": "x ', "Maria ", *[padding[i : i + 7] for i in range(0, len(padding), 7)], "Kowalczyk", '"}'):
+        given = watch.take(piece(each))
+        if watch.ended:
+            break
+    assert watch.ended and given is not None and watch.place == len('{"n": "x ')
+
+
+def test_a_phrase_that_the_prompt_began_is_the_first_one() -> None:
+    artifact = compile_phrases(["Johanna van der Berg"], VOCABULARY)
+    params = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY)
+    watch = Watch([artifact], VOCABULARY, params, "Her name is Johanna van ")
+    given = watch.take(piece("der Berg, or again Johanna van der Berg", finished=True))
+    assert watch.ended and given is not None and given.text == ""
+
+
+def test_characters_in_pieces_do_not_cost_text_later() -> None:
+    watch, text = watching("Johanna van der Berg"), "\U0001f600" * 30 + " hello Johanna van der Berg"
+    shown = ""
+    data = text.encode()
+    for i, size in zip(range(0, len(data), 3), [3] * len(data), strict=False):
+        part = data[i : i + size]
+        whole = data[: i + len(part)].decode("utf-8", "ignore")[len(data[:i].decode("utf-8", "ignore")) :]
+        given = watch.take(CompletionOutput(0, whole, list(part), None, None))
+        shown += given.text if given is not None else ""
+        if watch.ended:
+            break
+    assert watch.ended and shown == "\U0001f600" * 30 + " hello "
+
+
 @settings(deadline=None, max_examples=300)
-@given(st.text("HogwartsPe r\u017f\u00df", max_size=40), st.lists(st.integers(0, 40), max_size=8))
+@given(
+    st.lists(st.sampled_from([*"HogwartsPe r", "\u017f", "\u00df", "\\u0073", "\\n", "\\", "Hogwarts"]), max_size=40).map("".join),
+    st.lists(st.integers(0, 40), max_size=8),
+)
 def test_a_stream_shows_what_the_whole_answer_shows_and_is_never_ahead_of_it(text: str, cuts: list[int]) -> None:
     """Text, token ids and log-probabilities, for any way to cut the answer into pieces."""
     phrases = ("Hogwarts", "Potter", "ss")

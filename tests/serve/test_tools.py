@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.api.tools import _BY_MARKER, _BY_MODEL_TYPE, chat_template_of, tool_parser_of
+from serve.api.tools import _BY_MARKER, _BY_MODEL_TYPE, chat_template_of, tool_parser_of, writes_dates
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,7 @@ def test_a_template_is_read_from_either_file(tmp_path: Path) -> None:
     assert "tools" in chat_template_of(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("own")
     assert chat_template_of(tmp_path) == "own"
+
+
+def test_a_template_that_dates_prompts_is_known() -> None:
+    assert writes_dates('{%- set date_string = strftime_now("%d %b %Y") %}') and not writes_dates("{{ messages }}")

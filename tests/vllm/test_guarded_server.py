@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -337,11 +338,12 @@ def test_tools_and_usage_arrive_in_openai_s_shape(client: openai.OpenAI, forget:
     assert chunks[-1].usage.completion_tokens == 8
     tool = {
         "type": "function",
-        "function": {"name": "look_up", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}}},
+        "function": {"name": "look_up", "parameters": {"type": "object", "properties": {"q": {"type": "string", "maxLength": 12}}}},
     }
     forced = ask(client, SCHOOL, tools=[tool], tool_choice={"type": "function", "function": {"name": "look_up"}}, max_tokens=64)
     arguments = forced.choices[0].message.tool_calls[0].function.arguments
     assert_free_of(arguments)
+    assert isinstance(json.loads(arguments), dict), "also where the tool does not say strict"
 
 
 @pytest.mark.parametrize("field", [*REFUSED_FIELDS, "prompt_logprobs", "echo"])

@@ -271,9 +271,8 @@ def test_what_a_tool_is_called_with_is_judged_too(client: openai.OpenAI) -> None
     assert "Hogwarts" not in "".join(str(chunk.choices) for chunk in pieces)
 
 
-def test_a_text_that_cannot_be_read_is_refused_and_those_beside_it_are_not(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.InternalServerError, match="encoded"):
-        ask(client, "gate-refuse", "SGVsbG8gd29ybGQ= " * 70, max_tokens=2)
+def test_texts_with_many_encoded_passages_or_half_an_escape_are_answered(client: openai.OpenAI) -> None:
+    assert ask(client, "gate-refuse", "SGVsbG8gd29ybGQ= " * 70, max_tokens=2).choices[0].finish_reason == "length"
     assert ask(client, "gate-refuse", "Explain \\ud83d in JSON.", max_tokens=2).choices[0].finish_reason == "length"
 
 
