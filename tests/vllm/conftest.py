@@ -59,7 +59,7 @@ class Server:
             )
 
     def wait(self) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         assert self.process is not None
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"the server stopped:\n{self._log.read_text()[-4000:]}"

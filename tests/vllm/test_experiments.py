@@ -47,7 +47,7 @@ def ask(client: openai.OpenAI, user: str, **options: Any) -> tuple[str, str]:
 
 
 def until(admin: httpx.Client, name: str, done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not done(found := admin.get(f"/experiments/{name}").json()):
         assert time.monotonic() < deadline, found
         time.sleep(0.3)

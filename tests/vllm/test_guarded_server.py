@@ -396,7 +396,7 @@ def test_disconnected_clients_leave_nothing_running(client: openai.OpenAI, serve
     for stream in streams:
         next(iter(stream))
         stream.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while server.metric("vllm:num_requests_running") and time.monotonic() < deadline:
         time.sleep(0.2)
     assert server.metric("vllm:num_requests_running") == 0
