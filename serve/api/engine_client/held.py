@@ -201,7 +201,7 @@ class Held:
                 turns, brought = await self._without_pasted(turns, text)
                 whole = ""
             verdicts = await self.similarity.look(turns, text.asked, whole)
-        except EncoderUnavailable:
+        except (EncoderUnavailable, TooMuchToRead):
             _gate.labels(request.plan.policy, "error").inc()
             if gate.on_hit == "monitor":
                 return Opened(frozenset(), frozenset())
@@ -429,7 +429,7 @@ class _Choice:
         if stream is not None:
             try:
                 verdicts = await self._held.similarity.said(passage, self._request.text.said)
-            except EncoderUnavailable:
+            except (EncoderUnavailable, TooMuchToRead):
                 if stream.on_hit != "monitor":
                     raise
         if stream is None or not verdicts:
