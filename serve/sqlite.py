@@ -1,7 +1,12 @@
-"""How SQLite files are opened: several processes may share one, writers queue, readers never wait, deleted text is overwritten."""
+"""How SQLite files are opened: several processes may share one, writers queue, readers never wait, deleted text is overwritten.
+
+What can go wrong with a file (a full disk, a damaged page, ...) becomes a `StorageFault`, which says what to do. A transaction that
+meets one leaves the file as it was.
+"""
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +16,41 @@ READING = {"lethe_reading": True}
 """Execution options of a connection that only reads."""
 
 
+_FAULTS = {
+    "SQLITE_FULL": "the disk is full; free some space and try again",
+    "SQLITE_READONLY": "it may only be read; make the directory writable (its owner, how its disk is mounted) and try again",
+    "SQLITE_IOERR": "the disk reports an error; see the machine's log; on a sound disk, `lethe restore FILE` brings a backup back",
+    "SQLITE_CORRUPT": "it is damaged; stop the server and bring the last backup back with `lethe restore FILE`",
+    "SQLITE_NOTADB": "it is no SQLite database; stop the server and bring the last backup back with `lethe restore FILE`",
+    "SQLITE_CANTOPEN": "it cannot be opened; make the directory and the files in it readable and writable for this user",
+    "SQLITE_BUSY": "another process has held its lock for half a minute; find it (`lsof` on the file) and end it",
+}
+"""SQLite's names of what can be wrong with a file, and what to do about each."""
+
+
+class StorageFault(Exception):
+    """A file cannot be read or written. Nothing was changed, and what is in force stays in force."""
+
+
 def open_database(path: Path) -> sa.Engine:
-    """An engine over a file, which is made with its directory if absent. ``begin()`` takes the write lock at once."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # removal requests are nobody else's business
+    """An engine over a file, which is made with its directory if absent. ``begin()`` takes the write lock at once.
+
+    Whatever is done with it raises StorageFault where the file cannot be used.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # removal requests are nobody else's business
+    except OSError as error:
+        raise StorageFault(f"{path.parent} cannot be made: {error.strerror}; set LETHE_STATE_DIR to a writable directory") from None
+
+    def name_the_fault(context: sa.ExceptionContext) -> None:
+        if isinstance(context.original_exception, sqlite3.DatabaseError):
+            name = getattr(context.original_exception, "sqlite_errorname", "")
+            what = next((what for kind, what in _FAULTS.items() if name == kind or name.startswith(kind + "_")), None)
+            if what is not None:
+                raise StorageFault(f"{path} cannot be used: {what} ({context.original_exception})") from context.original_exception
+
     engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
+    sa.event.listen(engine, "handle_error", name_the_fault)
     sa.event.listen(engine, "connect", _configure)
     sa.event.listen(engine, "begin", _begin_immediately)
     return engine

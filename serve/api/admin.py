@@ -40,8 +40,9 @@ from serve.api.scoring import ScoreOrder, Scorer, Unscorable
 from serve.api.side_by_side import CompareOrder, Incomparable, SideBySide
 from serve.compare.observations import UnknownRequest
 from serve.experiment import InvalidExperiment
-from serve.registry.nouns import InUse, NameTaken, NotReady, RegistryError, StoredSet, Stripped, UnknownName
+from serve.registry.nouns import InUse, NameTaken, NotReady, RegistryError, RolledBack, StoredSet, Stripped, UnknownName
 from serve.registry.store import Registry
+from serve.sqlite import StorageFault
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
 TABLES = ("text/csv", "text/tab-separated-values")
@@ -65,6 +66,8 @@ _STATUS: dict[type[Exception], int] = {
     InvalidExperiment: 400,
     InUse: 409,
     UnknownRequest: 404,
+    RolledBack: 503,
+    StorageFault: 503,
 }
 
 
@@ -109,7 +112,7 @@ class OurRoute(APIRoute):
         async def handle_errors(request: Request) -> Response:
             try:
                 return await handle(request)
-            except (GuardError, RegistryError) as error:
+            except (GuardError, RegistryError, StorageFault) as error:
                 status = _STATUS.get(type(error), 500)
                 body: dict[str, Any] = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
                 if isinstance(error, InvalidForgetSet):
@@ -245,6 +248,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         return {
             "revision": snapshot.revision,
             "prompt_date": date.today().isoformat() if app.state.lethe_dated_prompts else None,
+            "fault": control.fault,
             "enabled": sorted(snapshot.enabled),
             "policies": {name: snapshot.forget_sets_of(policy) for name, policy in sorted(snapshot.policies.items())},
         }

@@ -23,6 +23,7 @@ from guards.policy import DEFAULT, Policy
 from guards.strict_json import parse_object, shorten
 from guards.types import Plan, TextPlan
 from serve.api import refusal
+from serve.api.budgets import Budgets, OverBudget
 from serve.api.dialects import normalise, wants_json
 from serve.api.envelopes import SignsOfLife, cross_origin, error_body, with_headers, with_own_errors, without_body
 from serve.api.grammars import TooLarge, check_size
@@ -58,7 +59,8 @@ ALLOWED = {
     "GET /load",
     "GET /metrics",
 }
-OWN_SCOPES: dict[str, Scope] = {f"POST {ADMIN_PREFIX}/compare": "compare", f"POST {ADMIN_PREFIX}/feedback": "chat"}
+COMPARE = f"POST {ADMIN_PREFIX}/compare"
+OWN_SCOPES: dict[str, Scope] = {COMPARE: "compare", f"POST {ADMIN_PREFIX}/feedback": "chat"}
 """Of our own routes, those that need less than an operator's key."""
 RETRY_AFTER_S = 5
 END_WITHIN_S = 5.0
@@ -157,6 +159,7 @@ class Admission:
         open_without_keys: the server is bound to the loopback interface only.
         experiments: those that requests may take part in.
         hits: where what guards find is kept for operators.
+        budgets: what each key may use.
         allowed_origins: of web pages that may read answers, as vLLM's ``--allowed-origins``.
         owner: the application around ``app``, which puts itself into a request's scope before this is called.
     """
@@ -171,6 +174,7 @@ class Admission:
         open_without_keys: bool,
         experiments: LiveExperiments,
         hits: RecentHits,
+        budgets: Budgets,
         allowed_origins: Sequence[str] = (),
         owner: object = None,
     ) -> None:
@@ -182,6 +186,7 @@ class Admission:
         self._allowed = ALLOWED | set(settings.allow_routes)
         self._experiments = experiments
         self._hits = hits
+        self._budgets = budgets
         self._allowed_origins = allowed_origins
         self._under_way = 0
         self._owner = owner
@@ -252,6 +257,8 @@ class Admission:
             client = _Client(send, _replay(body, receive))
             send, receive = client, client.receive
         scope["lethe.caller"] = caller
+        if f"{method} {path}" == COMPARE:
+            self._within_budget(caller)
         if request is None or path not in GENERATING:
             token = admitted.set(request)
             try:
@@ -260,6 +267,7 @@ class Admission:
                 admitted.reset(token)
             return
         self._refuse_too_many()  # a body may take its time
+        self._within_budget(caller)
         self._under_way += 1
         self._experiments.shadow.client_comes()
         token = admitted.set(request)
@@ -270,6 +278,7 @@ class Admission:
             alive.stop()
             self._under_way -= 1
             admitted.reset(token)
+            self._budgets.spent(caller, request.observation.prompt_tokens + request.observation.tokens)
             request.observation.total_s = request.observation.total_s or time.perf_counter() - request.observation.started
             self._experiments.shadow.client_goes()
             if request.hits:
@@ -332,6 +341,12 @@ class Admission:
                 retry_after_s=RETRY_AFTER_S,
             )
 
+    def _within_budget(self, caller: Caller) -> None:
+        try:
+            self._budgets.admit(caller)
+        except OverBudget as over:
+            raise Refused(429, over.message, kind="rate_limit_error", retry_after_s=over.retry_after_s) from None
+
     def _identify(self, headers: list[tuple[bytes, bytes]], needed: Scope | None) -> tuple[Caller, Snapshot]:
         """Who calls, and what is in force for them, now."""
         named, snapshot = dict(headers), self._snapshot()
@@ -341,6 +356,12 @@ class Admission:
             raise Refused(
                 401,
                 "a key is needed: send 'Authorization: Bearer <key>'; make one with `lethe key create`",
+                kind="authentication_error",
+            )
+        if caller.expired:
+            raise Refused(
+                401,
+                f"{caller.name} expired at {caller.limits.expires_at}; make another with `lethe key create`",
                 kind="authentication_error",
             )
         if caller is LOOPBACK and not _same_machine(named):

@@ -35,6 +35,7 @@ from guards.errors import InvalidArtifact
 from guards.policy import DEFAULT, NONE
 from serve.api import admin, experiment_routes
 from serve.api.admission import Admission, is_loopback
+from serve.api.budgets import Budgets
 from serve.api.control import Control
 from serve.api.engine_client import GuardedEngineClient, check_workers, load_artifacts
 from serve.api.experiments import LiveExperiments
@@ -45,20 +46,14 @@ from serve.api.side_by_side import SideBySide
 from serve.api.similarity import Similarity, default_encoder
 from serve.api.tools import DEFAULT_PARSER, chat_template_of, tool_parser_of, writes_dates
 from serve.compare.observations import Observations
+from serve.environment import UNSAFE
 from serve.registry.experiments import Experiments
 from serve.registry.store import Registry
+from serve.registry.usage import FILE as USAGE
+from serve.registry.usage import Usage
 from serve.settings import Settings
 from serve.vocabulary import vocabulary_of
 from serve.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY
-
-_UNSAFE_ENVIRONMENT = {
-    "VLLM_SERVER_DEV_MODE": "opens a way around the guards; unset it",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens a way around the guards; unset it",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "opens a way around the guards; unset it",
-    "VLLM_SKIP_MODEL_NAME_VALIDATION": "opens a way around the guards; unset it",
-    "VLLM_ENABLE_RESPONSES_API_STORE": "keeps answers that a later removal would not reach, for every key; unset it",
-    "VLLM_API_KEY": "knows no scopes; unset it and make keys with `lethe key create`",
-}
 
 
 class UnsafeSetting(ValueError):
@@ -75,7 +70,7 @@ def parse_arguments(arguments: Sequence[str], default_model: Callable[[], str]) 
         UnsafeSetting: an option or environment variable that would open a way around the guards.
         SystemExit: an option that vLLM does not know (argparse has printed why).
     """
-    for name, reason in _UNSAFE_ENVIRONMENT.items():
+    for name, reason in UNSAFE.items():
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
             raise UnsafeSetting(f"{name} {reason}")
     cli_env_setup()
@@ -247,7 +242,10 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
                     ChatCompletionRequest.model_validate(fields), None
                 )
 
-            side_by_side = SideBySide(chat, args.served_model_name[0], lambda: control.snapshot)
+            usage = Usage(settings.state_dir / USAGE)
+            budgets = Budgets(usage)
+            await budgets.start()
+            side_by_side = SideBySide(chat, args.served_model_name[0], lambda: control.snapshot, budgets.spent)
             shadow = Shadow(
                 waiting=settings.shadow_waiting,
                 beside=settings.shadow_beside,
@@ -273,6 +271,7 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
                 open_without_keys=is_loopback(args.host or ""),
                 experiments=live,
                 hits=hits,
+                budgets=budgets,
                 allowed_origins=args.allowed_origins,
                 owner=app,
             )
@@ -282,7 +281,9 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
                 yield app, inner
             finally:
                 await live.stop()
+                await budgets.stop()
                 observations.close()
+                usage.close()
         finally:
             await control.stop()
 
@@ -342,6 +343,7 @@ async def serve(arguments: Sequence[str], settings: Settings, default_model: Cal
 
 async def _serve(args: Namespace, settings: Settings) -> None:
     registry = Registry(settings.state_dir / "lethe.db")
+    registry.check_file()  # a damaged page may be one that is read first when it is needed most
     check_binding(args.host, registry)
     guard_arguments(args, settings)
     address, listener = setup_server(args, reuse_port=False)

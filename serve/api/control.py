@@ -32,15 +32,17 @@ from serve.api.gate_fitting import GateOrder, measure_gate
 from serve.api.hits import Hit
 from serve.api.similarity import Similarity
 from serve.api.training import Program, Trainer
-from serve.registry.nouns import TRAINED, Artifact, ArtifactKind, NotReady, UnknownName, now
+from serve.registry.nouns import TRAINED, Artifact, ArtifactKind, NotReady, RegistryError, UnknownName, now
 from serve.registry.snapshot import Snapshot
 from serve.registry.store import Registry
+from serve.sqlite import StorageFault
 from serve.wire import assistant_path, phrases_path, steering_path
 
 logger = logging.getLogger(__name__)
 
 _revision = Gauge("lethe_revision", "The registry revision in force in this process.")
 _enabled = Gauge("lethe_enabled_forget_sets", "Forget sets in force in this process.")
+_fault = Gauge("lethe_registry_fault", "1 while the registry cannot be read, so that what was in force before stays in force.")
 Loader = Callable[[Sequence[str], Sequence[str]], Awaitable[dict[str, str]]]
 
 
@@ -78,9 +80,12 @@ class Control:
         self._base = base
         self.unavailable: dict[str, str] = {}
         """Assistants that are in force and that a worker could not load, and why: their requests are refused."""
+        self.fault: str | None = None
+        """Why the registry cannot be read, while it cannot: what is in force is what was in force then."""
         self.snapshot: Snapshot = registry.snapshot()
         _revision.set_function(lambda: self.snapshot.revision)
         _enabled.set_function(lambda: len(self.snapshot.enabled))
+        _fault.set_function(lambda: self.fault is not None)
 
     async def start(self) -> None:
         """Rebuild what is missing (another model, an interrupted build), load what is enabled, start polling.
@@ -433,12 +438,21 @@ class Control:
         while True:
             await asyncio.sleep(self._refresh_ms / 1_000)
             try:
-                if await asyncio.to_thread(self._registry.revision) != self.snapshot.revision:
+                position = await asyncio.to_thread(self._registry.position)
+                if (position.revision, position.head) != (self.snapshot.revision, self.snapshot.head):
                     async with self._changing:
                         await self._refresh()
                 await self._disable_expired()
+            except (StorageFault, RegistryError) as error:
+                if self.fault != str(error):  # once, not twice a second
+                    logger.error("lethe: what is in force stays as it is at revision %d: %s", self.snapshot.revision, error)
+                self.fault = str(error)
             except Exception:  # a poll that dies would freeze the snapshot; say so and try again
                 logger.exception("lethe: could not refresh from the registry")
+            else:
+                if self.fault is not None:
+                    logger.warning("lethe: the registry can be read again, revision %d is in force", self.snapshot.revision)
+                self.fault = None
 
     async def _disable_expired(self) -> None:
         if not self.snapshot.enabled:

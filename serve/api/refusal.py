@@ -23,7 +23,7 @@ _ENDINGS = (
     b"output_item.done",
 )
 """What the last chunks of the three protocols contain; a cheap test before parsing."""
-_TEXT_DONE = b"event: response.output_text.done"
+_BETWEEN = b"\n\n"
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
@@ -35,6 +35,7 @@ def reporting(send: Send, refusal: str, blocked: Callable[[], bool], *, parsed: 
     """
     held: list[MutableMapping[str, Any]] = []
     streaming = True
+    events = _Events(refusal, parsed)
 
     async def report(message: MutableMapping[str, Any]) -> None:
         nonlocal streaming
@@ -54,12 +55,70 @@ def reporting(send: Send, refusal: str, blocked: Callable[[], bool], *, parsed: 
             await send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
             await send({"type": "http.response.body", "body": body})
             return
-        elif streaming and blocked() and any(ending in message.get("body", b"") for ending in _ENDINGS):
-            lines = message["body"].split(b"\n")
-            message = {**message, "body": b"\n".join(_complete_line(line, refusal, parsed) for line in lines)}
+        elif streaming and blocked():
+            message = {**message, "body": events.take(message.get("body", b""), last=not message.get("more_body"))}
         await send(message)
 
     return report
+
+
+class _Events:
+    """The last events of a blocked stream, completed. In ``/v1/responses`` a refusal is a part of its own, behind the text's."""
+
+    def __init__(self, refusal: str, parsed: bool) -> None:
+        self._refusal, self._parsed = refusal, parsed
+        self._added = 0  # events more than there were, by which later ones are numbered
+        self._begun = b""  # an event whose end has not come
+
+    def take(self, piece: bytes, *, last: bool) -> bytes:
+        """A piece of the stream, whole events of it completed."""
+        *events, self._begun = (self._begun + piece).split(_BETWEEN)
+        done = b"".join(new + _BETWEEN for event in events for new in self.complete(event))
+        return done + self._begun if last else done
+
+    def complete(self, event: bytes) -> list[bytes]:
+        """What an event becomes: itself, completed; with more behind it; or nothing."""
+        if not self._added and not any(ending in event for ending in _ENDINGS):
+            return [event]
+        lines = event.split(b"\n")
+        place = next((i for i, line in enumerate(lines) if line.startswith(b"data: {")), None)
+        if place is None:
+            return [event]
+        document = json.loads(lines[place].removeprefix(b"data: "))
+        kind = document.get("type")
+        number = document.get("sequence_number")
+        if number is not None:
+            document["sequence_number"] = number + self._added
+        if kind == "response.output_text.done" and self._parsed:
+            self._added -= 1  # whoever parses a text does so now, and it is not whole
+            return []
+        _complete(document, self._refusal, self._parsed)
+        if kind == "response.completed":
+            lines = [b"event: response.incomplete" if line.startswith(b"event: ") else line for line in lines]
+        lines[place] = _data(document)
+        completed = [b"\n".join(lines)]
+        if kind == "response.content_part.done" and document.get("part", {}).get("type") == "output_text":
+            completed += self._refusal_part(document)
+        return completed
+
+    def _refusal_part(self, text_done: dict[str, Any]) -> list[bytes]:
+        where = {"item_id": text_done.get("item_id"), "output_index": text_done.get("output_index")}
+        where["content_index"] = text_done.get("content_index", 0) + 1
+        number, part = text_done.get("sequence_number", 0), {"type": "refusal", "refusal": self._refusal}
+        events: list[dict[str, Any]] = [
+            {"type": "response.content_part.added", "part": {**part, "refusal": ""}},
+            {"type": "response.refusal.delta", "delta": self._refusal},
+            {"type": "response.refusal.done", "refusal": self._refusal},
+            {"type": "response.content_part.done", "part": part},
+        ]
+        self._added += len(events)
+        for i, event in enumerate(events, 1):
+            event.update(where, sequence_number=number + i)
+        return [f"event: {event['type']}\n".encode() + _data(event) for event in events]
+
+
+def _data(document: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(document, ensure_ascii=False).encode()
 
 
 def _complete_body(body: bytes, refusal: str, parsed: bool) -> bytes:
@@ -70,21 +129,12 @@ def _complete_body(body: bytes, refusal: str, parsed: bool) -> bytes:
     return json.dumps(document, ensure_ascii=False).encode()
 
 
-def _complete_line(line: bytes, refusal: str, parsed: bool) -> bytes:
-    if parsed and line.startswith(_TEXT_DONE):
-        return b"event: response.refusal.done"
-    if line.startswith(b"event: response.completed"):
-        return b"event: response.incomplete"
-    if not line.startswith(b"data: {"):
-        return line
-    document = json.loads(line.removeprefix(b"data: "))
-    _complete(document, refusal, parsed)
-    return b"data: " + json.dumps(document, ensure_ascii=False).encode()
-
-
 def _complete(document: dict[str, Any], refusal: str, parsed: bool) -> None:
-    if parsed:
-        _drop_what_would_be_parsed(document, refusal)
+    kind, item = document.get("type"), document.get("item")
+    if kind == "message" and parsed:
+        document["content"] = []
+    if kind == "response.output_item.done" and isinstance(item, dict) and item.get("type") == "message":
+        _say_in_message(item, refusal, parsed)
     for choice in document.get("choices") or ():
         if choice.get("finish_reason") == FINISH_REASON:
             parts = [choice[part] for part in ("message", "delta") if isinstance(choice.get(part), dict)]
@@ -102,22 +152,6 @@ def _complete(document: dict[str, Any], refusal: str, parsed: bool) -> None:
         message["stop_details"] = {"type": "refusal", "category": None, "explanation": refusal}
 
 
-def _drop_what_would_be_parsed(document: dict[str, Any], refusal: str) -> None:
-    """Turn the ends of a text into those of a refusal, in the events of ``/v1/responses``; leave text out of ``/v1/messages``."""
-    part = {"type": "refusal", "refusal": refusal}
-    kind = document.get("type")
-    if kind == "response.output_text.done":
-        for name in ("text", "logprobs"):
-            document.pop(name, None)
-        document.update(type="response.refusal.done", refusal=refusal)
-    elif kind == "response.content_part.done":
-        document["part"] = part
-    elif kind == "response.output_item.done" and document.get("item", {}).get("type") == "message":
-        document["item"].update(content=[part], status="incomplete")
-    elif kind == "message":
-        document["content"] = []
-
-
 def _say_in_output(response: dict[str, Any], refusal: str, parsed: bool) -> None:
     """Add the refusal to the last message of a response's output; make one if it has none."""
     output = response.setdefault("output", [])
@@ -125,7 +159,9 @@ def _say_in_output(response: dict[str, Any], refusal: str, parsed: bool) -> None
     if not messages:
         messages = [{"type": "message", "id": f"msg_{response.get('id', '')}", "role": "assistant", "content": []}]
         output += messages
-    messages[-1]["status"] = "incomplete"
-    if parsed:
-        messages[-1]["content"] = []
-    messages[-1].setdefault("content", []).append({"type": "refusal", "refusal": refusal})
+    _say_in_message(messages[-1], refusal, parsed)
+
+
+def _say_in_message(message: dict[str, Any], refusal: str, parsed: bool) -> None:
+    said = [] if parsed else [part for part in message.get("content") or () if part.get("type") != "refusal"]
+    message.update(status="incomplete", content=[*said, {"type": "refusal", "refusal": refusal}])

@@ -87,10 +87,18 @@ class SideBySide:
     Args:
         chat: vLLM's handler of chat requests: the fields of one -> its lines of server-sent events, or an error.
         served: the base model's name.
+        spent: told how many tokens a caller's arm took.
     """
 
-    def __init__(self, chat: Callable[[dict[str, Any]], Awaitable[Any]], served: str, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(
+        self,
+        chat: Callable[[dict[str, Any]], Awaitable[Any]],
+        served: str,
+        snapshot: Callable[[], Snapshot],
+        spent: Callable[[Caller, int], None],
+    ) -> None:
         self._chat = chat
+        self._spent = spent
         self._served = served
         self._snapshot = snapshot
 
@@ -120,6 +128,7 @@ class SideBySide:
                     await queue.put(("delta", {"arm": arm.policy, "text": text}))
             except Exception as error:  # noqa: BLE001 - one arm's failure is its result
                 arm.error = f"{type(error).__name__}: {error}"
+            self._spent(caller, request.observation.prompt_tokens + request.observation.tokens)
             arm.fired = list(request.fired)
             if request.blocked:
                 arm.refusal = request.policy.refusal

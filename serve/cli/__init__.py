@@ -1,4 +1,4 @@
-"""The command line: ``lethe serve | forget | train | calibrate | compare | bench | experiment | policy | check | audit | key``."""
+"""The command line, ``lethe``: the commands of the other modules here under one name, and ``lethe serve``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import typer
 from pydantic_settings import SettingsError
 
 from guards.errors import GuardError, InvalidForgetSet
-from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies
+from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies, state
 from serve.cli.talk import ServerSaysNo, fail, out
 from serve.registry.nouns import RegistryError
 from serve.settings import Settings
+from serve.sqlite import StorageFault
 
 app = typer.Typer(
     name="lethe",
@@ -34,6 +35,9 @@ for command in (
     look.why,
     look.revision,
     look.audit,
+    state.backup,
+    state.restore,
+    state.doctor,
 ):
     app.command()(command)
 
@@ -44,7 +48,7 @@ def main() -> None:
         app()
     except InvalidForgetSet as error:
         fail("\n".join(error.problems))
-    except (GuardError, RegistryError, ServerSaysNo) as error:
+    except (GuardError, RegistryError, StorageFault, ServerSaysNo) as error:
         fail(str(error))
     except SettingsError as error:
         fail(f"{error}; lists are JSON, for instance LETHE_ALLOW_ROUTES='[\"POST /tokenize\"]'")

@@ -57,6 +57,8 @@ def revision() -> None:
     for name, names in shown["policies"].items():
         table.add_row(name, ", ".join(names) or "none")
     out.print(table)
+    if shown["fault"]:
+        fail(f"this stays in force, since the registry cannot be read: {shown['fault']}")
 
 
 def audit(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from guards.policy import parse_policy
 from serve.cli.talk import act, connect, fail, folding_table, out, unwrap
 
 app = typer.Typer(no_args_is_help=True, help="Show and change policies: which sets apply, through which guards.")
@@ -24,6 +25,18 @@ def policy_list() -> None:
         guards = ", ".join(name for name, config in each["guards"].items() if config and config.get("enabled", True))
         table.add_row(each["name"], sets, guards or "none", each["description"])
     out.print(table)
+
+
+@app.command("show")
+def policy_show(
+    name: Annotated[str, typer.Argument(help="The policy's name.")],
+    defaults: Annotated[bool, typer.Option("--all", help="Also what is as it is by default.")] = False,
+) -> None:
+    """Print a policy as JSON, as `lethe policy put` takes it."""
+    with connect() as client:
+        shown = unwrap(client.get(f"/policies/{name}"))
+    policy = parse_policy({key: value for key, value in shown.items() if key != "revision"})
+    print(json.dumps(policy.model_dump(mode="json", exclude={"name"}, exclude_defaults=not defaults), indent=1, ensure_ascii=False))
 
 
 @app.command("put")

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from guards.policy import METHODS
-from serve.registry.snapshot import Scope
+from serve.registry.snapshot import Limits, Scope
 
 STRIPPED = ""
 """The stored content of a set whose texts were dropped."""
@@ -39,6 +39,10 @@ class Stripped(RegistryError):
 
 class NotReady(RegistryError):
     """The set cannot be enabled: something that would enforce it is missing."""
+
+
+class RolledBack(RegistryError):
+    """The registry holds another history than before: somebody put an older copy in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class StoredKey:
     scope: Scope
     label: str
     created_at: str
+    limits: Limits
 
 
 def now() -> str:

@@ -6,11 +6,13 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from guards.errors import InvalidPolicy
 from guards.policy import DEFAULT_ALPHA, DEFAULT_CORRUPTION, DEFAULT_SAID, DEFAULT_THRESHOLD, Policy
 from guards.types import Contrast, Plan, Steer, TextPlan
+from serve.clock import never_back
 from serve.experiment import Experiment
 
 Scope = Literal["chat", "compare", "admin"]
@@ -23,11 +25,28 @@ SCOPES: dict[Scope, frozenset[Scope]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """How long and how much a key may be used; None = without a limit."""
+
+    expires_at: str | None = None  # UTC, ISO 8601
+    requests_per_minute: int | None = None
+    tokens_per_day: int | None = None  # of prompts and answers
+    in_experiments: bool = True  # whether its requests take part
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Who sent a request."""
 
     name: str
     scopes: frozenset[Scope]
+    limits: Limits = Limits()
+
+    @property
+    def expired(self) -> bool:
+        """Whether the key is no longer valid."""
+        ends = self.limits.expires_at
+        return ends is not None and datetime.fromisoformat(ends) <= never_back()
 
 
 LOOPBACK = Caller("loopback", SCOPES["admin"])
@@ -39,6 +58,7 @@ class Key:
     id: str
     digest: str  # sha256 of the secret
     scope: Scope
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +84,7 @@ class Snapshot:
     thresholds: Mapping[str, Thresholds] = field(default_factory=dict)  # vectors -> their calibrated thresholds
     corruptions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # vectors -> kind -> its calibrated strength
     experiments: tuple[Experiment, ...] = ()  # those that run
+    head: str = ""  # hash of the audit row that made the revision
     plans: Mapping[str, Plan] = field(init=False)  # policy -> plan
     text_plans: Mapping[str, TextPlan | None] = field(init=False)  # policy -> what similarity does; None = nothing
 
@@ -208,7 +229,7 @@ class Snapshot:
         return self.plans[policy]
 
     def caller(self, secret: str | None, *, open_without_keys: bool) -> Caller | None:
-        """Who presents this secret; None if a key is needed and this is none.
+        """Who presents this secret, perhaps with a key that has expired; None if a key is needed and this is none.
 
         Args:
             open_without_keys: only this machine can reach the server, so that while no key exists, none is needed.
@@ -219,7 +240,7 @@ class Snapshot:
         found = None
         for key in self.keys:  # all of them, so that the time taken tells nothing
             if hmac.compare_digest(key.digest, digest):
-                found = Caller(key.id, SCOPES[key.scope])
+                found = Caller(key.id, SCOPES[key.scope], key.limits)
         return found
 
 

@@ -10,7 +10,7 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,16 @@ from serve.registry.nouns import (
     NameTaken,
     NotReady,
     RegistryError,
+    RolledBack,
     StoredKey,
     StoredSet,
     Stripped,
     UnknownName,
     now,
 )
-from serve.registry.snapshot import Key, Scope, Snapshot, Thresholds, digest_secret
-from serve.sqlite import READING, open_database
+from serve.registry.position import Mark, Position
+from serve.registry.snapshot import Key, Limits, Scope, Snapshot, Thresholds, digest_secret
+from serve.sqlite import READING, StorageFault, open_database
 
 
 class Registry:
@@ -46,11 +48,18 @@ class Registry:
     Args:
         path: the database file; made with its directory if absent.
 
+    Every method raises StorageFault where the file cannot be used, and those that change something, and `snapshot`, raise
+    RolledBack where it holds an older history than before.
+
     Raises:
         RegistryError: the file was written by a newer release.
+        StorageFault: see `open_database`.
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+        self._mark = Mark(path)
+        self._seen = self._mark.read()  # as far as the history has come
         self._engine = open_database(path)
         with self._engine.begin() as connection:
             tables.metadata.create_all(connection)
@@ -71,6 +80,11 @@ class Registry:
         """The revision in force: the number of changes so far."""
         with self.reading() as connection:
             return self.revision_of(connection)
+
+    def position(self) -> Position:
+        """The end of the history as the file has it now."""
+        with self.reading() as connection:
+            return self._position_of(connection)
 
     def forget_sets(self) -> list[StoredSet]:
         with self.reading() as connection:
@@ -96,13 +110,28 @@ class Registry:
     def stored_keys(self) -> list[StoredKey]:
         with self.reading() as connection:
             rows = connection.execute(sa.select(tables.keys).order_by(tables.keys.c.created_at)).mappings()
-            return [StoredKey(row["id"], row["scope"], row["label"], row["created_at"]) for row in rows]
+            return [StoredKey(row["id"], row["scope"], row["label"], row["created_at"], _limits(row)) for row in rows]
 
     def audit(self, *, after: int = 0, limit: int = 1_000) -> list[AuditRow]:
         """Audit rows in order, from the one after revision ``after``."""
         with self.reading() as connection:
             query = sa.select(tables.audit).where(tables.audit.c.revision > after).order_by(tables.audit.c.revision).limit(limit)
             return [AuditRow(**row) for row in connection.execute(query).mappings()]
+
+    def check_file(self) -> None:
+        """Read the whole file. Raises StorageFault if a page of it is damaged."""
+        with self.reading() as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if found != "ok":
+            raise StorageFault(
+                f"{self._path} cannot be used: it is damaged; stop the server and bring the last backup back with "
+                f"`lethe restore FILE` ({found})"
+            )
+
+    def check_history(self) -> None:
+        """Raises RolledBack if an older copy was put in the file's place."""
+        with self.reading() as connection:
+            self._check_history(connection)
 
     def first_broken_audit_row(self) -> int | None:
         """The first revision whose audit row was tampered with, or None."""
@@ -113,7 +142,8 @@ class Registry:
     def snapshot(self) -> Snapshot:
         """What is in force, read in one transaction."""
         with self.reading() as connection:
-            revision = self.revision_of(connection)
+            self._check_history(connection)
+            position = self._position_of(connection)
             enabled: dict[str, str | None] = {}
             assistants: dict[str, str] = {}
             alphas: dict[str, float] = {}
@@ -147,11 +177,13 @@ class Registry:
                             kinds = json.loads(corruption.detail)
                             corruptions[vectors.fingerprint] = {kind: found["strength"] for kind, found in kinds.items()}
             keys = connection.execute(sa.select(tables.keys)).mappings()
+            self._note(position)
             return Snapshot(
-                revision=revision,
+                revision=position.revision,
+                head=position.head,
                 enabled=enabled,
                 policies=self.policies_of(connection),
-                keys=tuple(Key(row["id"], row["digest"], row["scope"]) for row in keys),
+                keys=tuple(Key(row["id"], row["digest"], row["scope"], _limits(row)) for row in keys),
                 assistants=assistants,
                 alphas=alphas,
                 steering=steering,
@@ -380,15 +412,15 @@ class Registry:
                 raise UnknownName(f"there is no policy {name!r} to delete; {hint}")
             return self.append(connection, actor, "policy.reset" if name == DEFAULT else "policy.delete", name, {})
 
-    def create_key(self, scope: Scope, label: str, *, actor: str) -> tuple[str, str]:
+    def create_key(self, scope: Scope, label: str, *, actor: str, limits: Limits | None = None) -> tuple[str, str]:
         """Make a key. Returns its id and its secret; the secret is not stored and cannot be shown again."""
         secret = f"lethe-{secrets.token_urlsafe(32)}"
         key_id = f"key-{secrets.token_hex(4)}"
+        limited = {name: value for name, value in asdict(limits or Limits()).items() if value != getattr(Limits(), name)}
+        values = {"id": key_id, "digest": digest_secret(secret), "scope": scope, "label": label, "limits": limited}
         with self.changing() as connection:
-            connection.execute(
-                tables.keys.insert().values(id=key_id, digest=digest_secret(secret), scope=scope, label=label, created_at=now())
-            )
-            self.append(connection, actor, "key.create", key_id, {"scope": scope, "label": label})
+            connection.execute(tables.keys.insert().values(**values, created_at=now()))
+            self.append(connection, actor, "key.create", key_id, {"scope": scope, "label": label, **limited})
         return key_id, secret
 
     def revoke_key(self, key_id: str, *, actor: str) -> int:
@@ -410,7 +442,34 @@ class Registry:
     def changing(self) -> Iterator[sa.Connection]:
         """One transaction that changes everything or nothing; see `append`."""
         with self._engine.begin() as connection:
+            self._check_history(connection)
             yield connection
+            position = self._position_of(connection)
+        self._note(position)
+
+    def _check_history(self, connection: sa.Connection) -> None:
+        seen = self._seen
+        if seen is None or seen.revision == 0:
+            return
+        head = connection.scalar(sa.select(tables.audit.c.hash).where(tables.audit.c.revision == seen.revision))
+        if head != seen.head:
+            raise RolledBack(
+                f"{self._path} holds revision {self.revision_of(connection)} of another history than was in force up to "
+                f"revision {seen.revision}: an older copy was put in its place, in which later removals are missing. Nothing was "
+                "changed, and a running server keeps what was in force. Stop the server and put the newest copy back, or a backup "
+                f"with `lethe restore FILE`; to go on with this copy as it is, delete {self._mark.path} and start again"
+            )
+
+    def _note(self, position: Position) -> None:
+        if self._seen is None or position.revision > self._seen.revision:
+            self._seen = position
+            self._mark.write(position)
+
+    @staticmethod
+    def _position_of(connection: sa.Connection) -> Position:
+        columns = (tables.audit.c.revision, tables.audit.c.hash)
+        last = connection.execute(sa.select(*columns).order_by(tables.audit.c.revision.desc()).limit(1)).first()
+        return Position(0, GENESIS) if last is None else Position(*last)
 
     def judged(self, stored: StoredSet) -> bool:
         """Whether some policy acts on a set by similarity or by steering alone."""
@@ -520,8 +579,14 @@ def _summary(content: ForgetSet) -> dict[str, Any]:
     }
 
 
+def _limits(row: sa.RowMapping) -> Limits:
+    return Limits(**(row["limits"] or {}))
+
+
 def _upgrade(connection: sa.Connection) -> None:
-    """From schema 1: the strength of a calibration was called alpha."""
+    """From schema 1: the strength of a calibration was called alpha. From schema 2: keys had no limits."""
+    if "limits" not in {column["name"] for column in sa.inspect(connection).get_columns("keys")}:
+        connection.execute(sa.DDL("ALTER TABLE keys ADD COLUMN limits JSON"))
     calibrations = tables.artifacts.c.kind == "calibration"
     for row in connection.execute(sa.select(tables.artifacts).where(calibrations)).mappings().all():
         detail = json.loads(row["detail"])

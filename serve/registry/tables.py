@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA = 2
+SCHEMA = 3
 
 metadata = sa.MetaData()
 schema = sa.Table("schema", metadata, sa.Column("version", sa.Integer, nullable=False))
@@ -48,6 +48,7 @@ keys = sa.Table(
     sa.Column("scope", sa.String, nullable=False),
     sa.Column("label", sa.String, nullable=False),
     sa.Column("created_at", sa.String, nullable=False),
+    sa.Column("limits", sa.JSON),  # those of `serve.registry.snapshot.Limits` that are not its defaults
 )
 audit = sa.Table(
     "audit",

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,9 +14,11 @@ import pytest
 
 from guards.policy import BUILT_IN
 from serve.api.admission import ALLOWED, GENERATING, REFUSED_FIELDS, Admission, AdmittedRequest, admitted
+from serve.api.budgets import Budgets
 from serve.api.hits import RecentHits
 from serve.experiment import Experiment, parse_experiment
 from serve.registry.snapshot import LOOPBACK, Key, Snapshot, digest_secret
+from serve.registry.usage import Usage
 from serve.settings import Settings
 from tests.serve.live import live_experiments
 
@@ -59,6 +62,7 @@ def admission_around(
         "open_without_keys": open_without_keys,
         "experiments": live,
         "hits": RecentHits(),
+        "budgets": Budgets(Usage(Path(":memory:"))),
         "allowed_origins": allowed_origins,
     }
     return Admission(app, snapshot=snapshot, served_names=["m"], **options)
@@ -628,21 +632,22 @@ def test_a_refused_answer_holds_nothing_that_a_client_would_parse_as_json() -> N
     app.chunks = [
         b'event: response.output_text.done\ndata: {"type": "response.output_text.done", "item_id": "i", "text": "{", '
         b'"content_index": 0, "output_index": 0, "sequence_number": 7}\n\n',
-        b'event: response.content_part.done\ndata: {"type": "response.content_part.done", "part": ' + part + b"}\n\n",
-        b'event: response.output_item.done\ndata: {"type": "response.output_item.done", "item": {"type": "message", "content": ['
-        + part
-        + b"]}}\n\n",
+        b'event: response.content_part.done\ndata: {"type": "response.content_part.done", "item_id": "i", "content_index": 0, '
+        b'"output_index": 0, "sequence_number": 8, "part": ' + part + b"}\n\n",
+        b'event: response.output_item.done\ndata: {"type": "response.output_item.done", "sequence_number": 9, '
+        b'"item": {"type": "message", "content": [' + part + b"]}}\n\n",
     ]
     asked = {"model": "m", "input": "x", "text": {"format": {"type": "json_schema"}}, "stream": True}
-    lines = call("POST", "/v1/responses", asked, app=app)[0].text.splitlines()
-    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
-    assert lines[0] == "event: response.refusal.done"
-    assert events[0] == {
-        "type": "response.refusal.done",
-        "item_id": "i",
-        "content_index": 0,
-        "output_index": 0,
-        "sequence_number": 7,
-        "refusal": refusal["refusal"],
-    }
-    assert events[1]["part"] == refusal and events[2]["item"]["content"] == [refusal]
+    stream = call("POST", "/v1/responses", asked, app=app)[0].text
+    events = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: ")]
+    assert [(each["type"], each["sequence_number"]) for each in events] == [
+        ("response.content_part.done", 7),  # whoever parses does so at output_text.done: there is none
+        ("response.content_part.added", 8),
+        ("response.refusal.delta", 9),
+        ("response.refusal.done", 10),
+        ("response.content_part.done", 11),
+        ("response.output_item.done", 12),
+    ]
+    assert all(f"event: {each['type']}\ndata: " in stream for each in events)
+    assert {each["content_index"] for each in events[1:5]} == {1} and events[2]["item_id"] == "i"
+    assert events[4]["part"] == refusal and events[5]["item"]["content"] == [refusal]

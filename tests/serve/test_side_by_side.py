@@ -42,4 +42,4 @@ def test_a_divergence_is_where_the_first_tokens_differ(one: list[str], other: li
 def test_an_order_that_cannot_be_carried_out_is_refused_before_anything_is_asked(order: dict, error: type[Exception]) -> None:
     snapshot = Snapshot(1, {}, dict(BUILT_IN), ())
     with pytest.raises(error):
-        SideBySide(_never, "model", lambda: snapshot).check(CompareOrder.model_validate(order))
+        SideBySide(_never, "model", lambda: snapshot, lambda *_: None).check(CompareOrder.model_validate(order))
