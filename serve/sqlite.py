@@ -49,7 +49,9 @@ def open_database(path: Path) -> sa.Engine:
             if what is not None:
                 raise StorageFault(f"{path} cannot be used: {what} ({context.original_exception})") from context.original_exception
 
-    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
+    # No connection outlives its transaction: one that did would go on in a file that somebody has put another in the place of.
+    pool = None if str(path) == ":memory:" else sa.NullPool
+    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30}, poolclass=pool)
     sa.event.listen(engine, "handle_error", name_the_fault)
     sa.event.listen(engine, "connect", _configure)
     sa.event.listen(engine, "begin", _begin_immediately)

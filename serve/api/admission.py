@@ -188,8 +188,21 @@ class Admission:
         self._hits = hits
         self._budgets = budgets
         self._allowed_origins = allowed_origins
-        self._under_way = 0
         self._owner = owner
+        self.under_way = 0
+        """Requests that are being answered."""
+        self._ended = asyncio.Event()
+        self._draining = False
+
+    def drain(self) -> None:
+        """Answer what is under way and nothing more: the server is about to stop."""
+        self._draining = True
+
+    async def drained(self) -> None:
+        """Wait until nothing is under way."""
+        while self.under_way:
+            self._ended.clear()
+            await self._ended.wait()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -222,6 +235,8 @@ class Admission:
         scope = {**scope, "headers": headers}
         named = dict(headers)
         preflight = method == "OPTIONS" and b"origin" in named and b"access-control-request-method" in named
+        if self._draining and (path in GENERATING or f"{method} {path}" in (*OPEN, COMPARE)):  # balancers look elsewhere
+            raise Refused(503, "this server is about to stop; ask another", kind="service_unavailable", retry_after_s=RETRY_AFTER_S)
         if preflight or f"{method} {path}" in OPEN:
             await self._app(scope, receive, send)
             return
@@ -268,7 +283,7 @@ class Admission:
             return
         self._refuse_too_many()  # a body may take its time
         self._within_budget(caller)
-        self._under_way += 1
+        self.under_way += 1
         self._experiments.shadow.client_comes()
         token = admitted.set(request)
         alive = SignsOfLife(send, self._settings.comment_after_s)
@@ -276,7 +291,8 @@ class Admission:
             await self._app(scope, receive, alive)
         finally:
             alive.stop()
-            self._under_way -= 1
+            self.under_way -= 1
+            self._ended.set()
             admitted.reset(token)
             self._budgets.spent(caller, request.observation.prompt_tokens + request.observation.tokens)
             request.observation.total_s = request.observation.total_s or time.perf_counter() - request.observation.started
@@ -333,10 +349,10 @@ class Admission:
         return client.status
 
     def _refuse_too_many(self) -> None:
-        if self._under_way >= self._settings.max_under_way:
+        if self.under_way >= self._settings.max_under_way:
             raise Refused(
                 429,
-                f"{self._under_way:,} requests are under way or wait, this server's limit; try again later",
+                f"{self.under_way:,} requests are under way or wait, this server's limit; try again later",
                 kind="rate_limit_error",
                 retry_after_s=RETRY_AFTER_S,
             )

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import os
+import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -17,7 +18,6 @@ from fastapi.responses import JSONResponse
 from huggingface_hub import snapshot_download
 from vllm import envs
 from vllm.config import ModelConfig
-from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 from vllm.entrypoints.launchers.app import build_app
@@ -52,8 +52,14 @@ from serve.registry.store import Registry
 from serve.registry.usage import FILE as USAGE
 from serve.registry.usage import Usage
 from serve.settings import Settings
+from serve.terminal import Terminal
 from serve.vocabulary import vocabulary_of
 from serve.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY
+
+DRAIN_S = 60
+"""How long answers under way may take to end after a SIGTERM (vLLM's ``--shutdown-timeout``)."""
+CUT_OFF_S = 5
+"""And then: a client that reads slowly must not keep a stopped server alive."""
 
 
 class UnsafeSetting(ValueError):
@@ -76,7 +82,7 @@ def parse_arguments(arguments: Sequence[str], default_model: Callable[[], str]) 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="lethe serve"))
     # A tool that must be called gets arguments of its schema, also where it does not say "strict".
-    parser.set_defaults(host="127.0.0.1", port=8000, tool_strict_level="parameter")
+    parser.set_defaults(host="127.0.0.1", port=8000, tool_strict_level="parameter", shutdown_timeout=DRAIN_S)
     if current_platform.is_cpu():
         # On AVX2, float32 is five times faster than bfloat16 at batch 8, and compiling takes longer than most sessions last.
         parser.set_defaults(dtype="float32", enforce_eager=True)
@@ -88,6 +94,13 @@ def parse_arguments(arguments: Sequence[str], default_model: Callable[[], str]) 
     args.model = args.model_tag or args.model or default_model()
     validate_parsed_serve_args(args)
     return args
+
+
+def show_options(word: str) -> None:
+    """Print vLLM's options that have a word in them, or all of them."""
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="lethe serve"))
+    parser.parse_args([f"--help={word}"])
 
 
 def guard_arguments(args: Namespace, settings: Settings) -> None:
@@ -199,9 +212,13 @@ def check_binding(host: str | None, registry: Registry) -> None:
 
 
 @asynccontextmanager
-async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -> AsyncIterator[tuple[Any, EngineClient]]:
-    """The complete app, ready to serve, and the engine client under it. ``args`` have passed `guard_arguments`."""
+async def guarded_app(
+    args: Namespace, settings: Settings, registry: Registry, said: Terminal
+) -> AsyncIterator[tuple[Any, Admission]]:
+    """The complete app, ready to serve, and the admission around it. ``args`` have passed `guard_arguments`."""
+    said.step(f"starting the engine with {args.served_model_name[0]}")
     async with build_async_engine_client(args) as inner:
+        said.step("putting what is in force into the engine")
         model: ModelConfig = inner.model_config
         vocabulary = vocabulary_of(inner.renderer.get_tokenizer(), model.get_vocab_size())
         await asyncio.to_thread(vocabulary.warm)
@@ -278,7 +295,7 @@ async def guarded_app(args: Namespace, settings: Settings, registry: Registry) -
             app.middleware_stack = admission
             live.start(admission.answer_unseen)
             try:
-                yield app, inner
+                yield app, admission
             finally:
                 await live.stop()
                 await budgets.stop()
@@ -330,28 +347,37 @@ def sole_server(state_dir: Path) -> Iterator[None]:
         yield
 
 
-async def serve(arguments: Sequence[str], settings: Settings, default_model: Callable[[], str]) -> None:
+async def serve(arguments: Sequence[str], settings: Settings, default_model: Callable[[], str], said: Terminal) -> None:
     """Run the server until it is told to stop.
 
     Raises:
-        UnsafeSetting, UnguardedWorker, RegistryError, GuardError, OSError: it cannot start, and why.
+        UnsafeSetting, UnguardedWorker, RegistryError, StorageFault, GuardError, OSError: it cannot start, and why.
     """
     args = parse_arguments(arguments, default_model)
     with sole_server(settings.state_dir):
-        await _serve(args, settings)
+        await _serve(args, settings, said)
 
 
-async def _serve(args: Namespace, settings: Settings) -> None:
+async def _serve(args: Namespace, settings: Settings, said: Terminal) -> None:
     registry = Registry(settings.state_dir / "lethe.db")
     registry.check_file()  # a damaged page may be one that is read first when it is needed most
+    registry.check_history()
     check_binding(args.host, registry)
     guard_arguments(args, settings)
     address, listener = setup_server(args, reuse_port=False)
     try:
-        async with guarded_app(args, settings, registry) as (app, _):
-            print(f"lethe: serving {args.served_model_name[0]} on {address} (state in {settings.state_dir})", flush=True)
+        async with guarded_app(args, settings, registry, said) as (app, admission):
+            in_force = sum(each.enabled for each in await asyncio.to_thread(registry.forget_sets))
+            said.ready(
+                [
+                    f"{in_force} forget set{'' if in_force == 1 else 's'} in force, state in {settings.state_dir}",
+                    *([] if said.log is None else [f"the log is {said.log}"]),
+                    f"serving {args.served_model_name[0]} on {address} (Ctrl-C stops)",
+                ]
+            )
             configured = get_uvicorn_log_config(args)
             log_config = {} if configured is None else {"log_config": configured}
+            taking_signals = asyncio.create_task(_take_signals(app, admission, args.shutdown_timeout, said))
             closing = await serve_http(
                 app,
                 sock=listener,
@@ -366,12 +392,32 @@ async def _serve(args: Namespace, settings: Settings) -> None:
                 ssl_cert_reqs=args.ssl_cert_reqs,
                 ssl_ciphers=args.ssl_ciphers,
                 timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-                timeout_graceful_shutdown=5,  # a client that reads slowly must not keep a stopped server alive
+                timeout_graceful_shutdown=CUT_OFF_S,
                 h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
                 h11_max_header_count=args.h11_max_header_count,
                 **log_config,
             )
+            taking_signals.cancel()
         await closing
     finally:
         listener.close()
         registry.close()
+
+
+async def _take_signals(app: FastAPI, admission: Admission, drain_s: float, said: Terminal) -> None:
+    """Stop when told to. SIGTERM lets answers that are under way end, SIGINT or a second signal cuts them off."""
+    # vLLM's launcher has run up to its first wait by now: it has made the server, and put handlers of its own in place.
+    loop, told = asyncio.get_running_loop(), asyncio.Queue[signal.Signals]()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, told.put_nowait, each)
+    said_how = await told.get()
+    said.say("stopping")
+    if said_how is signal.SIGTERM and drain_s > 0:
+        admission.drain()
+        if admission.under_way:
+            said.say(f"{admission.under_way} answers may take {drain_s:g} s to end; another signal cuts them off")
+        waiting = {asyncio.ensure_future(told.get()), asyncio.ensure_future(admission.drained())}
+        await asyncio.wait(waiting, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+    app.state.server.should_exit = True

@@ -14,6 +14,7 @@ from serve.cli.talk import ServerSaysNo, fail, out
 from serve.registry.nouns import RegistryError
 from serve.settings import Settings
 from serve.sqlite import StorageFault
+from serve.terminal import LOG, plain_terminal, quiet_terminal
 
 app = typer.Typer(
     name="lethe",
@@ -42,13 +43,16 @@ for command in (
     app.command()(command)
 
 
+_OURS = (GuardError, RegistryError, StorageFault)
+
+
 def main() -> None:
     """Entry point: errors become one readable message and exit status 1."""
     try:
         app()
     except InvalidForgetSet as error:
         fail("\n".join(error.problems))
-    except (GuardError, RegistryError, StorageFault, ServerSaysNo) as error:
+    except (*_OURS, ServerSaysNo) as error:
         fail(str(error))
     except SettingsError as error:
         fail(f"{error}; lists are JSON, for instance LETHE_ALLOW_ROUTES='[\"POST /tokenize\"]'")
@@ -64,13 +68,25 @@ def main() -> None:
 def serve(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Any model path or name vLLM takes. Default: the bundled one.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="The engine's log on the terminal, instead of in a file.")] = False,
+    options: Annotated[str | None, typer.Option(help="Show vLLM's options that have this word in them (all: every one).")] = None,
     help_: Annotated[bool, typer.Option("--help", help="Show this and exit.")] = False,
 ) -> None:
     """Start the server. Takes every option of `vllm serve`: --host, --port, --max-model-len, ..."""
     if help_:
         out.print(context.get_help())
-        out.print("All further options go to vLLM; `vllm serve --help=all` lists them.")
+        out.print("All further options go to vLLM: `lethe serve --options all` lists them, `--options port` those about ports.")
         raise typer.Exit
+    if options:
+        from serve.api.app import show_options
+
+        show_options(options)
+        raise typer.Exit
+    settings = Settings()
+    arguments = [*(["--model", model] if model else []), *context.args]
+    said = plain_terminal() if verbose else quiet_terminal(settings.state_dir / "logs" / LOG)
+    said.step("loading vLLM")
+    # These take seconds to import, and what they say belongs into the log.
     import uvloop
 
     from serve.api.app import UnsafeSetting
@@ -78,12 +94,21 @@ def serve(
     from serve.api.engine_client import UnguardedWorker
     from serve.default_model import MissingModel, default_model
 
-    settings = Settings()
-    arguments = [*(["--model", model] if model else []), *context.args]
+    def bundled() -> str:
+        said.step("making the bundled model ready")
+        return str(default_model(settings.cache_dir))
+
     try:
         # As vLLM does; with asyncio's own loop, Nagle's algorithm would hold every answer back for 40 ms.
-        uvloop.run(run(arguments, settings, lambda: str(default_model(settings.cache_dir))))
-    except (UnsafeSetting, UnguardedWorker, MissingModel, OSError, ValueError) as error:
-        fail(str(error))
+        uvloop.run(run(arguments, settings, bundled, said))
+    except (UnsafeSetting, UnguardedWorker, MissingModel, *_OURS, OSError, ValueError) as error:
+        said.fail(str(error))
     except KeyboardInterrupt:
+        said.end()
+        said.say("stopped")
         raise typer.Exit(130) from None
+    except (RuntimeError, SystemExit) as error:  # of vLLM, which has said why in its log
+        if said.log is None:
+            raise
+        said.fail(f"the server did not start: {error}\n{said.last_words()}\nall of it is in {said.log}")
+    said.say("stopped")

@@ -74,7 +74,8 @@ def audit(
             rows += shown["data"]
     for row in rows:
         detail = {name: value for name, value in row["detail"].items() if value not in ("", None, 0, False)}
-        brief = ", ".join(f"{name} {value}" for name, value in detail.items() if name in ("requester", "legal_basis", "reason"))
+        told = ("requester", "legal_basis", "reason", "scope", "expires_at", "backup_of_revision")
+        brief = ", ".join(f"{name} {value}" for name, value in detail.items() if name in told)
         line = f"{row['revision']:>6}  {row['at'][:19]}Z  {row['action']:<19}  {row['subject']}  by {row['actor']}"
         print(json.dumps(row) if as_json else f"{line}  {brief}".rstrip())
     if not shown["intact"]:

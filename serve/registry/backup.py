@@ -168,10 +168,10 @@ class Backup:
         if plan.replaces:
             self._replace(state)
             with closing(Registry(state / DATABASE)) as registry, registry.changing() as connection:
-                return registry.append(connection, actor, ACTION, DATABASE, {"revision": plan.revision, "at": plan.at})
+                return registry.append(connection, actor, ACTION, DATABASE, {"backup_of_revision": plan.revision, "at": plan.at})
         with closing(Registry(state / DATABASE)) as registry, registry.changing() as connection:
             self._take_over(registry, connection, plan)
-            return registry.append(connection, actor, ACTION, DATABASE, {"revision": plan.revision, "at": plan.at})
+            return registry.append(connection, actor, ACTION, DATABASE, {"backup_of_revision": plan.revision, "at": plan.at})
 
     def _replace(self, state: Path) -> None:
         Mark(state / DATABASE).path.unlink(missing_ok=True)

@@ -100,7 +100,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Itera
     directory = tmp_path_factory.mktemp("servers")
     bin_directory = Path(sys.executable).parent
     guarded = Server(
-        [str(bin_directory / "lethe"), "serve", f"--model={model_path}"], directory, {"LETHE_STATE_DIR": str(directory / "state")}
+        [str(bin_directory / "lethe"), "serve", "--verbose", f"--model={model_path}"],
+        directory,
+        {"LETHE_STATE_DIR": str(directory / "state")},
     )
     plain_options = [f"--model={model_path}", f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"]
     plain = Server([sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *plain_options], directory, {})
