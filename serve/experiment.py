@@ -49,6 +49,9 @@ class ExperimentOrder(Frozen):
     description: str = Field("", max_length=1_000)
     arms: tuple[ExperimentArm, ...] = Field(min_length=2, max_length=MOST_ARMS, description="the first is compared to")
     unit: UnitKind = "key"
+    header: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")] = Field(
+        UNIT_HEADER.decode(), description="of unit header, which names the unit; such as X-OpenWebUI-User-Id"
+    )
     mode: Mode = "live"
     share: float = Field(1.0, gt=0, le=1, description="of all units, that take part")
     sample: float = Field(1.0, gt=0, le=1, description="of their requests, that the other arms answer too (shadow, paired)")

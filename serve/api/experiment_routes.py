@@ -113,5 +113,5 @@ def _notes(experiment: Experiment) -> list[str]:
     if experiment.order.unit == "user":
         notes.append("requests without a user field take no part")
     if experiment.order.unit == "header":
-        notes.append("requests without an X-Experiment-Key header take no part")
+        notes.append(f"requests without a header {experiment.order.header} take no part")
     return notes

@@ -15,6 +15,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,11 +33,14 @@ from serve.api.similarity import Similarity
 from serve.compare.observations import DROPPED, Observations, Observed
 from serve.experiment import ARM_HEADER, UNIT_HEADER, Experiment, ExperimentArm, InvalidExperiment, UnitKind
 from serve.registry.snapshot import Caller, Snapshot, Thresholds
+from serve.sqlite import StorageFault
 
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 MOST_UNJUDGED = 256
+MOST_PENDING = 20_000
+"""Observations that wait for a disk that is full."""
 _answered = Counter("lethe_experiment_requests_total", "Answers that experiments observed.", ["experiment", "arm"])
 _lost = Counter("lethe_experiment_lost_total", "Observations that were not recorded.", ["why"])
 _first_token = Histogram(
@@ -53,6 +57,7 @@ class Entry:
     unit: str
     arm: ExperimentArm
     forced: bool = False
+    uncounted: str = ""  # why it says nothing about its arm
 
 
 @dataclass
@@ -86,12 +91,18 @@ def _observed(entry: Entry, **fields: Any) -> Observed:
     return Observed(experiment.id, experiment.anonymous(entry.unit), entry.arm.name, experiment.epoch, **fields)
 
 
-def unit_of(kind: UnitKind, fields: Mapping[str, Any], headers: Mapping[bytes, bytes], caller: Caller) -> str | None:
-    """Whose request it is, in an experiment's terms; None if it does not say."""
+def unit_of(
+    kind: UnitKind, fields: Mapping[str, Any], headers: Mapping[bytes, bytes], caller: Caller, header: bytes = UNIT_HEADER
+) -> str | None:
+    """Whose request it is, in an experiment's terms; None if it does not say.
+
+    A conversation is known by what its user said first. System prompts are not looked at: agents write dates, hashes and bills into
+    theirs that change with every request.
+    """
     if kind == "key":
         return caller.name
     if kind == "header":
-        value = headers.get(UNIT_HEADER, b"").decode("latin-1").strip()
+        value = headers.get(header.lower(), b"").decode("latin-1").strip()
         return f"{caller.name}\0{value}" if value else None
     if kind == "user":
         metadata = fields.get("metadata")
@@ -100,15 +111,71 @@ def unit_of(kind: UnitKind, fields: Mapping[str, Any], headers: Mapping[bytes, b
             fields.get("safety_identifier"),
             metadata.get("user_id") if isinstance(metadata, dict) else None,
         )
-        value = next((each for each in named if isinstance(each, str) and each), "")
+        value = next((_without_session(each) for each in named if isinstance(each, str) and each), "")
         return f"{caller.name}\0{value}" if value else None
     if fields.get("previous_response_id") or fields.get("conversation"):
         return None  # a later turn, without the first
     turns = next((fields[name] for name in ("messages", "input", "prompt") if fields.get(name)), None)
-    if isinstance(turns, list):
-        asked = next((i for i, turn in enumerate(turns) if isinstance(turn, dict) and turn.get("role") == "user"), len(turns))
-        turns = turns[: asked + 1]
-    return None if turns is None else f"{caller.name}\0{json.dumps([fields.get('system'), turns], sort_keys=True)}"
+    if isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns):
+        said = (turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user")
+        turns = next(said, None)
+    return None if turns is None else f"{caller.name}\0{_said(turns)}"
+
+
+def _said(content: Any) -> str:
+    """What a turn says, whichever way it is put: as one text, as parts, with marks for a cache that come and go."""
+    if isinstance(content, str):
+        return " ".join(content.split())
+    if not isinstance(content, list):
+        return json.dumps(content, sort_keys=True)
+    texts = []
+    for part in content:
+        if isinstance(part, dict):
+            text = part.get("text")
+            kept = {key: value for key, value in part.items() if key != "cache_control"}
+            texts.append(text if isinstance(text, str) else json.dumps(kept, sort_keys=True))
+        else:
+            texts.append(part if isinstance(part, str) else json.dumps(part))
+    return " ".join(" ".join(texts).split())
+
+
+def _without_session(user: str) -> str:
+    """A user's id without the session that agents put behind it, or into it where it is JSON."""
+    with suppress(ValueError):
+        fields = json.loads(user)
+        if isinstance(fields, dict):
+            return json.dumps({key: value for key, value in fields.items() if "session" not in key.lower()}, sort_keys=True)
+    return _SESSION.sub("", user)
+
+
+_SESSION = re.compile(r"_session_[0-9A-Za-z-]+$")
+RETRIED = b"x-stainless-retry-count"
+"""How often a client's library has sent a request before, as OpenAI's and Anthropic's libraries say."""
+_HEALTH_CHECKS = ("test from litellm",)
+"""What proxies say to find out whether a model answers."""
+
+
+def uncounted(fields: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> str:
+    """Why a request says nothing about its arm; empty if it does.
+
+    A retry belongs to a request that was counted before, as failed or left. A health check asks for one token of one short text:
+    nobody waits for the answer.
+    """
+    if headers.get(RETRIED, b"0").strip() not in (b"", b"0"):
+        return "retries"
+    turns = next((fields[name] for name in ("messages", "input", "prompt") if fields.get(name)), None)
+    if isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], dict):
+        turns = turns[0].get("content")
+    said = _said(turns) if isinstance(turns, str | list) else ""
+    most = next((fields[name] for name in ("max_tokens", "max_completion_tokens", "max_output_tokens") if name in fields), None)
+    asks_for_a_number = fields.get("logprobs") not in (None, False)  # a classifier, which needs no more than one token
+    if said.lower() in _HEALTH_CHECKS or (most == 1 and len(said) <= MOST_OF_A_CHECK and not asks_for_a_number):
+        return "health checks"
+    return ""
+
+
+MOST_OF_A_CHECK = 64
+"""Characters of what a health check says."""
 
 
 class LiveExperiments:
@@ -134,6 +201,7 @@ class LiveExperiments:
         self.shadow = shadow
         self._unjudged: asyncio.Queue[Answer] = asyncio.Queue(MOST_UNJUDGED)
         self._pending: list[Observed] = []
+        self._fault = ""  # why they cannot be written, while they cannot
         self._flushing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._answer: Callable[[str, bytes, AdmittedRequest], Awaitable[int]] | None = None
@@ -167,6 +235,8 @@ class LiveExperiments:
         """
         if fields.get("background"):
             return None  # it is answered later, when nobody watches
+        if not caller.limits.in_experiments and not headers.get(ARM_HEADER):
+            return None
         forced = headers.get(ARM_HEADER, b"").decode("latin-1")
         for experiment in snapshot.experiments:
             if forced:
@@ -174,9 +244,9 @@ class LiveExperiments:
                 if name in ("", experiment.name) and any(each.name == arm for each in experiment.order.arms):
                     return Entry(experiment, "", experiment.arm(arm), forced=True)
                 continue
-            unit = unit_of(experiment.order.unit, fields, headers, caller)
+            unit = unit_of(experiment.order.unit, fields, headers, caller, experiment.order.header.encode())
             if unit is not None and experiment.takes(unit):
-                return Entry(experiment, unit, experiment.assigned(unit))
+                return Entry(experiment, unit, experiment.assigned(unit), uncounted=uncounted(fields, headers))
         if forced:
             raise InvalidExperiment(
                 f"no running experiment has an arm {forced!r}; name it as EXPERIMENT/ARM, see GET /lethe/v1/experiments"
@@ -198,8 +268,8 @@ class LiveExperiments:
                 _first_token.labels(request.policy.name).observe(seen.first_token_s)
         if entry is None:
             return
-        if entry.forced:
-            self._pending.append(_observed(entry, role="count", counts=["arm forced"]))
+        if entry.forced or entry.uncounted:
+            self._pending.append(_observed(entry, role="count", counts=["arm forced" if entry.forced else entry.uncounted]))
             return
         values = {"left": float(status is None)}
         if status is not None:
@@ -323,7 +393,15 @@ class LiveExperiments:
                 return
             try:
                 await asyncio.to_thread(self._observations.record, batch)
-            except Exception:  # a full disk must not stop answers
+                self._fault = ""
+            except StorageFault as error:  # a full disk must not stop answers; when there is room again, they are written
+                kept = [*batch, *self._pending]
+                self._pending = kept[-MOST_PENDING:]
+                _lost.labels("not written").inc(len(kept) - len(self._pending))
+                if str(error) != self._fault:  # once, not every second
+                    logger.error("lethe: observations of experiments cannot be written, and wait in memory: %s", error)
+                self._fault = str(error)
+            except Exception:
                 _lost.labels("not written").inc(len(batch))
                 logger.exception("lethe: %d observations could not be written", len(batch))
 

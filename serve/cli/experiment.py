@@ -19,7 +19,8 @@ NameArgument = Annotated[str, typer.Argument(help="The experiment's name.")]
 def create(
     name: NameArgument,
     arm: Annotated[list[str], typer.Option(help="NAME=POLICY or NAME=POLICY:WEIGHT, at least twice; the first is compared to.")],
-    unit: Annotated[str, typer.Option(help="What keeps its arm: key, user, header (X-Experiment-Key) or conversation.")] = "key",
+    unit: Annotated[str, typer.Option(help="What keeps its arm: key, user, header or conversation.")] = "key",
+    header: Annotated[str, typer.Option(help="Of --unit header, the one that names the unit.")] = "X-Experiment-Key",
     mode: Annotated[
         str,
         typer.Option(
@@ -32,6 +33,7 @@ def create(
 ) -> None:
     """Begin an experiment; the next request may take part."""
     order = {"name": name, "arms": [_arm(each) for each in arm], "unit": unit, "mode": mode, "share": share, "sample": sample}
+    order |= {"header": header}
     with connect() as client:
         made = unwrap(client.post("/experiments", json={**order, "description": description}))
     out.print(f"{name} runs from revision {made['revision']} on")

@@ -30,6 +30,9 @@ THUMB = "thumb"
 DROPPED = "not answered in shadow: too many wait"
 """What is counted for an arm that was to answer behind a client's back, and had no room."""
 
+BEYOND = "beyond the cap of their unit"
+"""What is counted for a request of a unit that makes more than are counted."""
+
 metadata = sa.MetaData()
 _units = sa.Table(
     "units",
@@ -102,6 +105,7 @@ class Figures:
     pairs: Mapping[tuple[str, str], Sums]  # (arm, metric) of differences
     counts: Mapping[str, Mapping[str, int]]  # arm -> what -> how often
     units: Mapping[str, int]  # arm -> units
+    largest: int = 0  # requests of the unit that makes the most; no more than are counted of one
 
 
 class UnknownRequest(GuardError):
@@ -175,7 +179,7 @@ class Observations:
             connection.execute(_units.insert().values(values))
             return True
         if requests >= each.most_requests:
-            counts["beyond the cap of their unit"] += 1
+            counts[BEYOND] += 1
             return False
         connection.execute(_units.update().where(this).values(requests=requests + 1))
         return True
@@ -243,8 +247,9 @@ class Observations:
             seen = sa.select(_units.c.arm, sa.func.count()).group_by(_units.c.arm)
             here = (_units.c.experiment == experiment) & (_units.c.epoch == epoch)
             units = {row[0]: int(row[1]) for row in connection.execute(seen.where(here))}
+            largest = connection.scalar(sa.select(sa.func.max(_units.c.requests)).where(here)) or 0
         plain, pairs = ({(row[0], row[1]): Sums(*row[3:]) for row in rows if bool(row[2]) is paired} for paired in (False, True))
-        return Figures(plain, pairs, counts, units)
+        return Figures(plain, pairs, counts, units, largest)
 
     def keep_only(self, experiments: Iterable[str]) -> None:
         """Drop everything about other experiments: those that were deleted, perhaps while an answer was still under way."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.compare.observations import DROPPED, THUMB, Figures
+from serve.compare.observations import BEYOND, DROPPED, THUMB, Figures
 from serve.compare.sequential import (
     FEWEST_UNITS,
     SRM_ALPHA,
@@ -48,6 +48,8 @@ METRICS = (
 )
 """Nothing else is recorded. Means of logarithms: a geometric mean, and differences are ratios. Times are those of clients: an
 answer in shadow comes after the same prompt was cached, and in the gaps between clients, so its times say nothing."""
+CROWD, CROWD_SHARE = 50, 0.8
+"""From how many requests on it is said that one unit makes this share of them."""
 PAIRED = frozenset(metric.name for metric in METRICS if metric.paired)
 
 
@@ -115,8 +117,25 @@ def report(experiment: Experiment, figures: Figures, *, changes: Sequence[str], 
         "arms": arms,
         "comparisons": comparisons,
         "sample_ratio": {"checked": checked, "mismatch": mismatch, "p_at_most": min(1.0, math.exp(min(0.0, -evidence)))},
-        "verdict": _verdict(experiment, sentences, mismatch, comparisons, arms, changes),
+        "verdict": [*_crowd(experiment, figures), *_verdict(experiment, sentences, mismatch, comparisons, arms, changes)],
     }
+
+
+def _crowd(experiment: Experiment, figures: Figures) -> list[str]:
+    """Whether one unit makes nearly all requests: a proxy's key, perhaps, behind which many users stand."""
+    requests = sum(counts.get("requests", 0) for counts in figures.counts.values())
+    beyond = sum(counts.get(BEYOND, 0) for counts in figures.counts.values())
+    most = figures.largest + (beyond if figures.largest >= experiment.order.most_requests else 0)
+    if requests < CROWD or most < CROWD_SHARE * requests:
+        return []
+    unit = experiment.order.unit
+    way_out = {
+        "key": "if a proxy stands behind it, choose --unit user, or --unit header with the --header that it sends",
+        "header": "choose another --header, or --unit user",
+        "user": "choose --unit header, with a --header that tells users apart",
+        "conversation": "choose another unit",
+    }[unit]
+    return [f"One unit makes {most / requests:.0%} of {requests:,} requests, and all of those are in one arm: {way_out}."]
 
 
 def _verdict(

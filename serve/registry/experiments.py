@@ -52,10 +52,11 @@ class Experiments:
             for arm in order.arms:
                 if arm.policy not in policies:
                     raise InvalidPolicy(f"there is no policy {arm.policy!r}; there are {', '.join(sorted(policies))}")
-            kinds = {each.order.unit for each in running}
-            if kinds - {order.unit}:
-                names = ", ".join(each.name for each in running)
-                raise InUse(f"unit is {order.unit!r}, but {names} runs with {kinds.pop()!r}: one kind at a time; stop that first")
+            other = next((each for each in running if _unit(each.order) != _unit(order)), None)
+            if other is not None:
+                raise InUse(
+                    f"unit is {_unit(order)!r}, but {other.name} runs with {_unit(other.order)!r}: one kind at a time; stop it first"
+                )
             start = free_slice([(each.start, each.order.share) for each in running], order.share)
             if start is None:
                 taken = ", ".join(f"{each.name} {each.order.share:.0%}" for each in running)
@@ -141,3 +142,8 @@ class Experiments:
     def _put(connection: sa.Connection, experiment: Experiment) -> None:
         row = tables.experiments.c.name == experiment.name
         connection.execute(tables.experiments.update().where(row).values(content=experiment.model_dump_json()))
+
+
+def _unit(order: ExperimentOrder) -> str:
+    """What kind of unit keeps its arm, with the header that names it."""
+    return f"header {order.header.lower()}" if order.unit == "header" else order.unit
