@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     max_prompts: int = Field(64, gt=0, description="prompts in one call of /v1/completions")
     max_messages: int = Field(2048, gt=0)
     max_under_way: int = Field(512, gt=0, description="requests that are answered or wait; more get a 429")
+    max_probes_per_hour: int = Field(20, ge=0, description="constrained requests of a chat key that name what is forgotten")
     comment_after_s: float = Field(15.0, gt=0, description="seconds without a sign on a stream after which a comment is sent")
     template_switches: tuple[str, ...] = Field(
         ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget", "low_effort"),

@@ -28,6 +28,7 @@ from serve.api.dialects import normalise, wants_json
 from serve.api.envelopes import SignsOfLife, cross_origin, error_body, with_headers, with_own_errors, without_body
 from serve.api.grammars import TooLarge, check_size
 from serve.api.hits import Hit, RecentHits
+from serve.api.probes import Probes, TooManyProbes
 from serve.experiment import ARM_HEADER, InvalidExperiment
 from serve.registry.snapshot import LOOPBACK, Caller, Scope, Snapshot
 from serve.settings import Settings
@@ -128,6 +129,7 @@ class AdmittedRequest:
     observation: Observation = field(default_factory=Observation)
     entry: Entry | None = None  # its place in an experiment
     in_shadow: bool = False  # nobody is shown the answer
+    probe: str | None = None  # what its sender learns if a guard ends the answer (see `serve.api.probes`)
 
 
 admitted: ContextVar[AdmittedRequest | None] = ContextVar("admitted", default=None)
@@ -160,6 +162,7 @@ class Admission:
         experiments: those that requests may take part in.
         hits: where what guards find is kept for operators.
         budgets: what each key may use.
+        probes: how often each may ask what is forgotten.
         allowed_origins: of web pages that may read answers, as vLLM's ``--allowed-origins``.
         owner: the application around ``app``, which puts itself into a request's scope before this is called.
     """
@@ -175,6 +178,7 @@ class Admission:
         experiments: LiveExperiments,
         hits: RecentHits,
         budgets: Budgets,
+        probes: Probes,
         allowed_origins: Sequence[str] = (),
         owner: object = None,
     ) -> None:
@@ -187,6 +191,7 @@ class Admission:
         self._experiments = experiments
         self._hits = hits
         self._budgets = budgets
+        self._probes = probes
         self._allowed_origins = allowed_origins
         self._owner = owner
         self.under_way = 0
@@ -294,6 +299,8 @@ class Admission:
             self.under_way -= 1
             self._ended.set()
             admitted.reset(token)
+            if request.probe is not None and request.blocked:
+                self._probes.ended(caller, request.probe)
             self._budgets.spent(caller, request.observation.prompt_tokens + request.observation.tokens)
             request.observation.total_s = request.observation.total_s or time.perf_counter() - request.observation.started
             self._experiments.shadow.client_goes()
@@ -449,8 +456,13 @@ class Admission:
             raise Refused(400, str(error), param=str(error).split(" ", 1)[0]) from None
         self._check_caps(fields, path)
         normalise(path, fields)
-        text = snapshot.text_plans[policy_name]
-        return AdmittedRequest(caller, snapshot.policies[policy_name], plan, text, bool(fields.get("tools")), entry=entry)
+        try:
+            probe = self._probes.check(caller, fields, plan) if path in GENERATING else None
+        except TooManyProbes as probes:
+            raise Refused(429, probes.message, kind="rate_limit_error", retry_after_s=probes.retry_after_s) from None
+        text, has_tools = snapshot.text_plans[policy_name], bool(fields.get("tools"))
+        policy = snapshot.policies[policy_name]
+        return AdmittedRequest(caller, policy, plan, text, has_tools, entry=entry, probe=probe)
 
     def _check_template(self, chosen: Any) -> None:
         """Let switches of the chat template pass that say nothing: what they name is an operator's list."""

@@ -40,6 +40,7 @@ from serve.api.control import Control
 from serve.api.engine_client import GuardedEngineClient, check_workers, load_artifacts
 from serve.api.experiments import LiveExperiments
 from serve.api.hits import RecentHits
+from serve.api.probes import Probes
 from serve.api.scoring import Scorer
 from serve.api.shadow import Shadow
 from serve.api.side_by_side import SideBySide
@@ -289,6 +290,7 @@ async def guarded_app(
                 experiments=live,
                 hits=hits,
                 budgets=budgets,
+                probes=Probes(settings.max_probes_per_hour, control.phrases, vocabulary),
                 allowed_origins=args.allowed_origins,
                 owner=app,
             )

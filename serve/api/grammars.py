@@ -49,7 +49,7 @@ def check_size(fields: dict[str, Any]) -> None:
             raise TooLarge(
                 f"{name} has {characters:,} characters, this server's limit is {MOST_CHARACTERS:,}; ask for less at once"
             )
-        size = _Size()
+        size = _Size(value)
         size.measure(value, 1, 0)
         literals += size.literals
         if literals > MOST_LITERALS:
@@ -63,10 +63,12 @@ def check_size(fields: dict[str, Any]) -> None:
 class _Size:
     """What was found in one field."""
 
-    def __init__(self) -> None:
+    def __init__(self, value: Any) -> None:
         self.literals = 0
         self.repeated = 0
         self.deepest = 0
+        self._definitions = _definitions(value)
+        self._repeated_by: dict[str, int] = {}  # a definition's name -> the most often that it was met with
 
     def measure(self, value: Any, times: int, depth: int) -> None:
         """Walk through a value that stands where it is repeated so many times."""
@@ -82,16 +84,46 @@ class _Size:
             if isinstance(value.get(name), list):
                 self.literals += len(value[name])
         self.literals += "const" in value
+        if isinstance(value.get("properties"), dict):
+            self.literals += len(value["properties"])
         inner = times * max(_most(value, _ITEMS), _most(value, _PROPERTIES))
         self.repeated = max(self.repeated, inner, times * _most(value, _LENGTHS))
+        self._follow(value.get("$ref"), inner, depth)
         for key, item in value.items():
             if key in _TEXTS and isinstance(item, str):
                 self.repeated = max(self.repeated, times * _repetitions(item))
                 self.literals += item.count("|")
             elif key in _JSON and isinstance(item, str):
-                self.measure(_parsed(key, item), inner, depth + 1)
+                parsed = _parsed(key, item)
+                self._definitions |= _definitions(parsed)
+                self.measure(parsed, inner, depth + 1)
             elif key not in ("enum", "choice"):
                 self.measure(item, inner, depth + 1)
+
+    def _follow(self, reference: Any, times: int, depth: int) -> None:
+        """Measure what a reference stands for, unless it was, repeated as often; a circle of them comes to an end that way."""
+        if not isinstance(reference, str) or self.repeated > MOST_REPEATED:
+            return
+        name = reference.rsplit("/", 1)[-1]
+        if times <= self._repeated_by.get(name, 1):  # once is what it is met with where it is defined
+            return
+        self._repeated_by[name] = times
+        for definition in self._definitions.get(name, ()):
+            self.measure(definition, times, depth)
+
+
+def _definitions(value: Any) -> dict[str, list[Any]]:
+    """Every definition that references may name, by the last part of its name; two schemas may define the same."""
+    found: dict[str, list[Any]] = {}
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            for name in ("$defs", "definitions"):
+                for key, definition in each[name].items() if isinstance(each.get(name), dict) else ():
+                    found.setdefault(key, []).append(definition)
+        waiting += each.values() if isinstance(each, dict) else each if isinstance(each, list) else []
+    return found
 
 
 def _parsed(name: str, text: str) -> Any:

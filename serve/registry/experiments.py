@@ -54,9 +54,8 @@ class Experiments:
                     raise InvalidPolicy(f"there is no policy {arm.policy!r}; there are {', '.join(sorted(policies))}")
             other = next((each for each in running if _unit(each.order) != _unit(order)), None)
             if other is not None:
-                raise InUse(
-                    f"unit is {_unit(order)!r}, but {other.name} runs with {_unit(other.order)!r}: one kind at a time; stop it first"
-                )
+                wanted, runs = _unit(order), _unit(other.order)
+                raise InUse(f"unit is {wanted!r}, but {other.name} runs with {runs!r}: one kind at a time; stop that first")
             start = free_slice([(each.start, each.order.share) for each in running], order.share)
             if start is None:
                 taken = ", ".join(f"{each.name} {each.order.share:.0%}" for each in running)

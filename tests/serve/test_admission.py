@@ -13,9 +13,12 @@ import httpx
 import pytest
 
 from guards.policy import BUILT_IN
+from guards.suppression.automaton import compile_phrases
+from guards.suppression.vocabulary import Vocabulary
 from serve.api.admission import ALLOWED, GENERATING, REFUSED_FIELDS, Admission, AdmittedRequest, admitted
 from serve.api.budgets import Budgets
 from serve.api.hits import RecentHits
+from serve.api.probes import Probes
 from serve.experiment import Experiment, parse_experiment
 from serve.registry.snapshot import LOOPBACK, Key, Snapshot, digest_secret
 from serve.registry.usage import Usage
@@ -24,6 +27,10 @@ from tests.serve.live import live_experiments
 
 SNAPSHOT = Snapshot(revision=7, enabled={"a": "fingerprint"}, policies=BUILT_IN, keys=())
 KEYED = Snapshot(7, {}, BUILT_IN, (Key("k1", digest_secret("chat-secret"), "chat"), Key("k2", digest_secret("root"), "admin")))
+
+
+VOCABULARY = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])
+PHRASES = compile_phrases(["Hogwarts", "Slytherin", "Gryffindor"], VOCABULARY)
 
 
 class App:
@@ -63,6 +70,7 @@ def admission_around(
         "experiments": live,
         "hits": RecentHits(),
         "budgets": Budgets(Usage(Path(":memory:"))),
+        "probes": Probes(2, lambda _: PHRASES, VOCABULARY),
         "allowed_origins": allowed_origins,
     }
     return Admission(app, snapshot=snapshot, served_names=["m"], **options)
@@ -269,6 +277,18 @@ def test_what_is_in_force_when_the_body_is_complete_counts() -> None:
         {"structured_outputs": {"regex": "|".join(map(str, range(3_000)))}},
         {"structured_outputs": {"json": json.dumps({"enum": list(range(3_000))})}},
         {"structured_outputs": {"json": '{"enum": '}},
+        {"structured_outputs": {"json": {"properties": {str(i): {} for i in range(9_000)}}}},
+        {
+            "structured_outputs": {
+                "json": {
+                    "$defs": {
+                        "b": {"minItems": 999, "items": {"minLength": 999}},
+                        "a": {"minItems": 999, "items": {"$ref": "#/$defs/b"}},
+                    },
+                    "items": {"$ref": "#/$defs/a"},
+                }
+            }
+        },
         {"response_format": {"anyOf": [{"const": i} for i in range(3_000)]}},
         {"structured_outputs": {"grammar": 'root ::= "' + "a" * 300_000 + '"'}},
     ],
@@ -651,3 +671,65 @@ def test_a_refused_answer_holds_nothing_that_a_client_would_parse_as_json() -> N
     assert all(f"event: {each['type']}\ndata: " in stream for each in events)
     assert {each["content_index"] for each in events[1:5]} == {1} and events[2]["item_id"] == "i"
     assert events[4]["part"] == refusal and events[5]["item"]["content"] == [refusal]
+
+
+KEY = {"authorization": "Bearer chat-secret"}
+SUPPRESSING = Snapshot(
+    7, {"a": "phrases"}, BUILT_IN, (Key("k1", digest_secret("chat-secret"), "chat"), Key("k2", digest_secret("root"), "admin"))
+)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"structured_outputs": {"choice": ["Hogwarts", "Eton"]}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"properties": {"a": {"const": "hogwarts"}}}}}},
+        {"structured_outputs": {"regex": "H(og)?w[a]rts"}},
+        {"allowed_token_ids": list(b"Hogwarts")},
+        {"logit_bias": {str(token): 100 for token in b"Hogwarts"}},
+        {"tools": [{"function": {"name": "f", "parameters": {"properties": {"a": {"enum": ["HOGWARTS"]}}}}}]},
+    ],
+    ids=lambda constraint: str(constraint)[:40],
+)
+def test_a_chat_key_that_names_forgotten_texts_in_constraints_may_do_so_a_few_times_an_hour(constraint: dict[str, Any]) -> None:
+    admission = admission_around(App(), lambda: SUPPRESSING)
+
+    def ask(body: dict[str, Any], key: str = "chat-secret") -> tuple[int, Any]:
+        return ask_once(admission, body, {"authorization": f"Bearer {key}"})
+
+    assert [ask(constraint)[0] for _ in range(4)] == [200] * 4, "the same question again tells nothing new"
+    others = [{"structured_outputs": {"choice": [name]}} for name in ("Slytherin", "Gryffindor")]
+    assert [ask(other)[0] for other in others] == [200, 429]
+    assert ask(constraint)[0] == 200, "an application whose schema holds a name works on"
+    harmless = {"structured_outputs": {"choice": ["yes", "no"]}}
+    status, headers = ask(harmless)
+    assert status == 429 and 0 < int(headers[b"retry-after"]) <= 3_600, "or the refusal would tell what was named"
+    assert ask({})[0] == 200, "what is not constrained is answered"
+    assert [ask(constraint, "root")[0] for _ in range(5)] == [200] * 5, "whoever may compare policies sees it anyhow"
+
+
+def test_constraints_that_name_nothing_forgotten_are_not_counted_unless_a_guard_ends_the_answer() -> None:
+    app = App()
+    admission = admission_around(app, lambda: SUPPRESSING)
+
+    def ask(number: int) -> int:
+        return ask_once(admission, {"structured_outputs": {"regex": f"[a-z]{{{number}}}"}}, KEY)[0]
+
+    assert [ask(number) for number in range(5)] == [200] * 5
+    app.blocked = True
+    assert [ask(number) for number in range(3)] == [200, 200, 429]
+
+
+def ask_once(admission: Admission, body: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict[bytes, bytes]]:
+    messages: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": json.dumps({"model": "m", **body}).encode(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [(b"host", b"127.0.0.1"), *sent]}
+    asyncio.run(admission(scope, receive, send))
+    return messages[0]["status"], dict(messages[0]["headers"])
