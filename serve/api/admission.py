@@ -49,6 +49,8 @@ GENERATING = {
     "/v1/responses",
     "/v1/messages",
 }
+ANNOUNCED = {"/v1/chat/completions", "/v1/messages"}
+"""Streams in which vLLM sends a first chunk without text: the role."""
 OPEN = {"GET /health", "GET /ping", "POST /ping"}
 """Need no key: what a load balancer asks."""
 ALLOWED = {
@@ -129,6 +131,7 @@ class AdmittedRequest:
     observation: Observation = field(default_factory=Observation)
     entry: Entry | None = None  # its place in an experiment
     in_shadow: bool = False  # nobody is shown the answer
+    announced: bool = False  # its stream begins with a chunk that says who speaks, which need not wait for the first word
     probe: str | None = None  # what its sender learns if a guard ends the answer (see `serve.api.probes`)
 
 
@@ -462,7 +465,8 @@ class Admission:
             raise Refused(429, probes.message, kind="rate_limit_error", retry_after_s=probes.retry_after_s) from None
         text, has_tools = snapshot.text_plans[policy_name], bool(fields.get("tools"))
         policy = snapshot.policies[policy_name]
-        return AdmittedRequest(caller, policy, plan, text, has_tools, entry=entry, probe=probe)
+        announced = path in ANNOUNCED
+        return AdmittedRequest(caller, policy, plan, text, has_tools, entry=entry, announced=announced, probe=probe)
 
     def _check_template(self, chosen: Any) -> None:
         """Let switches of the chat template pass that say nothing: what they name is an operator's list."""

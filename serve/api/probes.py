@@ -88,8 +88,8 @@ class Probes:
         if len(seen) >= self._most and asked not in seen:
             wait = max(1, int(WINDOW_S - (self._seconds() - min(seen.values(), default=0.0))))
             raise TooManyProbes(
-                f"{caller.name} has constrained answers in {len(seen)} ways within an hour that are not to be given; its constrained"
-                f" requests are answered again in {wait} s (keys of scope 'compare' have no such limit)",
+                f"{caller.name} has constrained answers in {len(seen)} ways within an hour that are not to be given; its"
+                f" constrained requests are answered again in {wait} s (keys of scope 'compare' have no such limit)",
                 wait,
             )
         if named:

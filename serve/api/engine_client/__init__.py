@@ -31,7 +31,7 @@ from guards.types import Plan, TextPlan
 from serve.api.admission import AdmittedRequest, admitted
 from serve.api.engine_client.held import Held, Request, blocked
 from serve.api.engine_client.observed import observed
-from serve.api.engine_client.outputs import end_answer
+from serve.api.engine_client.outputs import announced, end_answer
 from serve.api.engine_client.watch import Watch
 from serve.api.hits import MOST_CHARACTERS, Hit, Where, hit_of
 from serve.api.similarity import Similarity
@@ -162,7 +162,10 @@ class GuardedEngineClient:
                     for verdict in verdicts
                 ]
 
-        return held.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end, fired))
+        outputs = held.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end, fired))
+        if request is not None and request.announced and params.output_kind is RequestOutputKind.DELTA:
+            return announced(outputs, prompt, request_id)
+        return outputs
 
     async def score(self, prompt: Sequence[int], continuation: Sequence[int], policy: str, top: int = 0) -> list[dict[int, float]]:
         """How likely a continuation is under a policy: log-probabilities as sampling at temperature 1 would use them.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from vllm.logprobs import Logprob
-from vllm.outputs import CompletionOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 
 from serve.api.refusal import FINISH_REASON
 
@@ -24,6 +26,17 @@ def end_answer(output: CompletionOutput, end_of_text: int) -> None:
     output.cumulative_logprob = None
     output.finish_reason = FINISH_REASON
     output.stop_reason = None
+
+
+async def announced(
+    outputs: AsyncGenerator[RequestOutput, None], prompt: Any, request_id: str
+) -> AsyncGenerator[RequestOutput, None]:
+    """The outputs after one without anything in it: vLLM answers that with the role, and the client knows that it was heard."""
+    token_ids = list(prompt["prompt_token_ids"])
+    yield RequestOutput(request_id, prompt.get("prompt"), token_ids, None, [], False, num_cached_tokens=0)
+    async with aclosing(outputs):
+        async for output in outputs:
+            yield output
 
 
 def merged(outputs: Sequence[CompletionOutput]) -> CompletionOutput:
