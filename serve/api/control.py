@@ -425,6 +425,10 @@ class Control:
             # Also what another process enabled. Rows whose artifact fails to load are closed by the guard.
             await self._load_or_report(phrases, assistants)
         await self._load_vectors(snapshot)
+        for fingerprint in set(snapshot.fingerprints) - set(before.fingerprints):
+            with contextlib.suppress(GuardError):  # whoever needs it is told
+                # Into memory, so that a file that is changed or deleted later takes nothing out of force.
+                await asyncio.to_thread(self._builder.phrases, fingerprint, len(snapshot.fingerprints))
         self.snapshot = snapshot
 
     async def _load_vectors(self, snapshot: Snapshot) -> None:

@@ -139,7 +139,13 @@ class Trainer:
                     await self._adopt(name, job["fingerprint"], work / _RESULT, job.get("program", CONTRAST))
                     shutil.rmtree(work, ignore_errors=True)
                     return
-                reason = said.strip().splitlines()[-1] if said.strip() else f"the training process ended with status {status}"
+                if status < 0:
+                    reason = (
+                        f"the training process was killed by signal {-status} (9: out of memory, perhaps); "
+                        "the same order again goes on from the last checkpoint"
+                    )
+                else:
+                    reason = said.strip().splitlines()[-1] if said.strip() else f"the training process ended with status {status}"
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it was, the job must say so rather than stay "running" for ever

@@ -47,6 +47,7 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.directory = directory
+        self.state = directory / "state"
         self._log = directory / f"server-{self.port}.log"
         self._command = [*command, f"--port={self.port}", *options]
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
@@ -99,6 +100,10 @@ def model_path() -> Path:
 def servers(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[tuple[Server, Server]]:
     directory = tmp_path_factory.mktemp("servers")
     bin_directory = Path(sys.executable).parent
+    # A disk of its own where that is allowed, so that it can be filled and taken away.
+    (directory / "state").mkdir(mode=0o700)
+    disk = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=700", "none", str(directory / "state")]
+    mounted = subprocess.run(disk, capture_output=True, check=False).returncode == 0
     guarded = Server(
         [str(bin_directory / "lethe"), "serve", "--verbose", f"--model={model_path}"],
         directory,
@@ -115,6 +120,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Itera
     finally:
         for server in (guarded, plain):
             server.stop()
+        if mounted:
+            subprocess.run(["umount", "-l", str(directory / "state")], check=True)
 
 
 @pytest.fixture(scope="session")
