@@ -6,6 +6,7 @@ meets one leaves the file as it was.
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def open_database(path: Path) -> sa.Engine:
     def name_the_fault(context: sa.ExceptionContext) -> None:
         if isinstance(context.original_exception, sqlite3.DatabaseError):
             name = getattr(context.original_exception, "sqlite_errorname", "")
+            if name.startswith("SQLITE_IOERR") and _is_full(path.parent):  # SQLite's shared memory has no other name for it
+                name = "SQLITE_FULL"
             what = next((what for kind, what in _FAULTS.items() if name == kind or name.startswith(kind + "_")), None)
             if what is not None:
                 raise StorageFault(f"{path} cannot be used: {what} ({context.original_exception})") from context.original_exception
@@ -56,6 +59,17 @@ def open_database(path: Path) -> sa.Engine:
     sa.event.listen(engine, "connect", _configure)
     sa.event.listen(engine, "begin", _begin_immediately)
     return engine
+
+
+def _is_full(directory: Path) -> bool:
+    try:
+        return shutil.disk_usage(directory).free < _LEAST
+    except OSError:
+        return False
+
+
+_LEAST = 1 << 20
+"""Bytes without which SQLite cannot open a file."""
 
 
 def _configure(connection: Any, _record: Any) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import signal
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ from serve.api.similarity import Similarity, default_encoder
 from serve.api.tools import DEFAULT_PARSER, chat_template_of, tool_parser_of, writes_dates
 from serve.compare.observations import Observations
 from serve.environment import UNSAFE
+from serve.lock import sole_server
 from serve.registry.experiments import Experiments
 from serve.registry.store import Registry
 from serve.registry.usage import FILE as USAGE
@@ -331,22 +331,6 @@ def _list_policies_as_models(app: FastAPI, control: Control) -> None:
         message = f"there is no model {name!r} here; there are {', '.join(each['id'] for each in listed)}"
         error = {"message": message, "type": "not_found_error", "param": "model", "code": 404}
         return JSONResponse({"error": error}, status_code=404)
-
-
-@contextmanager
-def sole_server(state_dir: Path) -> Iterator[None]:
-    """Hold a state directory: artifacts in it are compiled for one model, and swept by the server that owns them.
-
-    Raises:
-        UnsafeSetting: another server holds it.
-    """
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (state_dir / "server.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, also when it is killed
-        except OSError:
-            raise UnsafeSetting(f"another lethe server uses {state_dir}; set LETHE_STATE_DIR to another directory") from None
-        yield
 
 
 async def serve(arguments: Sequence[str], settings: Settings, default_model: Callable[[], str], said: Terminal) -> None:

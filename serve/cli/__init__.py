@@ -11,6 +11,7 @@ from pydantic_settings import SettingsError
 from guards.errors import GuardError, InvalidForgetSet
 from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies, state
 from serve.cli.talk import ServerSaysNo, fail, out
+from serve.lock import InUseElsewhere
 from serve.registry.nouns import RegistryError
 from serve.settings import Settings
 from serve.sqlite import StorageFault
@@ -43,7 +44,7 @@ for command in (
     app.command()(command)
 
 
-_OURS = (GuardError, RegistryError, StorageFault)
+_OURS = (GuardError, RegistryError, StorageFault, InUseElsewhere)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from serve import doctor as checks
 from serve.cli.talk import err, folding_table, out
+from serve.lock import server_runs
 from serve.registry.backup import Backup, write_backup
 from serve.settings import Settings
 
@@ -51,7 +51,7 @@ def restore(file: FileArgument, yes: Annotated[bool, typer.Option("--yes", help=
             out.print(f"  {name}: IS NO LONGER IN FORCE THEN")
         if not yes:
             typer.confirm("Bring it back?", abort=True)
-        revision = found.restore(state, actor="command line", server_runs=lambda: _server_runs(state))
+        revision = found.restore(state, actor="command line", server_runs=lambda: server_runs(state))
     out.print(f"brought back, as revision {revision}; a running server follows within a second")
 
 
@@ -64,22 +64,10 @@ def doctor(
     table = folding_table("", "what", "found", "to do")
     failed = False
     with err.status("Looking"):
-        for check in checks.run(settings, model, port, server_runs=_server_runs(settings.state_dir)):
+        for check in checks.run(settings, model, port, server_runs=server_runs(settings.state_dir)):
             failed |= check.state == "fails"
             table.add_row(check.state, check.what, check.found, check.to_do)
     out.print(table)
     if failed:
         raise typer.Exit(1)
     out.print("Nothing here would keep this machine from serving.")
-
-
-def _server_runs(state: Path) -> bool:
-    """Whether a server holds the state directory."""
-    try:
-        with (state / "server.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
