@@ -79,6 +79,8 @@ class Server:
 
     def stop(self) -> None:
         assert self.process is not None
+        if self.process.poll() is not None:
+            return
         os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(timeout=30)

@@ -67,7 +67,10 @@ def test_no_malformed_field_of_a_generating_route_is_a_server_error(
             assert answer.status_code < 500, f"{sent}: {answer.text[:500]}"
             assert answer.status_code != 200 or '"code":500' not in answer.text, f"{sent}: {answer.text[:500]}"
 
-        send()
+        try:
+            send()
+        finally:
+            assert admin.delete("/policies/fuzzed").status_code == 200
 
 
 def test_no_malformed_body_or_name_is_a_server_error_on_any_route(server: Server) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -122,8 +124,16 @@ def test_the_command_line_does_what_the_admin_api_does(server: Server, client: o
     assert "demo" in lethe("forget", "list")
     assert "since" in lethe("forget", "show", "demo")
     assert "intact" in lethe("audit")
+    backup = str(tmp_path / "backup.tar")
+    assert "artifact files" in lethe("backup", backup)
     lethe("forget", "disable", "demo")
     assert "Hogwarts" in text(client, SCHOOL)
+    assert "becomes what it was" in lethe("restore", backup, "--yes")
+    time.sleep(1.5)
+    assert_free_of(text(client, SCHOOL))
+    assert "backup_of_revision" in lethe("audit")
+    assert "a server runs on it" in lethe("doctor")
+    assert json.loads(lethe("policy", "show", "default", "--all"))["guards"]["suppression"] == {"enabled": True}
     lethe("forget", "remove", "demo")
     assert "no forget set" in lethe("forget", "show", "demo", status=1)
     bad = tmp_path / "bad.jsonl"
@@ -137,6 +147,10 @@ def test_what_was_in_force_survives_kill_9(server: Server, client: openai.OpenAI
     assert admin.post("/forget_sets", json={"name": "lasting", "phrases": POTTER}).status_code == 201
     revision = admin.post("/forget_sets/lasting/enable").json()["revision"]
     server.kill()
+    files = list((server.state / "artifacts" / "phrases").glob("*.safetensors"))
+    assert files
+    for i, file in enumerate(files):  # what a disk may do meanwhile
+        file.write_bytes(b"nothing") if i % 2 else file.unlink()
     server.start()
     server.wait()
     shown = admin.get("/revision").json()
@@ -162,3 +176,21 @@ def test_an_unsafe_way_to_start_is_refused_with_the_fix(server: Server, tmp_path
         done = subprocess.run([LETHE, "serve", model, *extra], env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1
         assert message in done.stderr
+
+
+def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_more(server: Server) -> None:
+    body = {"model": NAME, "messages": [{"role": "user", "content": FRANCE}], "max_tokens": 200, "ignore_eos": True, "stream": True}
+    assert server.process is not None
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while httpx.get(f"{server.url}/health").status_code == 200:
+            assert time.monotonic() < deadline
+        refused = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+        said = list(lines)
+    assert said[-2:] == ["data: [DONE]", ""] or said[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in "".join(said)
+    assert server.process.wait(timeout=60) == 0
