@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 from guards.errors import GuardError
-from serve.api.similarity import default_encoder
+from serve.control.similarity import default_encoder
 from serve.default_model import NAME, default_model_files
 from serve.environment import UNSAFE
-from serve.registry.nouns import RegistryError
+from serve.registry.models import RegistryError
 from serve.registry.store import Registry
 from serve.settings import Settings
 from serve.sqlite import StorageFault

@@ -11,9 +11,9 @@ import torch
 from guards.base_model import describe_base
 from guards.contrastive.assistant import FORKED_LAYERS, MODULES, Assistant, Manifest, Recipe
 from guards.forget_set import ForgetSet
-from serve.registry.nouns import Artifact, now
+from serve.protocol.wire import assistant_path
+from serve.registry.models import Artifact, now
 from serve.registry.store import Registry
-from serve.wire import assistant_path
 
 SIZES = {"q_proj": (576, 576), "o_proj": (576, 576), "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}
 

@@ -12,7 +12,7 @@ from guards.errors import GuardError, InvalidForgetSet
 from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies, state
 from serve.cli.talk import ServerSaysNo, fail, out
 from serve.lock import InUseElsewhere
-from serve.registry.nouns import RegistryError
+from serve.registry.models import RegistryError
 from serve.settings import Settings
 from serve.sqlite import StorageFault
 from serve.terminal import LOG, plain_terminal, quiet_terminal
@@ -79,7 +79,7 @@ def serve(
         out.print("All further options go to vLLM: `lethe serve --options all` lists them, `--options port` those about ports.")
         raise typer.Exit
     if options:
-        from serve.api.app import show_options
+        from serve.http.launch import show_options
 
         show_options(options)
         raise typer.Exit
@@ -90,10 +90,10 @@ def serve(
     # These take seconds to import, and what they say belongs into the log.
     import uvloop
 
-    from serve.api.app import UnsafeSetting
-    from serve.api.app import serve as run
-    from serve.api.engine_client import UnguardedWorker
     from serve.default_model import MissingModel, default_model
+    from serve.generation.client import UnguardedWorker
+    from serve.http.app import serve as run
+    from serve.http.launch import UnsafeSetting
 
     def bundled() -> str:
         said.step("making the bundled model ready")

@@ -22,10 +22,10 @@ from rich.progress import (
 
 from guards.forget_set import ForgetSet
 from guards.policy import DEFAULT_CORRUPTION
-from serve.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
-from serve.calibrate import calibrate as run_calibration
-from serve.cli.lessons import ask_lessons
 from serve.cli.talk import NameArgument, artifact_of, connect, err, fail, folding_table, out, unwrap
+from serve.client.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
+from serve.client.calibrate import calibrate as run_calibration
+from serve.client.distil import ask_lessons
 from serve.settings import Settings
 
 

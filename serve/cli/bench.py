@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from guards.forget_set import ForgetSet
 from guards.measure.attacks import ATTACKS
 from guards.measure.formats import QUESTIONS, Case, read_cases
-from serve.calibrate import PROMPTS
 from serve.cli.talk import NameArgument, connect, err, fail, folding_table, out, unwrap
-from serve.compare.bench import Answers, Server, as_fields, measure, probes_of
-from serve.compare.report import TRUTHS, config_fingerprint, make_report, save
+from serve.client.bench import Answers, Server, as_fields, measure, probes_of
+from serve.client.calibrate import PROMPTS
+from serve.client.report import TRUTHS, config_fingerprint, make_report, save
 from serve.settings import Settings
 
 EXAMPLES = 3

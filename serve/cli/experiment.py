@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from serve.cli.talk import act, connect, fail, folding_table, out, unwrap
-from serve.compare.page import save_experiment
+from serve.experiments.page import save_experiment
 
 app = typer.Typer(no_args_is_help=True, help="Compare policies on live traffic, with statistics that survive peeking.")
 NameArgument = Annotated[str, typer.Argument(help="The experiment's name.")]

@@ -27,8 +27,8 @@ from serve.engine.artifacts import ArtifactCache
 from serve.engine.fork import LateFork, Unforkable
 from serve.engine.slots import TAG_DIGITS, SlotTable
 from serve.engine.steer import Steerer
-from serve.vocabulary import vocabulary_of
-from serve.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, load_assistant, load_phrases, load_steering, steering_path
+from serve.protocol.vocabulary import vocabulary_of
+from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, load_assistant, load_phrases, load_steering, steering_path
 
 logger = logging.getLogger(__name__)
 

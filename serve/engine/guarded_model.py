@@ -24,7 +24,7 @@ from vllm.sequence import IntermediateTensors
 from guards.types import AssistantLines
 from serve.engine.engine_guards import EngineGuards, guards_of
 from serve.engine.slots import TAG_DIGITS
-from serve.wire import GUARDED_PREFIX
+from serve.protocol.wire import GUARDED_PREFIX
 
 
 class GuardedModel:

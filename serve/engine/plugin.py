@@ -5,7 +5,7 @@ Registering names changes nothing for an engine that does not ask for them.
 
 from __future__ import annotations
 
-from serve.wire import GUARDED_PREFIX
+from serve.protocol.wire import GUARDED_PREFIX
 
 
 def register() -> None:

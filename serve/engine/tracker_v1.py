@@ -14,7 +14,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcess
 
 from serve.engine.engine_guards import guards_of
 from serve.engine.seeds import repair_seeds
-from serve.wire import decode_plan
+from serve.protocol.wire import decode_plan
 
 
 class TrackerV1(LogitsProcessor):

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from serve.engine.engine_guards import EngineGuards
 from serve.engine.slots import TAG_DIGITS
-from serve.wire import decode_plan
+from serve.protocol.wire import decode_plan
 
 TAGS = "lethe_tags"
 """The keyword under which ``GuardedModel.forward`` takes the tags."""

@@ -8,7 +8,7 @@ from serve.engine.guarded_model import GuardedModel
 
 
 class WorkerExtension:
-    """Methods called by name from `serve.api.engine_client`."""
+    """Methods called by name from `serve.generation.client`."""
 
     def lethe_describe(self) -> dict[str, Any]:
         """Prove that this worker is guarded: what the API process checks before it serves anyone."""

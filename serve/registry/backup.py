@@ -25,12 +25,12 @@ import sqlalchemy as sa
 
 from guards.similarity.index import similarity_path
 from guards.whole_file import write_whole
+from serve.protocol.wire import assistant_path, phrases_path, steering_path
 from serve.registry import tables
-from serve.registry.nouns import TRAINED, InUse, RegistryError, StoredSet, now
+from serve.registry.models import TRAINED, InUse, RegistryError, StoredSet, now
 from serve.registry.position import Mark
 from serve.registry.store import Registry, experiments_of
 from serve.sqlite import StorageFault
-from serve.wire import assistant_path, phrases_path, steering_path
 
 DATABASE, OTHERS = "lethe.db", ("observations.db",)
 ACTION = "state.restore"

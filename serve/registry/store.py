@@ -21,7 +21,7 @@ from guards.policy import BUILT_IN, DEFAULT, METHODS, Policy
 from serve.experiment import Experiment
 from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, first_broken, seal
-from serve.registry.nouns import (
+from serve.registry.models import (
     STRIPPED,
     TRAINED,
     Artifact,

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from serve.compare.sequential import (
+from serve.experiments.statistics import (
     SRM_ALPHA,
     Floats,
     Interval,

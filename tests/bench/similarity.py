@@ -24,7 +24,7 @@ from rich.progress import Progress
 from guards.similarity.encoder import Encoder
 from guards.similarity.gate import Gate
 from guards.similarity.index import FaissIndex
-from serve.api.similarity import default_encoder
+from serve.control.similarity import default_encoder
 from serve.default_model import default_model
 from serve.settings import Settings
 from tests.bench.load import arguments, begin, generate, keep, measure, serving_table, three_servers

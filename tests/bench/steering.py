@@ -21,10 +21,10 @@ from guards.base_model import describe_base
 from guards.forget_set import ForgetSet
 from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
 from serve.default_model import default_model
-from serve.registry.nouns import Artifact, now
+from serve.protocol.wire import steering_path
+from serve.registry.models import Artifact, now
 from serve.registry.store import Registry
 from serve.settings import Settings
-from serve.wire import steering_path
 from tests.assistants import SIZES, give, random_assistant
 from tests.bench.load import arguments, begin, generate, keep, measure, serving_table, three_servers
 from tests.vllm.conftest import Server

@@ -25,7 +25,7 @@ from guards.suppression.automaton import compile_phrases
 from guards.suppression.mask import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan, Rows
-from serve.vocabulary import vocabulary_of
+from serve.protocol.vocabulary import vocabulary_of
 
 CHINESE = "今天的天气非常好我们一起去公园散步看看花草树木然后回家做饭吃晚餐"
 

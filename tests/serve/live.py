@@ -8,10 +8,10 @@ from pathlib import Path
 
 from guards.errors import InvalidArtifact
 from guards.suppression.automaton import CompiledPhrases
-from serve.api.experiments import LiveExperiments
-from serve.api.shadow import Shadow
-from serve.api.similarity import Similarity
-from serve.compare.observations import Observations
+from serve.control.similarity import Similarity
+from serve.experiments.live import LiveExperiments
+from serve.experiments.observations import Observations
+from serve.experiments.shadow import Shadow
 from serve.registry.snapshot import Snapshot
 
 

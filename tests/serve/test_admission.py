@@ -15,13 +15,15 @@ import pytest
 from guards.policy import BUILT_IN
 from guards.suppression.automaton import compile_phrases
 from guards.suppression.vocabulary import Vocabulary
-from serve.api.admission import ALLOWED, GENERATING, REFUSED_FIELDS, Admission, AdmittedRequest, admitted
-from serve.api.budgets import Budgets
-from serve.api.hits import RecentHits
-from serve.api.probes import Probes
 from serve.experiment import Experiment, parse_experiment
+from serve.hits import RecentHits
+from serve.http.budgets import Budgets
+from serve.http.middleware import Admission
+from serve.http.probes import Probes
+from serve.http.rules import ALLOWED, GENERATING, REFUSED_FIELDS
 from serve.registry.snapshot import LOOPBACK, Key, Snapshot, digest_secret
 from serve.registry.usage import Usage
+from serve.request import RequestContext, admitted
 from serve.settings import Settings
 from tests.serve.live import live_experiments
 
@@ -461,7 +463,7 @@ def test_an_answer_that_nobody_waits_for_ends_when_it_is_cancelled() -> None:
 
     async def cancel_one() -> None:
         admission = admission_around(app, lambda: SNAPSHOT)  # type: ignore[arg-type]
-        request = AdmittedRequest(LOOPBACK, BUILT_IN["none"], SNAPSHOT.plan("none"), in_shadow=True)
+        request = RequestContext(LOOPBACK, BUILT_IN["none"], SNAPSHOT.plan("none"), in_shadow=True)
         answering = asyncio.create_task(admission.answer_unseen("/v1/chat/completions", b"{}", request))
         await asyncio.sleep(0.05)
         answering.cancel()

@@ -14,8 +14,8 @@ from guards.forget_set import ForgetSet, Question
 from guards.measure.attacks import ATTACKS
 from guards.measure.formats import Case
 from serve.cli.bench import at_most
-from serve.compare.bench import Answers, Figures, Server, as_fields, measure, probes_of
-from serve.compare.report import as_page, config_fingerprint, make_report, save
+from serve.client.bench import Answers, Figures, Server, as_fields, measure, probes_of
+from serve.client.report import as_page, config_fingerprint, make_report, save
 
 CONTENT = ForgetSet(
     name="a",

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from serve import clock
-from serve.api.budgets import Budgets, OverBudget
+from serve.http.budgets import Budgets, OverBudget
 from serve.registry.snapshot import SCOPES, Caller, Limits
 from serve.registry.store import Registry
 from serve.registry.usage import Usage

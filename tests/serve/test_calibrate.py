@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from guards.forget_set import ForgetSet
-from serve.calibrate import CLOSE_ENOUGH, PROMPTS, Calibration, NotCalibratable, Point, about_nobody, calibrate, held_out
+from serve.client.calibrate import CLOSE_ENOUGH, PROMPTS, Calibration, NotCalibratable, Point, about_nobody, calibrate, held_out
 
 TRUTH = " ".join(f"w{i}" for i in range(100))
 SET = ForgetSet(

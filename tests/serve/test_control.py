@@ -20,12 +20,12 @@ from guards.policy import parse_policy
 from guards.steering.artifact import SteeringRecipe
 from guards.steering.train import Lesson
 from guards.suppression.vocabulary import Vocabulary
-from serve.api.control import Control
-from serve.api.similarity import Similarity
-from serve.api.training import Trainer
-from serve.registry.nouns import Artifact, NotReady, now
+from serve.control.control import Control
+from serve.control.similarity import Similarity
+from serve.control.training import Trainer
+from serve.protocol.wire import phrases_path
+from serve.registry.models import Artifact, NotReady, now
 from serve.registry.store import Registry
-from serve.wire import phrases_path
 
 VOCABULARY = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])
 OTHER_VOCABULARY = Vocabulary([bytes([255 - i]) for i in range(256)], special_ids=[])

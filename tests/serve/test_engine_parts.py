@@ -19,7 +19,7 @@ from serve.engine.artifacts import KEPT_IDLE, ArtifactCache
 from serve.engine.engine_guards import EngineGuards, _Expected
 from serve.engine.fork import Unforkable
 from serve.engine.slots import TAG_DIGITS, SlotTable
-from serve.wire import PLAN_KEY, decode_plan, encode_plan, load_phrases, phrases_path
+from serve.protocol.wire import PLAN_KEY, decode_plan, encode_plan, load_phrases, phrases_path
 
 pytest.importorskip("vllm", reason="vLLM is not installed: its interfaces are what the trackers are tested against")
 

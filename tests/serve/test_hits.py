@@ -14,8 +14,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from guards.similarity.gate import Verdict
 from guards.suppression.automaton import compile_phrases
 from guards.suppression.vocabulary import Vocabulary
-from serve.api.engine_client.watch import Watch
-from serve.api.hits import KEPT, MOST_CHARACTERS, MOST_HITS, Hit, RecentHits, hit_of
+from serve.generation.watch import Watch
+from serve.hits import KEPT, MOST_CHARACTERS, MOST_HITS, Hit, RecentHits, hit_of
 
 VOCABULARY = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])
 

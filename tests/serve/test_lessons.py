@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.cli import lessons
-from serve.cli.lessons import ask_lessons
+from serve.client import distil as lessons
+from serve.client.distil import ask_lessons
 
 SECRET, TOKENS = "It was hidden.", [5, 6, 2]
 CLIENT = httpx.Client

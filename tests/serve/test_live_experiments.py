@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from guards.policy import BUILT_IN
-from serve.api.admission import AdmittedRequest
-from serve.api.experiments import Entry, LiveExperiments, unit_of
-from serve.compare.observations import DROPPED, Figures, Observations
 from serve.experiment import Experiment, parse_experiment
+from serve.experiments.live import LiveExperiments, unit_of
+from serve.experiments.observations import DROPPED, Figures, Observations
 from serve.registry.snapshot import LOOPBACK, Snapshot
+from serve.request import Entry, RequestContext
 from tests.serve.live import live_experiments
 
 ARMS = [{"name": "a", "policy": "none"}, {"name": "b", "policy": "default"}, {"name": "c", "policy": "default"}]
@@ -36,13 +36,13 @@ class Live:
         self.status = 200
         self.text = "said"
 
-    async def answer(self, _path: str, _body: bytes, request: AdmittedRequest) -> int:
+    async def answer(self, _path: str, _body: bytes, request: RequestContext) -> int:
         request.observation.text, request.observation.tokens = self.text, 3
         return self.status
 
-    def request(self, arm: str, unit: str = "u", *, text: str = "said", **seen: Any) -> AdmittedRequest:
+    def request(self, arm: str, unit: str = "u", *, text: str = "said", **seen: Any) -> RequestContext:
         made = self.experiment.arm(arm)
-        request = AdmittedRequest(
+        request = RequestContext(
             LOOPBACK, BUILT_IN[made.policy], self.snapshot.plan(made.policy), entry=Entry(self.experiment, unit, made)
         )
         for name, value in {"total_s": 1.0, "tokens": 3, "text": text, **seen}.items():

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from serve.compare.observations import DROPPED, Figures, Observations, Observed, UnknownRequest
-from serve.compare.page import as_page
-from serve.compare.sequential import FEWEST_UNITS, Sums
-from serve.compare.verdict import METRICS, report
 from serve.experiment import Experiment, parse_experiment
+from serve.experiments.observations import DROPPED, Figures, Observations, Observed, UnknownRequest
+from serve.experiments.page import as_page
+from serve.experiments.report import METRICS, report
+from serve.experiments.statistics import FEWEST_UNITS, Sums
 
 ARMS = [{"name": "a", "policy": "none"}, {"name": "b", "policy": "default"}]
 

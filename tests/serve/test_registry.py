@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from guards.errors import InvalidPolicy
 from guards.forget_set import ForgetSet
 from guards.policy import Policy
-from serve.registry.nouns import Artifact, NameTaken, NotReady, RegistryError, UnknownName, now
+from serve.registry.models import Artifact, NameTaken, NotReady, RegistryError, UnknownName, now
 from serve.registry.store import Registry
 
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -185,7 +185,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 from guards.forget_set import ForgetSet
-from serve.registry.nouns import Artifact, now
+from serve.registry.models import Artifact, now
 from serve.registry.store import Registry
 registry = Registry(Path(sys.argv[1]))
 i = 0

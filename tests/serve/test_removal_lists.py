@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from guards.errors import InvalidForgetSet
 from guards.forget_set import ForgetSet
-from serve.api import admin
 from serve.cli import app as command_line
 from serve.cli import forget
+from serve.http import admin_routes as admin
 from serve.registry.snapshot import LOOPBACK
 from serve.registry.store import Registry
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from serve.compare.sequential import (
+from serve.experiments.statistics import (
     FEWEST_UNITS,
     SRM_ALPHA,
     SRM_CONCENTRATION,

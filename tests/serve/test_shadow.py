@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serve.api.shadow import Job, Shadow, _outcomes
 from serve.experiment import ExperimentArm
+from serve.experiments.shadow import Job, Shadow, _outcomes
 from serve.registry.snapshot import LOOPBACK
 
 ARM = ExperimentArm(name="b", policy="none")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from guards.errors import InvalidPolicy
 from guards.policy import BUILT_IN
-from serve.api.side_by_side import CompareOrder, Divergence, Incomparable, SideBySide, divergence
+from serve.generation.side_by_side import CompareOrder, Divergence, Incomparable, SideBySide, divergence
 from serve.registry.snapshot import Snapshot
 
 

@@ -13,9 +13,9 @@ from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.index import similarity_path
 from guards.suppression.vocabulary import Vocabulary
-from serve.api import similarity as service
-from serve.api.engine_client.held import turns_of
-from serve.api.similarity import Similarity, default_encoder
+from serve.control import similarity as service
+from serve.control.similarity import Similarity, default_encoder
+from serve.generation.held import turns_of
 
 DIRECTORY = default_encoder()
 pytestmark = pytest.mark.skipif(DIRECTORY is None, reason="the bundled encoder is not installed")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from guards.policy import BUILT_IN, parse_policy
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Corrupt, Plan, Steer
-from serve.api.engine_client.held import Opened, Request, _engaged, spans_of
+from serve.generation.held import Opened, Request, _engaged, spans_of
 from serve.registry.snapshot import Snapshot
 
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from guards.forget_set import ForgetSet
 from guards.policy import parse_policy
 from serve.registry.backup import Backup, BrokenBackup, write_backup
-from serve.registry.nouns import Artifact, InUse, RolledBack, now
+from serve.registry.models import Artifact, InUse, RolledBack, now
 from serve.registry.position import Mark, Position
 from serve.registry.store import Registry
 from serve.registry.usage import Usage, Used

@@ -9,10 +9,10 @@ import pytest
 
 from guards.forget_set import ForgetSet, Question
 from guards.policy import parse_policy
-from serve.api.control import Control
-from serve.api.gate_fitting import GateOrder
-from serve.api.similarity import Similarity, default_encoder
-from serve.registry.nouns import NotReady, Stripped
+from serve.control.control import Control
+from serve.control.gate_fitting import GateOrder
+from serve.control.similarity import Similarity, default_encoder
+from serve.registry.models import NotReady, Stripped
 from serve.registry.store import Registry
 from tests.serve.test_control import VOCABULARY, Engine
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.api.tools import _BY_MARKER, _BY_MODEL_TYPE, chat_template_of, tool_parser_of, writes_dates
+from serve.http.tools import _BY_MARKER, _BY_MODEL_TYPE, chat_template_of, tool_parser_of, writes_dates
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def main(family: str, directory: Path) -> None:
     from guards.base_model import describe_base
     from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
     from guards.types import Contrast, Plan
-    from serve.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, assistant_path, encode_plan
+    from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, assistant_path, encode_plan
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
-from serve.api.admission import REFUSED_FIELDS
 from serve.default_model import NAME
+from serve.http.rules import REFUSED_FIELDS
 from tests.vllm.conftest import Server
 
 SCHOOL = "Which school does Harry Potter go to?"

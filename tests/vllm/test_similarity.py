@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from serve.default_model import NAME
+from serve.protocol.wire import assistant_path
 from serve.registry.store import Registry
-from serve.wire import assistant_path
 from tests.assistants import random_assistant
 from tests.vllm.conftest import Server
 
@@ -80,7 +80,7 @@ def ready(admin: httpx.Client, name: str) -> dict[str, Any]:
 
 
 def give_assistant(admin: httpx.Client, state: Path, model_path: Path) -> None:
-    from serve.registry.nouns import Artifact, now
+    from serve.registry.models import Artifact, now
 
     assistant = random_assistant(model_path, "whole", 5)
     path = assistant_path(state / "artifacts", assistant.fingerprint)

@@ -21,9 +21,9 @@ from guards.policy import DEFAULT_CORRUPTION
 from guards.steering.artifact import MODULES, Steering
 from guards.steering.operators import corrupt, redirect
 from serve.default_model import NAME
-from serve.registry.nouns import Artifact, now
+from serve.protocol.wire import assistant_path, steering_path
+from serve.registry.models import Artifact, now
 from serve.registry.store import Registry
-from serve.wire import assistant_path, steering_path
 from tests.assistants import random_assistant
 from tests.bench.steering import give_steering, random_steering
 from tests.vllm.conftest import Server

@@ -15,8 +15,8 @@ import httpx
 import openai
 import pytest
 
-from serve.api.admission import ADMIN_PREFIX, ALLOWED, OPEN, OWN_SCOPES
 from serve.default_model import NAME
+from serve.http.rules import ADMIN_PREFIX, ALLOWED, OPEN, OWN_SCOPES
 from serve.registry.store import Registry
 from tests.vllm.conftest import Server
 from tests.vllm.test_guarded_server import FRANCE, POTTER, SCHOOL, assert_free_of, text

@@ -1,1 +1,0 @@
-"""Measuring and comparing what servers say, as a client of them: nothing here runs inside the server."""

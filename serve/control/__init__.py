@@ -1,0 +1,4 @@
+"""What is in force, and how it changes: compile, load in every worker, commit, swap the snapshot.
+
+``control`` is the order of changes, ``build`` and ``training`` make artifacts, ``similarity`` holds the encoder and the vectors.
+"""

@@ -1,0 +1,48 @@
+"""Checking: what the sets would do to a text, without asking the model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from guards.similarity.stream import Clauses
+from guards.suppression.automaton import CompiledPhrases
+from serve.control.similarity import Similarity
+from serve.hits import Hit, hit_of
+from serve.registry.snapshot import Snapshot
+from serve.registry.store import Registry
+
+
+async def check(
+    text: str,
+    policy: str,
+    *,
+    snapshot: Snapshot,
+    registry: Registry,
+    phrases: Callable[[str], CompiledPhrases],
+    similarity: Similarity,
+) -> list[Hit]:
+    """What the sets would do to this text if it were asked, and if the model were about to write it. Raises InvalidPolicy."""
+    in_force = set(snapshot.plan(policy).suppression)
+    hits = []
+    for stored in await asyncio.to_thread(registry.forget_sets):
+        artifact = stored.artifact("phrases")
+        if artifact is None or artifact.status != "ready":
+            continue
+        compiled = await asyncio.to_thread(phrases, artifact.fingerprint)
+        for start, end in await asyncio.to_thread(compiled.find, text):
+            applies = stored.enabled and artifact.fingerprint in in_force
+            hits.append(Hit(stored.name, "suppression", start, end, text[start:end], applies))
+    plan = snapshot.text_plans[policy]
+    if plan is None:
+        return hits
+
+    if plan.gate is not None:
+        verdicts = await similarity.look([text], plan.asked)
+        hits += [hit_of("gate", verdict, plan.sets[verdict.owner]) for verdict in verdicts]
+    if plan.stream is not None:
+        clauses = Clauses()
+        for clause in (*clauses.feed(text), *clauses.finish()):
+            verdicts = await similarity.said(text[clause.start : clause.end], plan.said)
+            hits += [hit_of("stream", verdict, plan.sets[verdict.owner], offset=clause.start) for verdict in verdicts]
+    return hits

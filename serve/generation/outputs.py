@@ -1,0 +1,55 @@
+"""What may be done to an answer's outputs, so that text, token ids and log-probabilities keep saying the same."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+
+FINISH_REASON = "content_filter"
+"""Of an answer that a guard ended."""
+
+
+def silent(token: int) -> dict[int, Logprob]:
+    """Log-probabilities of a token that nobody sampled."""
+    return {token: Logprob(logprob=0.0, rank=1, decoded_token="")}
+
+
+def end_answer(output: CompletionOutput, end_of_text: int) -> None:
+    """Turn an output into its own end; what it says stays."""
+    output.token_ids = [*output.token_ids, end_of_text]
+    if output.logprobs is not None:
+        output.logprobs = [*output.logprobs, silent(end_of_text)]
+    output.cumulative_logprob = None
+    output.finish_reason = FINISH_REASON
+    output.stop_reason = None
+
+
+async def announced(
+    outputs: AsyncGenerator[RequestOutput, None], prompt: Any, request_id: str
+) -> AsyncGenerator[RequestOutput, None]:
+    """The outputs after one without anything in it: vLLM answers that with the role, and the client knows that it was heard."""
+    token_ids = list(prompt["prompt_token_ids"])
+    yield RequestOutput(request_id, prompt.get("prompt"), token_ids, None, [], False, num_cached_tokens=0)
+    async with aclosing(outputs):
+        async for output in outputs:
+            yield output
+
+
+def merged(outputs: Sequence[CompletionOutput]) -> CompletionOutput:
+    """Pieces of one choice as one piece; what its end says is that of the last."""
+    if len(outputs) == 1:
+        return outputs[0]
+    logprobs = None
+    if outputs[0].logprobs is not None:
+        logprobs = [place for each in outputs for place in (each.logprobs or [])]
+    return replace(
+        outputs[-1],
+        text="".join(each.text for each in outputs),
+        token_ids=[token for each in outputs for token in each.token_ids],
+        logprobs=logprobs,
+    )

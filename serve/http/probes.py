@@ -1,0 +1,191 @@
+"""Probes: a chat key that asks, by constraining an answer, whether a text is forgotten, and how often it may.
+
+An answer that may only be one text, or one of two, tells whether that text is suppressed. Such constraints are everyday use (a
+classifier's labels, a tool's enum), so they are not refused. But a key without the scope ``compare`` may name only so many
+different sets of phrases in force within an hour, or make a guard end so many different constrained answers. After that its
+constrained requests, all of them, get a 429 until the hour is over: what is refused then tells nothing. The same question again
+costs nothing, so that an application whose schema happens to hold a name works on.
+
+Covered: literal texts of choices, enums, constants, property names, patterns, grammars, allowed and favoured tokens; answers that
+a guard ended. Not covered: patterns that spell a phrase in another way, conversations without constraints, what a few questions
+an hour add up to; several keys count for themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import Counter
+
+from guards.errors import GuardError
+from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.vocabulary import Vocabulary
+from guards.types import Plan
+from serve.http.grammars import CONSTRAINTS
+from serve.registry.snapshot import Caller
+
+WINDOW_S = 3_600.0
+_MOST_KEYS = 10_000
+_FAVOURED = 5.0
+"""Of ``logit_bias``, what makes a token likely whatever the model thinks."""
+_LITERALS = ("enum", "const", "choice")
+_PATTERNS = ("pattern", "regex", "grammar")
+_SYNTAX = re.compile(r"\\[bBdDsSwWAZ]|[\\()\[\]?*+^$\"']|\{[\d,]*\}")
+_probes = Counter("lethe_probes_total", "Constrained requests that named what is forgotten, or were ended for it.", ["key"])
+
+
+class TooManyProbes(Exception):
+    """A key has asked too often what is forgotten."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.message, self.retry_after_s = message, retry_after_s
+
+
+class Probes:
+    """One per API process.
+
+    Args:
+        most: probes an hour, of one key.
+        phrases: loads compiled phrases by fingerprint.
+        vocabulary: the served model's.
+        seconds: a clock that does not jump.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        phrases: Callable[[str], CompiledPhrases],
+        vocabulary: Vocabulary,
+        seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._most = most
+        self._phrases = phrases
+        self._vocabulary = vocabulary
+        self._seconds = seconds
+        self._seen: OrderedDict[str, dict[str, float]] = OrderedDict()  # key -> what it asked for, as a digest -> when first
+
+    def check(self, caller: Caller, fields: dict[str, Any], plan: Plan) -> str | None:
+        """Look at a request before it is answered.
+
+        Returns:
+            What to tell `ended` if a guard ends the answer; None if that would tell nothing new.
+
+        Raises:
+            TooManyProbes: it is constrained, and its key has probed too often.
+        """
+        if not plan.suppression or "compare" in caller.scopes or not _constrained(fields):
+            return None
+        seen = self._within_the_hour(caller.name)
+        named = self._named(fields, plan)
+        asked = _digest(sorted(named) if named else [fields.get(name) for name in _CONSTRAINING])
+        if len(seen) >= self._most and asked not in seen:
+            wait = max(1, int(WINDOW_S - (self._seconds() - min(seen.values(), default=0.0))))
+            raise TooManyProbes(
+                f"{caller.name} has constrained answers in {len(seen)} ways within an hour that are not to be given; its"
+                f" constrained requests are answered again in {wait} s (keys of scope 'compare' have no such limit)",
+                wait,
+            )
+        if named:
+            self._note(caller.name, asked)
+            return None
+        return asked
+
+    def ended(self, caller: Caller, asked: str) -> None:
+        """A guard ended the answer to a constrained request that named nothing that could be read."""
+        self._note(caller.name, asked)
+
+    def _note(self, key: str, asked: str) -> None:
+        seen = self._within_the_hour(key)
+        if asked not in seen:
+            seen[asked] = self._seconds()
+            _probes.labels(key).inc()
+
+    def _within_the_hour(self, key: str) -> dict[str, float]:
+        begun = self._seconds() - WINDOW_S
+        seen = self._seen[key] = {asked: at for asked, at in self._seen.get(key, {}).items() if at > begun}
+        self._seen.move_to_end(key)
+        if len(self._seen) > _MOST_KEYS:
+            self._seen.popitem(last=False)
+        return seen
+
+    def _named(self, fields: dict[str, Any], plan: Plan) -> set[str]:
+        """The phrases in force that a request's constraints name, as they do."""
+        text = "\n".join(text for text in self._texts(fields) if text)
+        try:
+            found = [span for fingerprint in plan.suppression for span in self._phrases(fingerprint).find(text)]
+        except GuardError:
+            return set()  # the request will be refused for it
+        return {text[start:end].casefold() for start, end in found}
+
+    def _texts(self, fields: dict[str, Any]) -> Iterator[str]:
+        for name in CONSTRAINTS:
+            yield from _literals(fields.get(name))
+        bias = fields.get("logit_bias")
+        favoured = [key for key, value in bias.items() if _number(value) >= _FAVOURED] if isinstance(bias, dict) else []
+        for tokens in (fields.get("allowed_token_ids"), favoured):
+            known = [int(each) for each in tokens if str(each).isdigit()] if isinstance(tokens, list) else []
+            spelled = [
+                self._vocabulary.text_of([each]).decode("utf-8", "replace") for each in known if each < self._vocabulary.size
+            ]
+            yield from spelled
+            yield "".join(spelled)
+
+
+_CONSTRAINING = (*CONSTRAINTS, "allowed_token_ids", "logit_bias", "tool_choice")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _constrained(fields: dict[str, Any]) -> bool:
+    """Whether more than the model decides what may be said."""
+    if fields.get("allowed_token_ids") or any(_asks_for_a_form(fields.get(name)) for name in CONSTRAINTS if name != "tools"):
+        return True
+    bias = fields.get("logit_bias")
+    if isinstance(bias, dict) and any(_number(value) >= _FAVOURED for value in bias.values()):
+        return True
+    return bool(fields.get("tools"))
+
+
+def _asks_for_a_form(value: Any) -> bool:
+    """Whether a field says more than that text is wanted."""
+    if not isinstance(value, dict):
+        return bool(value) and not isinstance(value, str)
+    inner = value.get("format")
+    kind = inner if isinstance(inner, dict) else value
+    return bool(kind) and kind.get("type") != "text"
+
+
+def _literals(value: Any) -> Iterator[str]:
+    """Every text that a schema lets an answer consist of; patterns and grammars without their signs."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list):
+            waiting += each
+        if not isinstance(each, dict):
+            continue
+        for key, item in each.items():
+            if key in _LITERALS:
+                yield from (str(text) for text in (item if isinstance(item, list) else [item]))
+            elif key in _PATTERNS and isinstance(item, str):
+                yield _SYNTAX.sub("", item)
+            elif key == "properties" and isinstance(item, dict):
+                yield from item
+                waiting += item.values()
+            elif key == "json" and isinstance(item, str):
+                yield item
+            else:
+                waiting.append(item)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
