@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Annotated
 
 import httpx
@@ -42,6 +43,20 @@ for command in (
     state.doctor,
 ):
     app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lethe {metadata.version('lethe')}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")]
+
+
+@app.callback()
+def _options(version: VersionOption = False) -> None:
+    """Options before a command."""
 
 
 _OURS = (GuardError, RegistryError, StorageFault, InUseElsewhere)

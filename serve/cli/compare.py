@@ -9,7 +9,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from serve.cli.talk import connect, err, fail, folding_table, out, unwrap
+from serve.cli.talk import JsonOption, connect, err, fail, folding_table, out, print_json, unwrap
 
 
 def compare(
@@ -18,7 +18,7 @@ def compare(
     max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The same for all arms.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what the server returns.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask every policy the same question at once, and show what each says, what its guards did and how long it took."""
     names = [name.strip() for name in arms.split(",") if name.strip()]
@@ -47,7 +47,7 @@ def compare(
     if done is None:
         fail("the server ended the comparison before it was done; see its log")
     elif as_json:
-        print(json.dumps(done, indent=1, ensure_ascii=False))
+        print_json(done)
     else:
         _show(done)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from serve.cli.talk import act, connect, fail, folding_table, out, unwrap
+from serve.cli.talk import JsonOption, act, connect, fail, folding_table, out, print_json, unwrap
 from serve.experiments.page import save_experiment
 
 app = typer.Typer(no_args_is_help=True, help="Compare policies on live traffic, with statistics that survive peeking.")
@@ -42,12 +41,15 @@ def create(
 
 
 @app.command("list")
-def show_all() -> None:
+def show_all(as_json: JsonOption = False) -> None:
     """List all experiments."""
     with connect() as client:
-        found = unwrap(client.get("/experiments"))["data"]
+        listed = unwrap(client.get("/experiments"))
+    if as_json:
+        print_json(listed)
+        return
     table = folding_table("name", "mode", "unit", "share", "arms", "runs")
-    for each in found:
+    for each in listed["data"]:
         arms = ", ".join(f"{arm['name']}={arm['policy']}:{arm['weight']:g}" for arm in each["arms"])
         runs = f"since {each['created_at']}" if each["stopped_at"] is None else f"stopped {each['stopped_at']}"
         table.add_row(each["name"], each["mode"], each["unit"], f"{each['share']:.0%}", arms, runs)
@@ -57,7 +59,7 @@ def show_all() -> None:
 @app.command("report")
 def report(
     name: NameArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what the server returns.")] = False,
+    as_json: JsonOption = False,
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained page with plots to this file.")] = None,
 ) -> None:
     """Show what an experiment has shown so far. Looking early or often does no harm."""
@@ -66,7 +68,7 @@ def report(
     if html is not None:
         save_experiment(found, html)
     if as_json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
         return
     _print(found)
     if html is not None:

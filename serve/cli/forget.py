@@ -16,7 +16,20 @@ from rich.progress import (
 
 from guards.forget_set import write_jsonl
 from guards.removal_list import Kind, read_removal_list
-from serve.cli.talk import NameArgument, act, artifact_of, connect, err, fail, folding_table, out, print_set, unwrap
+from serve.cli.talk import (
+    JsonOption,
+    NameArgument,
+    act,
+    artifact_of,
+    connect,
+    err,
+    fail,
+    folding_table,
+    out,
+    print_json,
+    print_set,
+    unwrap,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Add, show, enable, disable and remove forget sets.")
 
@@ -71,10 +84,13 @@ def forget_add(
 
 
 @app.command("list")
-def forget_list() -> None:
+def forget_list(as_json: JsonOption = False) -> None:
     """List all forget sets."""
     with connect() as client:
         listed = unwrap(client.get("/forget_sets"))
+    if as_json:
+        print_json(listed)
+        return
     table = folding_table(
         "name", "enabled since", "phrases", "artifacts", "requester", "expires", title=f"revision {listed['revision']}"
     )
@@ -86,10 +102,11 @@ def forget_list() -> None:
 
 
 @app.command("show")
-def forget_show(name: NameArgument) -> None:
+def forget_show(name: NameArgument, as_json: JsonOption = False) -> None:
     """Show a set: its state, its artifacts, its paperwork, its content."""
     with connect() as client:
-        print_set(unwrap(client.get(f"/forget_sets/{name}")))
+        shown = unwrap(client.get(f"/forget_sets/{name}"))
+    print_json(shown) if as_json else print_set(shown)
 
 
 @app.command("enable")

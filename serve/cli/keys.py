@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
 
-from serve.cli.talk import err, fail, folding_table, out
+from serve.cli.talk import JsonOption, err, fail, folding_table, out, print_json
 from serve.clock import never_back
 from serve.registry.snapshot import SCOPES, Limits
 from serve.registry.store import Registry
 from serve.registry.usage import FILE as USAGE
-from serve.registry.usage import Usage
+from serve.registry.usage import Usage, Used
 from serve.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke keys. Works without a running server.")
@@ -37,7 +38,7 @@ def key_create(
 
 
 @app.command("list")
-def key_list() -> None:
+def key_list(as_json: JsonOption = False) -> None:
     """List all keys (not their secrets), what limits them, and what they used today."""
     table = folding_table("id", "scope", "label", "created", "expires", "limits", "tokens today", "used last")
     state = Settings().state_dir
@@ -45,7 +46,12 @@ def key_list() -> None:
     if (state / USAGE).exists():
         usage = Usage(state / USAGE)
         used, last = usage.of_day(never_back().date().isoformat()), usage.last()
-    for each in _registry().stored_keys():
+    keys = _registry().stored_keys()
+    if as_json:
+        found = [asdict(each) | {"used_today": asdict(used.get(each.id, Used())), "used_last": last.get(each.id)} for each in keys]
+        print_json({"data": found})
+        return
+    for each in keys:
         limits = each.limits
         described = [
             f"{limits.requests_per_minute:,} requests a minute" if limits.requests_per_minute else "",

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from serve.cli.talk import connect, fail, folding_table, out, unwrap
+from serve.cli.talk import JsonOption, connect, fail, folding_table, out, print_json, unwrap
 
 
 def check(
     text: Annotated[str, typer.Argument(help="Any text; - reads standard input.")],
     policy: Annotated[str, typer.Option(help="The policy to check against.")] = "default",
+    as_json: JsonOption = False,
 ) -> None:
     """Show what the forget sets would hit in a text. Exit status 1 if something in force is hit."""
     text = sys.stdin.read() if text == "-" else text
@@ -24,15 +25,21 @@ def check(
         place = f"{hit['start']}-{hit['end']}"
         in_force = "yes" if hit["in_force"] else "no"
         table.add_row(hit["forget_set"], hit["guard"], _signal(hit), place, hit["text"], in_force)
-    out.print(table if found["hits"] else "Nothing is hit.")
+    if as_json:
+        print_json(found)
+    else:
+        out.print(table if found["hits"] else "Nothing is hit.")
     if any(hit["in_force"] for hit in found["hits"]):
         raise typer.Exit(1)
 
 
-def why(request_id: Annotated[str, typer.Argument(help="The x-request-id of an answer.")]) -> None:
+def why(request_id: Annotated[str, typer.Argument(help="The x-request-id of an answer.")], as_json: JsonOption = False) -> None:
     """Show what guards found in a request, and where: the forget set, the signal, the place in the prompt or the answer."""
     with connect() as client:
         found = unwrap(client.get(f"/requests/{request_id}"))
+    if as_json:
+        print_json(found)
+        return
     refused = "refused" if found["refused"] else "answered"
     title = f"{found['at'][:19]}Z, {found['caller']}, policy {found['policy']}, revision {found['revision']}: {refused}"
     table = folding_table("forget set", "did", "signal", "place", "text", title=title)
@@ -49,14 +56,14 @@ def _signal(hit: dict[str, Any]) -> str:
     return f"{signal} {hit['score']:.3f} >= {hit['threshold']:.3f}" if hit["signal"] == "similarity" else signal
 
 
-def revision() -> None:
+def revision(as_json: JsonOption = False) -> None:
     """Show what is in force."""
     with connect() as client:
         shown = unwrap(client.get("/revision"))
     table = folding_table("policy", "forget sets that it applies", title=f"revision {shown['revision']}")
     for name, names in shown["policies"].items():
         table.add_row(name, ", ".join(names) or "none")
-    out.print(table)
+    print_json(shown) if as_json else out.print(table)
     if shown["fault"]:
         fail(f"this stays in force, since the registry cannot be read: {shown['fault']}")
 

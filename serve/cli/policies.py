@@ -9,16 +9,19 @@ from typing import Annotated
 import typer
 
 from guards.policy import parse_policy
-from serve.cli.talk import act, connect, fail, folding_table, out, unwrap
+from serve.cli.talk import JsonOption, act, connect, fail, folding_table, out, print_json, unwrap
 
 app = typer.Typer(no_args_is_help=True, help="Show and change policies: which sets apply, through which guards.")
 
 
 @app.command("list")
-def policy_list() -> None:
+def policy_list(as_json: JsonOption = False) -> None:
     """List all policies."""
     with connect() as client:
         listed = unwrap(client.get("/policies"))
+    if as_json:
+        print_json(listed)
+        return
     table = folding_table("name", "forget sets", "guards", "description", title=f"revision {listed['revision']}")
     for each in listed["data"]:
         sets = each["forget_sets"] if isinstance(each["forget_sets"], str) else ", ".join(each["forget_sets"])
@@ -36,7 +39,7 @@ def policy_show(
     with connect() as client:
         shown = unwrap(client.get(f"/policies/{name}"))
     policy = parse_policy({key: value for key, value in shown.items() if key != "revision"})
-    print(json.dumps(policy.model_dump(mode="json", exclude={"name"}, exclude_defaults=not defaults), indent=1, ensure_ascii=False))
+    print_json(policy.model_dump(mode="json", exclude={"name"}, exclude_defaults=not defaults))
 
 
 @app.command("put")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from serve import doctor as checks
-from serve.cli.talk import err, folding_table, out
+from serve.cli.talk import JsonOption, err, folding_table, out, print_json
 from serve.lock import server_runs
 from serve.registry.backup import Backup, write_backup
 from serve.settings import Settings
@@ -58,16 +59,21 @@ def restore(file: FileArgument, yes: Annotated[bool, typer.Option("--yes", help=
 def doctor(
     model: Annotated[str | None, typer.Option(help="The model that is to be served. Default: the bundled one.")] = None,
     port: Annotated[int, typer.Option(help="The port that the server is to listen on.")] = 8000,
+    as_json: JsonOption = False,
 ) -> None:
     """Check what would keep this machine from serving, and say how to mend it. Exit status 1 if something would."""
     settings = Settings()
     table = folding_table("", "what", "found", "to do")
-    failed = False
     with err.status("Looking"):
-        for check in checks.run(settings, model, port, server_runs=server_runs(settings.state_dir)):
-            failed |= check.state == "fails"
-            table.add_row(check.state, check.what, check.found, check.to_do)
-    out.print(table)
+        found = list(checks.run(settings, model, port, server_runs=server_runs(settings.state_dir)))
+    for check in found:
+        table.add_row(check.state, check.what, check.found, check.to_do)
+    failed = any(check.state == "fails" for check in found)
+    if as_json:
+        print_json({"ok": not failed, "checks": [asdict(check) for check in found]})
+    else:
+        out.print(table)
     if failed:
         raise typer.Exit(1)
-    out.print("Nothing here would keep this machine from serving.")
+    if not as_json:
+        out.print("Nothing here would keep this machine from serving.")

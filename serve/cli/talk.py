@@ -18,6 +18,14 @@ err = Console(stderr=True, markup=False, highlight=False)
 NameArgument = Annotated[str, typer.Argument(help="The forget set's name: 1 to 63 of a-z, 0-9, _ and -.")]
 
 
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def print_json(shown: Any) -> None:
+    """For programs: what the server returned, or what a command found."""
+    print(json.dumps(shown, indent=1, ensure_ascii=False))
+
+
 def folding_table(*columns: str, **options: Any) -> Table:
     """A table whose cells go on in the next line where the terminal is narrow, rather than being cut off."""
     return Table(*(Column(name, overflow="fold") for name in columns), **options)

@@ -1,7 +1,7 @@
 """Admission: every request is checked before vLLM sees it, and gets its snapshot.
 
-What `rules` lets pass carries a `RequestContext` in a context variable, down to the choke point. When the answer has gone out, what it
-used and what guards did is noted.
+What `rules` lets pass carries a `RequestContext` in a context variable, down to the choke point. When the answer has gone out, what
+it used and what guards did is noted.
 """
 
 from __future__ import annotations
