@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from datetime import date
+from importlib import metadata
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -18,13 +19,14 @@ from guards.contrastive.assistant import Recipe
 from guards.errors import GuardError, InvalidForgetSet, InvalidJson, InvalidPolicy, Untrainable
 from guards.forget_set import (
     MAX_TEXT_CHARACTERS,
+    ForgetSet,
     Frozen,
     Name,
     describe_validation,
     is_name,
     write_jsonl,
 )
-from guards.policy import DEFAULT, Corruption, parse_policy
+from guards.policy import DEFAULT, Corruption, Policy, parse_policy
 from guards.removal_list import Kind, RemovalList, check_new_set, read_removal_list
 from guards.similarity.calibrate import TooFewExamples
 from guards.similarity.disguise import TooMuchToRead
@@ -39,6 +41,21 @@ from serve.experiments.observations import UnknownRequest
 from serve.generation.score import ScoreOrder, Scorer, Unscorable
 from serve.generation.side_by_side import CompareOrder, Incomparable, SideBySide
 from serve.hits import KEPT, RecentHits
+from serve.http.contract import (
+    ERRORS,
+    AuditAnswer,
+    CheckAnswer,
+    CheckOrder,
+    DeletedAnswer,
+    ForgetSetAnswer,
+    ForgetSetsAnswer,
+    PoliciesAnswer,
+    PolicyAnswer,
+    RequestAnswer,
+    RevisionAnswer,
+    document,
+    takes,
+)
 from serve.http.rules import ADMIN_PREFIX
 from serve.registry.models import InUse, NameTaken, NotReady, RegistryError, RolledBack, StoredSet, Stripped, UnknownName
 from serve.registry.store import Registry
@@ -122,20 +139,32 @@ class OurRoute(APIRoute):
         return handle_errors
 
 
-def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, side_by_side: SideBySide, hits: RecentHits) -> None:
-    """Add the admin routes to vLLM's app."""
-    router = APIRouter(prefix=ADMIN_PREFIX, route_class=OurRoute, tags=["lethe"])
+def attach(
+    app: FastAPI,
+    control: Control,
+    registry: Registry,
+    scorer: Scorer,
+    side_by_side: SideBySide,
+    hits: RecentHits,
+    more: Sequence[APIRouter] = (),
+) -> None:
+    """Add the admin routes to vLLM's app.
+
+    Args:
+        more: other routers that the OpenAPI document describes.
+    """
+    router = APIRouter(prefix=ADMIN_PREFIX, route_class=OurRoute, tags=["forget sets and policies"], responses=ERRORS)
 
     def actor(request: Request) -> str:
         return str(request.scope["lethe.caller"].name)
 
-    @router.get("/forget_sets")
+    @router.get("/forget_sets", response_model=ForgetSetsAnswer)
     async def list_forget_sets() -> dict[str, Any]:
         sets = await asyncio.to_thread(registry.forget_sets)
         described = [{**_describe(stored), "training": control.training(stored.name)} for stored in sets]
         return {"data": described, "revision": control.snapshot.revision}
 
-    @router.post("/forget_sets", status_code=201)
+    @router.post("/forget_sets", status_code=201, response_model=ForgetSetAnswer, openapi_extra=takes(ForgetSet))
     async def create_forget_set(
         request: Request, name: str | None = None, force: Force = False, column: Column = None, kind: As = None
     ) -> dict[str, Any]:
@@ -143,7 +172,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         revision = await control.create(read.forget_set, actor=actor(request))
         return {**await _shown(read.forget_set.name, revision), "notes": read.notes}
 
-    @router.get("/forget_sets/{name}")
+    @router.get("/forget_sets/{name}", response_model=ForgetSetAnswer)
     async def show_forget_set(name: str, request: Request) -> Response:
         try:
             content = await asyncio.to_thread(registry.content, name)
@@ -154,30 +183,35 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         shown = await _shown(name, control.snapshot.revision)
         return JSONResponse({**shown, "content": content.model_dump(mode="json", exclude={"name"})})
 
-    @router.put("/forget_sets/{name}")
+    @router.put("/forget_sets/{name}", response_model=ForgetSetAnswer, openapi_extra=takes(ForgetSet))
     async def replace_forget_set(
         name: str, request: Request, force: Force = False, column: Column = None, kind: As = None
     ) -> dict[str, Any]:
         read = await _removal_list(request, name, column, kind, force=force)
         return {**await _shown(name, await control.replace(read.forget_set, actor=actor(request))), "notes": read.notes}
 
-    @router.delete("/forget_sets/{name}")
+    @router.delete("/forget_sets/{name}", response_model=DeletedAnswer)
     async def delete_forget_set(name: str, request: Request) -> dict[str, Any]:
         return {"name": name, "deleted": True, "revision": await control.delete(name, actor=actor(request))}
 
-    @router.post("/forget_sets/{name}/enable")
+    @router.post("/forget_sets/{name}/enable", response_model=ForgetSetAnswer)
     async def enable_forget_set(name: str, request: Request) -> dict[str, Any]:
         return await _shown(name, await control.enable(name, actor=actor(request)))
 
-    @router.post("/forget_sets/{name}/disable")
+    @router.post("/forget_sets/{name}/disable", response_model=ForgetSetAnswer)
     async def disable_forget_set(name: str, request: Request) -> dict[str, Any]:
         return await _shown(name, await control.disable(name, actor=actor(request)))
 
-    @router.post("/forget_sets/{name}/strip")
+    @router.post("/forget_sets/{name}/strip", response_model=ForgetSetAnswer)
     async def strip_forget_set(name: str, request: Request) -> dict[str, Any]:
         return await _shown(name, await control.strip(name, actor=actor(request)))
 
-    @router.post("/forget_sets/{name}/assistant", status_code=202)
+    @router.post(
+        "/forget_sets/{name}/assistant",
+        status_code=202,
+        response_model=ForgetSetAnswer,
+        openapi_extra=takes(TrainingOrder, required=False),
+    )
     async def train_assistant(name: str, request: Request) -> dict[str, Any]:
         fields = await read_object(request) if await request.body() else {}
         try:
@@ -187,7 +221,9 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         await control.train(name, order.retain, order.recipe)
         return await _shown(name, control.snapshot.revision)
 
-    @router.post("/forget_sets/{name}/steering", status_code=202)
+    @router.post(
+        "/forget_sets/{name}/steering", status_code=202, response_model=ForgetSetAnswer, openapi_extra=takes(SteeringOrder)
+    )
     async def train_steering(name: str, request: Request) -> dict[str, Any]:
         try:
             order = SteeringOrder.model_validate(await read_object(request))
@@ -196,12 +232,12 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         await control.train_steering(name, order.retain, order.recipe, order.lessons, distil=order.distil)
         return await _shown(name, control.snapshot.revision)
 
-    @router.post("/forget_sets/{name}/assistant/pause")
+    @router.post("/forget_sets/{name}/assistant/pause", response_model=ForgetSetAnswer)
     async def pause_training(name: str) -> dict[str, Any]:
         await control.pause_training(name)
         return await _shown(name, control.snapshot.revision)
 
-    @router.put("/forget_sets/{name}/calibration")
+    @router.put("/forget_sets/{name}/calibration", response_model=ForgetSetAnswer, openapi_extra=takes(CalibrationBody))
     async def put_calibration(name: str, request: Request) -> dict[str, Any]:
         try:
             found = CalibrationBody.model_validate(await read_object(request))
@@ -212,7 +248,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
             name, await control.put_calibration(name, found.strength, found.evidence, actor=actor(request), **options)
         )
 
-    @router.put("/forget_sets/{name}/gate")
+    @router.put("/forget_sets/{name}/gate", response_model=ForgetSetAnswer, openapi_extra=takes(GateOrder, required=False))
     async def fit_gate(name: str, request: Request) -> dict[str, Any]:
         try:
             order = GateOrder.model_validate(await read_object(request) if await request.body() else {})
@@ -220,29 +256,29 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
         return await _shown(name, await control.fit_gate(name, order, actor=actor(request)))
 
-    @router.get("/policies")
+    @router.get("/policies", response_model=PoliciesAnswer)
     async def list_policies() -> dict[str, Any]:
         policies = control.snapshot.policies.values()
         return {"data": [policy.model_dump(mode="json") for policy in policies], "revision": control.snapshot.revision}
 
-    @router.get("/policies/{name}")
+    @router.get("/policies/{name}", response_model=PolicyAnswer)
     async def show_policy(name: str) -> dict[str, Any]:
         snapshot = control.snapshot
         if name not in snapshot.policies:
             raise UnknownName(f"there is no policy {name!r}; there are {', '.join(sorted(snapshot.policies))}")
         return {**snapshot.policies[name].model_dump(mode="json"), "revision": snapshot.revision}
 
-    @router.put("/policies/{name}")
+    @router.put("/policies/{name}", response_model=PolicyAnswer, openapi_extra=takes(Policy))
     async def put_policy(name: str, request: Request) -> dict[str, Any]:
         policy = parse_policy({**_without(await read_object(request), "name", name), "name": name})
         revision = await control.put_policy(policy, actor=actor(request))
         return {**policy.model_dump(mode="json"), "revision": revision, "notes": control.snapshot.notes(policy)}
 
-    @router.delete("/policies/{name}")
+    @router.delete("/policies/{name}", response_model=DeletedAnswer)
     async def delete_policy(name: str, request: Request) -> dict[str, Any]:
         return {"name": name, "deleted": True, "revision": await control.delete_policy(name, actor=actor(request))}
 
-    @router.get("/revision")
+    @router.get("/revision", response_model=RevisionAnswer)
     async def show_revision() -> dict[str, Any]:
         snapshot = control.snapshot
         return {
@@ -253,7 +289,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
             "policies": {name: snapshot.forget_sets_of(policy) for name, policy in sorted(snapshot.policies.items())},
         }
 
-    @router.get("/audit")
+    @router.get("/audit", response_model=AuditAnswer)
     async def show_audit(
         after: Annotated[int, Query(ge=0, le=2**53)] = 0, limit: Annotated[int, Query(ge=1, le=1_000)] = 100
     ) -> dict[str, Any]:
@@ -261,7 +297,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         broken = await asyncio.to_thread(registry.first_broken_audit_row)
         return {"data": [asdict(row) for row in rows], "intact": broken is None, "first_broken": broken}
 
-    @router.post("/check")
+    @router.post("/check", response_model=CheckAnswer, openapi_extra=takes(CheckOrder))
     async def check(request: Request) -> dict[str, Any]:
         fields = await read_object(request)
         text, policy = fields.get("text"), fields.get("policy", DEFAULT)
@@ -272,7 +308,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
         hits = await control.check(text, policy)
         return {"revision": control.snapshot.revision, "policy": policy, "hits": [asdict(hit) for hit in hits]}
 
-    @router.get("/requests/{request_id}")
+    @router.get("/requests/{request_id}", response_model=RequestAnswer)
     async def show_request(request_id: str) -> dict[str, Any]:
         found = hits.get(request_id)
         if found is None:
@@ -282,7 +318,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
             )
         return asdict(found)
 
-    @router.post("/score")
+    @router.post("/score", openapi_extra=takes(ScoreOrder))
     async def score(request: Request) -> dict[str, Any]:
         try:
             order = ScoreOrder.model_validate(await read_object(request))
@@ -298,7 +334,7 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
             scoring.cancel()
         return {"revision": control.snapshot.revision, "policy": order.policy, "scores": scores}
 
-    @router.post("/compare")
+    @router.post("/compare", openapi_extra=takes(CompareOrder))
     async def compare(request: Request) -> Response:
         try:
             order = CompareOrder.model_validate(await read_object(request))
@@ -317,6 +353,10 @@ def attach(app: FastAPI, control: Control, registry: Registry, scorer: Scorer, s
     async def _shown(name: str, revision: int) -> dict[str, Any]:
         stored = await asyncio.to_thread(registry.forget_set, name)
         return {**_describe(stored), "training": control.training(name), "revision": revision}
+
+    @router.get("/openapi.json", include_in_schema=False)
+    async def show_contract() -> dict[str, Any]:
+        return document([router, *more], metadata.version("lethe"))
 
     app.include_router(router)
 

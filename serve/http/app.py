@@ -119,9 +119,9 @@ async def guarded_app(
             known = [each.id for each in await asyncio.to_thread(experiments.all)]
             await asyncio.to_thread(observations.keep_only, known)
             live = LiveExperiments(lambda: control.snapshot, observations, control.phrases, similarity, shadow)
-            experiment_routes.attach(app, control, experiments, observations, live)
+            of_experiments = experiment_routes.attach(app, control, experiments, observations, live)
             hits = RecentHits()
-            admin.attach(app, control, registry, scorer, side_by_side, hits)
+            admin.attach(app, control, registry, scorer, side_by_side, hits, [of_experiments])
             # Outermost, around every middleware that vLLM or a plugin of its brought along.
             admission = Admission(
                 app.middleware_stack or app.build_middleware_stack(),

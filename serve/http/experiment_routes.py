@@ -7,16 +7,17 @@ import re
 from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request
-from pydantic import Field, ValidationError
+from pydantic import Field, RootModel, ValidationError
 
 from guards.forget_set import Frozen, describe_validation
 from serve.control.control import Control
-from serve.experiment import Experiment, InvalidExperiment, parse_experiment
+from serve.experiment import Experiment, ExperimentOrder, InvalidExperiment, parse_experiment
 from serve.experiments.live import LiveExperiments
 from serve.experiments.observations import Observations
 from serve.experiments.report import report
 from serve.experiments.store import Experiments
 from serve.http.admin_routes import OurRoute, read_object
+from serve.http.contract import ERRORS, DeletedAnswer, ExperimentAnswer, ExperimentsAnswer, FeedbackAnswer, ReportAnswer, takes
 from serve.http.rules import ADMIN_PREFIX
 from serve.registry.models import now
 
@@ -30,26 +31,32 @@ class Feedback(Frozen):
     thumb: Literal["up", "down"]
 
 
-def attach(app: FastAPI, control: Control, experiments: Experiments, observations: Observations, live: LiveExperiments) -> None:
-    """Add the routes to vLLM's app."""
-    router = APIRouter(prefix=ADMIN_PREFIX, route_class=OurRoute, tags=["lethe"])
+class Weights(RootModel[dict[str, float]]):
+    """The body of a change of weights: arm -> weight."""
+
+
+def attach(
+    app: FastAPI, control: Control, experiments: Experiments, observations: Observations, live: LiveExperiments
+) -> APIRouter:
+    """Add the routes to vLLM's app. Returns them."""
+    router = APIRouter(prefix=ADMIN_PREFIX, route_class=OurRoute, tags=["experiments"], responses=ERRORS)
 
     def actor(request: Request) -> str:
         return str(request.scope["lethe.caller"].name)
 
-    @router.get("/experiments")
+    @router.get("/experiments", response_model=ExperimentsAnswer)
     async def list_experiments() -> dict[str, Any]:
         found = await asyncio.to_thread(experiments.all)
         return {"data": [_described(each) for each in found], "revision": control.snapshot.revision}
 
-    @router.post("/experiments", status_code=201)
+    @router.post("/experiments", status_code=201, response_model=ExperimentAnswer, openapi_extra=takes(ExperimentOrder))
     async def create_experiment(request: Request) -> dict[str, Any]:
         order = parse_experiment(await read_object(request))
         created = await asyncio.to_thread(experiments.create, order, actor=actor(request))
         revision = await control.refresh()
         return {**_described(created), "revision": revision, "notes": _notes(created)}
 
-    @router.get("/experiments/{name}")
+    @router.get("/experiments/{name}", response_model=ReportAnswer)
     async def show_experiment(name: str) -> dict[str, Any]:
         experiment = await asyncio.to_thread(experiments.get, name)
         await live.settle()
@@ -57,7 +64,7 @@ def attach(app: FastAPI, control: Control, experiments: Experiments, observation
         changes = await asyncio.to_thread(experiments.changes_since, experiment)
         return report(experiment, figures, changes=changes, at=now())
 
-    @router.put("/experiments/{name}/weights")
+    @router.put("/experiments/{name}/weights", response_model=ExperimentAnswer, openapi_extra=takes(Weights))
     async def reweigh_experiment(name: str, request: Request) -> dict[str, Any]:
         weights = await read_object(request)
         if not weights or not all(isinstance(each, int | float) and not isinstance(each, bool) for each in weights.values()):
@@ -65,12 +72,12 @@ def attach(app: FastAPI, control: Control, experiments: Experiments, observation
         changed = await asyncio.to_thread(experiments.reweigh, name, weights, actor=actor(request))
         return {**_described(changed), "revision": await control.refresh()}
 
-    @router.post("/experiments/{name}/stop")
+    @router.post("/experiments/{name}/stop", response_model=ExperimentAnswer)
     async def stop_experiment(name: str, request: Request) -> dict[str, Any]:
         stopped = await asyncio.to_thread(experiments.stop, name, actor=actor(request))
         return {**_described(stopped), "revision": await control.refresh()}
 
-    @router.delete("/experiments/{name}")
+    @router.delete("/experiments/{name}", response_model=DeletedAnswer)
     async def delete_experiment(name: str, request: Request) -> dict[str, Any]:
         revision = await asyncio.to_thread(experiments.delete, name, actor=actor(request))
         await control.refresh()
@@ -78,7 +85,7 @@ def attach(app: FastAPI, control: Control, experiments: Experiments, observation
         await asyncio.to_thread(observations.keep_only, [each.id for each in await asyncio.to_thread(experiments.all)])
         return {"name": name, "deleted": True, "revision": revision}
 
-    @router.post("/feedback")
+    @router.post("/feedback", response_model=FeedbackAnswer, openapi_extra=takes(Feedback))
     async def give_feedback(request: Request) -> dict[str, Any]:
         try:
             said = Feedback.model_validate(await read_object(request))
@@ -91,6 +98,7 @@ def attach(app: FastAPI, control: Control, experiments: Experiments, observation
         return {"request_id": request_id, "thumb": said.thumb}
 
     app.include_router(router)
+    return router
 
 
 def _described(experiment: Experiment) -> dict[str, Any]:
