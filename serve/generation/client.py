@@ -29,9 +29,10 @@ from guards.suppression.automaton import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan, TextPlan
 from serve.control.similarity import Similarity
-from serve.generation.held import Held, Request, blocked
+from serve.generation.gate import Gate, Request
 from serve.generation.observe import observed
 from serve.generation.outputs import announced, end_answer
+from serve.generation.stream import StreamFilter, blocked
 from serve.generation.watch import Watch
 from serve.hits import MOST_CHARACTERS, Hit, Where, hit_of
 from serve.protocol.wire import PLAN_KEY, encode_plan
@@ -145,7 +146,7 @@ class GuardedEngineClient:
             if request is not None:
                 request.blocked = True
 
-        held = Held(
+        stream_filter = StreamFilter(
             lambda prompt, params, each, plan: self._start(prompt, params, each, plan, request, options),
             self._similarity,
             self._vocabulary,
@@ -162,7 +163,7 @@ class GuardedEngineClient:
                     for verdict in verdicts
                 ]
 
-        outputs = held.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end, fired))
+        outputs = stream_filter.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end, fired))
         if request is not None and request.announced and params.output_kind is RequestOutputKind.DELTA:
             return announced(outputs, prompt, request_id)
         return outputs
@@ -193,8 +194,8 @@ class GuardedEngineClient:
         request_id = f"score-{uuid.uuid4().hex}"
         if text is not None and text.gate is not None:
             assert self._similarity is not None
-            held = Held(self._no_start, self._similarity, self._vocabulary, lambda _: [], 0)
-            plan = await held.plan_of(Request(inputs, params, request_id, plan, text, False, lambda: None, _ignore))
+            gate = Gate(self._similarity, self._vocabulary)
+            plan = await gate.plan_of(Request(inputs, params, request_id, plan, text, False, lambda: None, _ignore))
         plan = replace(plan, forced=tuple(continuation))
         params.output_kind = RequestOutputKind.FINAL_ONLY
         async with aclosing(self._start(inputs, params, request_id, plan, None, {})) as steps:
@@ -207,10 +208,6 @@ class GuardedEngineClient:
                 assert output.logprobs is not None, "they were asked for"
                 return [{token: entry.logprob for token, entry in place.items()} for place in output.logprobs]
         raise GuardError("the engine ended the request without an answer; try again")
-
-    @staticmethod
-    def _no_start(*_: object) -> AsyncGenerator[RequestOutput, None]:
-        raise AssertionError("only the gate is asked")
 
     def _start(
         self,

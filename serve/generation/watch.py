@@ -1,6 +1,6 @@
 """The watch over outputs whose own constraints (a grammar, allowed tokens) could leave the engine nothing but banned tokens.
 
-Covered: phrases in the text and in what its tokens spell, JSON escapes included. Not covered: meaning (see `held`).
+Covered: phrases in the text and in what its tokens spell, JSON escapes included. Not covered: meaning (see `stream`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from guards.similarity.index import similarity_path
 from guards.suppression.vocabulary import Vocabulary
 from serve.control import similarity as service
 from serve.control.similarity import Similarity, default_encoder
-from serve.generation.held import turns_of
+from serve.generation.gate import turns_of
 
 DIRECTORY = default_encoder()
 pytestmark = pytest.mark.skipif(DIRECTORY is None, reason="the bundled encoder is not installed")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from guards.policy import BUILT_IN, parse_policy
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Corrupt, Plan, Steer
-from serve.generation.held import Opened, Request, _engaged, spans_of
+from serve.generation.gate import GateDecision, spans_of
 from serve.registry.snapshot import Snapshot
 
 
@@ -83,12 +83,11 @@ def test_the_gate_engages_the_touched_sets_steering_only() -> None:
     both = snapshot({"gate": {}, "steering": [{"method": "adapter"}]}, similarity={"a": "a-vectors", "b": "b-vectors"})
     plan, text = both.plan("p"), both.text_plans["p"]
     assert text is not None
-    request = Request({}, None, "r", plan, text, False, lambda: None, lambda _: None)  # type: ignore[arg-type]
-    assert _engaged(request, Opened(frozenset(), frozenset())).steering == ()
-    opened = _engaged(request, Opened(frozenset({"b-vectors"}), frozenset()))
+    assert GateDecision(frozenset(), frozenset()).engaged(plan, text).steering == ()
+    opened = GateDecision(frozenset({"b-vectors"}), frozenset()).engaged(plan, text)
     assert opened.steering == (Steer("b-adapter", 1.0),)
     corrupt = Corrupt("flip_sign_first_n", 1.0, 8, 0, ((1, 3),))
-    assert _engaged(request, Opened(frozenset({"a-vectors"}), frozenset(), corrupt)).corrupt == corrupt
+    assert GateDecision(frozenset({"a-vectors"}), frozenset(), corrupt).engaged(plan, text).corrupt == corrupt
 
 
 PIECES = [b"", b"a", b"b", b"ab", b" ", "é".encode(), "é".encode()[:1], "é".encode()[1:], b"xyz"]

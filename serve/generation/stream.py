@@ -1,9 +1,7 @@
-"""Answers under similarity: the gate before the engine, the hold-back filter behind it.
+"""Answers under a gate or a stream filter: taken from the engine piece by piece, given out only as far as they have been judged.
 
-The gate reads the whole prompt, back from its tokens, so that no endpoint and no stored conversation can pass beside it. The answer
-is then taken from the engine piece by piece and given out only as far as it has been judged; text, token ids and log-probabilities
-go out together, so that vLLM's parsers for tools and reasoning see one consistent answer. Every choice of ``n`` is a request of its
-own to the engine, with its own window.
+Text, token ids and log-probabilities go out together, so that vLLM's parsers for tools and reasoning see one consistent answer.
+Every choice of ``n`` is a request of its own to the engine, with its own window.
 
 Where a request has to go on differently (the gate opens in mid-answer; a clause is thrown away), it is taken up again from its own
 tokens under another plan: the engine's prefix cache makes that cheap. Requests that cannot be taken up (a grammar's state,
@@ -15,16 +13,13 @@ Covered: everything that `generate` returns as text. Not covered: alternatives i
 from __future__ import annotations
 
 import asyncio
-import bisect
 import copy
-import itertools
-import re
 import zlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import Counter
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
@@ -35,111 +30,28 @@ from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.gate import Verdict
 from guards.similarity.stream import HeldAnswer, Token, ends_sentence
-from guards.similarity.windows import sentences
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import Corrupt, Plan, TextPlan
+from guards.types import Plan
 from serve.control.similarity import Similarity
+from serve.generation.gate import Gate, GateDecision, Request, gate_outcomes
 from serve.generation.outputs import end_answer, silent
-from serve.hits import Where
 
-_gate = Counter("lethe_gate_total", "Conversations that the gate judged.", ["policy", "outcome"])
 _hits = Counter("lethe_stream_hits_total", "Passages of answers that the stream filter hit.", ["policy", "action"])
 blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy", "guard", "action"])
 
 RESAMPLED_TEMPERATURE = 0.7
 """At least: a greedy answer that goes on greedily would say the same again."""
-PASTED = 0.85
-"""Cosine from which a statement in the prompt counts as the set's own."""
 _NEXT_SEED = 7_919
-_ROLE = re.compile(r"^(?:system|user|assistant|tool|developer|human|model)\s*(?:\n|$)", re.IGNORECASE)
 
 Start = Callable[[Any, SamplingParams, str, Plan], AsyncGenerator[RequestOutput, None]]
 """(prompt, params, request id, plan) -> the engine's outputs, every other guard in place."""
 
 
-class Fired(Protocol):
-    """Takes note of what a guard did."""
-
-    def __call__(self, action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "prompt", offset: int = 0) -> None:
-        """``action``: guard and what it did, such as "gate refuse"; ``offset``: characters of the answer before what was judged."""
-        ...
-
-
-def turns_of(token_ids: Sequence[int], vocabulary: Vocabulary) -> list[str]:
-    """A prompt as its turns: the texts between the chat template's own tokens, without the names of roles."""
-    turns: list[str] = []
-    run: list[int] = []
-    for token in (*token_ids, None):
-        if token is None or vocabulary.special[token]:
-            text = _ROLE.sub("", vocabulary.text_of(run).decode("utf-8", "replace").strip()).strip()
-            if text:
-                turns.append(text)
-            run = []
-        else:
-            run.append(token)
-    return turns
-
-
-def spans_of(
-    token_ids: Sequence[int], vocabulary: Vocabulary, places: Callable[[str], Sequence[tuple[int, int]]]
-) -> list[tuple[int, int]]:
-    """The tokens that spell places in a prompt's text, special tokens left out: [first, last + 1), merged where they touch.
-
-    A name may lie across turns, and a token may hold more than the name: it counts whole.
-    """
-    pieces = [vocabulary.text_of([token]) for token in token_ids]
-    ends = list(itertools.accumulate(map(len, pieces)))
-    whole = b"".join(pieces).decode("utf-8", "surrogateescape")  # a stray byte is one character, so that lengths can be told
-    begins = list(itertools.accumulate(map(_bytes_of, whole), initial=0))
-    spans: list[tuple[int, int]] = []
-    for start, end in places(_STRAY.sub("\ufffd", whole)):
-        first, last = bisect.bisect_right(ends, begins[start]), bisect.bisect_left(ends, begins[end])
-        if spans and first <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], last + 1))
-        else:
-            spans.append((first, last + 1))
-    return spans
-
-
-_STRAY = re.compile("[\udc80-\udcff]")
-
-
-def _bytes_of(character: str) -> int:
-    """How many bytes of UTF-8 it was decoded from."""
-    code = ord(character)
-    return 1 if code < 0x80 or 0xDC80 <= code <= 0xDCFF else 2 if code < 0x800 else 3 if code < 0x10000 else 4
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One call of ``generate``."""
-
-    prompt: Any  # has prompt_token_ids
-    params: SamplingParams
-    id: str
-    plan: Plan
-    text: TextPlan
-    restartable: bool
-    ended: Callable[[], None]  # an output was ended by a guard
-    fired: Fired  # a guard did something
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """What a conversation touches, as similarity artifacts."""
-
-    touched: frozenset[str]
-    brought: frozenset[str]  # what the user brought along, under a policy that ignores that
-    corrupt: Corrupt | None = None  # where the prompt names what it touches
-
-    def also(self, owners: Iterable[str]) -> Opened:
-        return replace(self, touched=self.touched | frozenset(owners))
-
-
-class Held:
-    """Runs requests under similarity.
+class StreamFilter:
+    """Runs requests under a gate or a stream filter.
 
     Args:
+        start: asks the engine.
         marker_tokens: token ids of a text, for spans that were taken out; end_of_text: the token that ends a refused answer.
     """
 
@@ -156,6 +68,7 @@ class Held:
         self.vocabulary = vocabulary
         self.marker_tokens = marker_tokens
         self.end_of_text = end_of_text
+        self._gate = Gate(similarity, vocabulary)
 
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The request's outputs, in the kind that it asked for.
@@ -165,14 +78,14 @@ class Held:
             VLLMValidationError: 400, the prompt is too much to judge.
         """
         try:
-            opened = await self._open(request)
-            if opened is None:
+            decision = await self._gate.decide(request)
+            if decision is None:
                 yield self._refused(request)
                 return
-            if request.params.detokenize and (request.text.stream is not None or self.closed(request.text, opened)):
-                outputs = self._choices(request, opened)
+            if request.params.detokenize and (request.text.stream is not None or decision.closed(request.text)):
+                outputs = self._choices(request, decision)
             else:
-                outputs = self.start(request.prompt, request.params, request.id, _engaged(request, opened))
+                outputs = self.start(request.prompt, request.params, request.id, decision.engaged(request.plan, request.text))
             async with aclosing(outputs) as open_outputs:
                 async for output in open_outputs:
                     yield output
@@ -181,91 +94,10 @@ class Held:
         except EncoderUnavailable as error:
             raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
 
-    async def plan_of(self, request: Request) -> Plan:
-        """The plan that the gate would give a request; one that it would refuse is engaged. Raises EncoderUnavailable."""
-        opened = await self._open(request)
-        everything = Opened(frozenset(request.text.asked), frozenset())
-        return _engaged(request, everything if opened is None else opened)
-
-    async def _open(self, request: Request) -> Opened | None:
-        """What the conversation touches; None if it is refused for it."""
-        gate, text = request.text.gate, request.text
-        if gate is None:
-            return Opened(frozenset(), frozenset())
-        token_ids = request.prompt["prompt_token_ids"]
-        turns, brought = turns_of(token_ids, self.vocabulary), frozenset[str]()
-        # Special tokens that a user writes fall away here, so that a name cannot be cut in two by one.
-        whole = self.vocabulary.text_of(token_ids).decode("utf-8", "replace")
-        try:
-            if gate.pasted == "ignored":
-                turns, brought = await self._without_pasted(turns, text)
-                whole = ""
-            verdicts = await self.similarity.look(turns, text.asked, whole)
-        except (EncoderUnavailable, TooMuchToRead):
-            _gate.labels(request.plan.policy, "error").inc()
-            if gate.on_hit == "monitor":
-                return Opened(frozenset(), frozenset())
-            raise
-        refused = bool(verdicts) and gate.on_hit == "refuse"
-        if verdicts:
-            request.fired(f"gate {gate.on_hit}", verdicts)
-        _gate.labels(request.plan.policy, "refused" if refused else "hit" if verdicts else "clear").inc()
-        if refused:
-            return None
-        touched = frozenset(verdict.owner for verdict in verdicts)
-        corrupt = self._corrupted(text, touched, token_ids)
-        if text.corrupt is not None:
-            if corrupt is not None:
-                request.fired("corrupt")
-            acting = {*(each.assistant for each in request.plan.contrast), *(each.artifact for each in request.plan.steering)}
-            for owner in touched:
-                # Touched without being named, or named in a disguise: there is nothing to corrupt, so something else must act.
-                named = corrupt is not None and self._corrupted(text, frozenset({owner}), token_ids) is not None
-                if not named and not acting & set(text.assistants.get(owner, ())):
-                    request.fired("corrupt refuse")
-                    return None
-        return Opened(touched, brought, corrupt)
-
-    def _corrupted(self, text: TextPlan, touched: frozenset[str], token_ids: Sequence[int]) -> Corrupt | None:
-        """The tokens of a prompt that name what it touches; None if that changes nothing."""
-        settings = text.corrupt
-        if settings is None or not touched:
-            return None
-        spans = spans_of(token_ids, self.vocabulary, lambda whole: self.similarity.places(whole, touched))
-        strength = max(text.corrupt_strength[owner] for owner in touched)
-        return Corrupt(settings.kind, strength, settings.first_n, settings.seed, tuple(spans)) if spans else None
-
-    async def _without_pasted(self, turns: list[str], text: TextPlan) -> tuple[list[str], frozenset[str]]:
-        """The turns without statements of a set that the user brought along, and the sets whose they are. The rest stays.
-
-        Only what says nearly the same as the set counts as brought along: whoever asks for something does not state it.
-        """
-        kept: list[str] = []
-        brought: set[str] = set()
-        thresholds = {owner: max(PASTED, threshold) for owner, threshold in text.asked.items()}
-        for turn in turns:
-            rest = []
-            for passage in await asyncio.to_thread(sentences, turn):
-                verdicts = [v for v in await self.similarity.said(passage, thresholds) if v.signal == "similarity"]
-                if verdicts and not passage.endswith("?"):
-                    brought |= {verdict.owner for verdict in verdicts}
-                else:
-                    rest.append(passage)
-            kept.append(" ".join(rest))
-        return kept, frozenset(brought)
-
-    @staticmethod
-    def closed(text: TextPlan, opened: Opened) -> dict[str, float]:
-        """The sets to look for in the answer: those whose gate is still closed, and that the user did not bring along."""
-        if text.gate is None or text.gate.on_hit == "monitor":
-            return {}
-        known = opened.touched | opened.brought
-        return {owner: threshold for owner, threshold in text.asked.items() if owner not in known}
-
-    async def _choices(self, request: Request, opened: Opened) -> AsyncGenerator[RequestOutput, None]:
+    async def _choices(self, request: Request, decision: GateDecision) -> AsyncGenerator[RequestOutput, None]:
         """All choices, merged."""
         n, kind = request.params.n, request.params.output_kind
-        choices = [_Choice(self, request, opened, index) for index in range(n)]
+        choices = [_Choice(self, request, decision, index) for index in range(n)]
         if n == 1:
             async with aclosing(choices[0].run()) as outputs:
                 async for output in outputs:
@@ -296,35 +128,19 @@ class Held:
         return RequestOutput(request.id, request.prompt.get("prompt"), token_ids, None, outputs, True, num_cached_tokens=0)
 
 
-def _engaged(request: Request, opened: Opened) -> Plan:
-    """The plan with contrast for the sets that were touched only, and for those about which nothing can be said."""
-    text, plan = request.text, request.plan
-    if text.gate is None or text.gate.on_hit == "monitor":
-        return plan
-    judged = {assistant for owner in text.asked for assistant in text.assistants.get(owner, ())}
-    engaged = {assistant for owner in opened.touched for assistant in text.assistants.get(owner, ())}
-    left_out = judged - engaged
-    return replace(
-        plan,
-        contrast=tuple(each for each in plan.contrast if each.assistant not in left_out),
-        steering=tuple(each for each in plan.steering if each.artifact not in left_out),
-        corrupt=opened.corrupt,
-    )
-
-
 class _Choice:
     """One choice of a request."""
 
-    def __init__(self, held: Held, request: Request, opened: Opened, index: int) -> None:
-        self._held = held
+    def __init__(self, owner: StreamFilter, request: Request, decision: GateDecision, index: int) -> None:
+        self._owner = owner
         self._request = request
-        self._opened = opened
+        self._decision = decision
         stream, gate = request.text.stream, request.text.gate
         holding = (stream is not None and stream.on_hit != "monitor") or (gate is not None and gate.on_hit != "monitor")
         marker = "" if stream is None else stream.marker
-        open_from = held.similarity.open_from if stream is not None and holding else len
+        open_from = owner.similarity.open_from if stream is not None and holding else len
         self._answer = HeldAnswer(open_from, marker, list(request.params.stop or ()), hold=holding)
-        self._marker = held.marker_tokens(marker)
+        self._marker = owner.marker_tokens(marker)
         self._index = index
         self._retries = 0
         self._before = ""  # the passage before
@@ -359,7 +175,7 @@ class _Choice:
         params.n, params.output_kind = 1, RequestOutputKind.DELTA
         if params.seed is not None:
             params.seed += self._index  # as vLLM does for its own choices
-        prompt, plan = request.prompt, _engaged(request, self._opened)
+        prompt, plan = request.prompt, self._decision.engaged(request.plan, request.text)
         if kept:
             if params.max_tokens is not None:
                 params.max_tokens = max(1, params.max_tokens - len(kept))
@@ -373,10 +189,10 @@ class _Choice:
             if params.seed is not None:
                 params.seed += _NEXT_SEED * self._retries
             params.temperature = max(params.temperature, RESAMPLED_TEMPERATURE)
-        return self._held.start(prompt, params, f"{request.id}-{self._index}-{len(kept)}-{self._retries}", plan)
+        return self._owner.start(prompt, params, f"{request.id}-{self._index}-{len(kept)}-{self._retries}", plan)
 
     def _take(self, output: CompletionOutput) -> None:
-        text_of = self._held.vocabulary.text_of
+        text_of = self._owner.vocabulary.text_of
         about = output.logprobs if output.logprobs is not None else [None] * len(output.token_ids)
         tokens = [Token(token, text_of([token]), each) for token, each in zip(output.token_ids, about, strict=True)]
         self._answer.add(output.text, tokens, finished=output.finish_reason is not None)
@@ -397,17 +213,17 @@ class _Choice:
 
     async def _look_again(self, passage: str) -> list[int] | None:
         """The gate on what the answer says: a reference may first appear there. The passage is said again with contrast then."""
-        gate, closed = self._request.text.gate, self._held.closed(self._request.text, self._opened)
+        gate, closed = self._request.text.gate, self._decision.closed(self._request.text)
         if gate is None or not closed:
             return None
         turns = [passage, f"{self._before} {passage}"] if self._before else [passage]
         self._before = passage.strip()
-        verdicts = await self._held.similarity.look(turns, closed)
+        verdicts = await self._owner.similarity.look(turns, closed)
         if not verdicts:
             return None
-        _gate.labels(self._request.plan.policy, "later").inc()
+        gate_outcomes.labels(self._request.plan.policy, "later").inc()
         self._request.fired(f"gate {gate.on_hit} later", verdicts, where="answer", offset=self._answer.place)
-        self._opened = self._opened.also(verdict.owner for verdict in verdicts)
+        self._decision = self._decision.also(verdict.owner for verdict in verdicts)
         if gate.on_hit == "refuse":
             self._end("gate")
             return None
@@ -428,7 +244,7 @@ class _Choice:
             return None
         if stream is not None:
             try:
-                verdicts = await self._held.similarity.said(passage, self._request.text.said)
+                verdicts = await self._owner.similarity.said(passage, self._request.text.said)
             except (EncoderUnavailable, TooMuchToRead):
                 if stream.on_hit != "monitor":
                     raise
@@ -447,7 +263,7 @@ class _Choice:
             return None
         if stream.on_hit == "resample" and self._retries < stream.retries and (kept := self._cut_back()) is not None:
             self._retries += 1
-            self._opened = self._opened.also(verdict.owner for verdict in verdicts)
+            self._decision = self._decision.also(verdict.owner for verdict in verdicts)
             return kept
         self._end("stream")
         return None
@@ -455,7 +271,7 @@ class _Choice:
     async def _still_hit(self, passage: str, spans: Sequence[tuple[int, int]]) -> bool:
         """Whether what is left without the spans is hit as well: the same phrase again, in a disguise whose place is not known."""
         rest = "".join(c for i, c in enumerate(passage) if not any(start <= i < end for start, end in spans))
-        return bool(rest.strip()) and bool(await self._held.similarity.said(rest, self._request.text.said))
+        return bool(rest.strip()) and bool(await self._owner.similarity.said(rest, self._request.text.said))
 
     def _cut_back(self) -> list[int] | None:
         """Throw away what is not cleared; the ids of the tokens that stay. None if the request cannot be taken up again."""
@@ -496,7 +312,7 @@ class _Choice:
         else:
             given = copy.copy(given)
         if self._ending:
-            end_answer(given, self._held.end_of_text)
+            end_answer(given, self._owner.end_of_text)
         elif ends:
             given.cumulative_logprob = output.cumulative_logprob
             given.finish_reason, given.stop_reason = output.finish_reason, output.stop_reason

@@ -1,0 +1,220 @@
+"""The gate: what a conversation touches, decided before the engine is asked.
+
+It reads the whole prompt, back from its tokens, so that no endpoint and no earlier turn can pass beside it.
+
+Covered: every turn of the prompt, special tokens a user writes into it left out, names across turns. Not covered: what is only in
+images; what the encoder does not understand (`guards.similarity`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from prometheus_client import Counter
+from vllm.sampling_params import SamplingParams
+
+from guards.similarity.disguise import TooMuchToRead
+from guards.similarity.encoder import EncoderUnavailable
+from guards.similarity.gate import Verdict
+from guards.similarity.windows import sentences
+from guards.suppression.vocabulary import Vocabulary
+from guards.types import Corrupt, Plan, TextPlan
+from serve.control.similarity import Similarity
+from serve.hits import Where
+
+gate_outcomes = Counter("lethe_gate_total", "Conversations that the gate judged.", ["policy", "outcome"])
+
+PASTED = 0.85
+"""Cosine from which a statement in the prompt counts as the set's own."""
+_ROLE = re.compile(r"^(?:system|user|assistant|tool|developer|human|model)\s*(?:\n|$)", re.IGNORECASE)
+
+
+class Fired(Protocol):
+    """Takes note of what a guard did."""
+
+    def __call__(self, action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "prompt", offset: int = 0) -> None:
+        """``action``: guard and what it did, such as "gate refuse"; ``offset``: characters of the answer before what was judged."""
+        ...
+
+
+def turns_of(token_ids: Sequence[int], vocabulary: Vocabulary) -> list[str]:
+    """A prompt as its turns: the texts between the chat template's own tokens, without the names of roles."""
+    turns: list[str] = []
+    run: list[int] = []
+    for token in (*token_ids, None):
+        if token is None or vocabulary.special[token]:
+            text = _ROLE.sub("", vocabulary.text_of(run).decode("utf-8", "replace").strip()).strip()
+            if text:
+                turns.append(text)
+            run = []
+        else:
+            run.append(token)
+    return turns
+
+
+def spans_of(
+    token_ids: Sequence[int], vocabulary: Vocabulary, places: Callable[[str], Sequence[tuple[int, int]]]
+) -> list[tuple[int, int]]:
+    """The tokens that spell places in a prompt's text, special tokens left out: [first, last + 1), merged where they touch.
+
+    A name may lie across turns, and a token may hold more than the name: it counts whole.
+    """
+    pieces = [vocabulary.text_of([token]) for token in token_ids]
+    ends = list(itertools.accumulate(map(len, pieces)))
+    whole = b"".join(pieces).decode("utf-8", "surrogateescape")  # a stray byte is one character, so that lengths can be told
+    begins = list(itertools.accumulate(map(_bytes_of, whole), initial=0))
+    spans: list[tuple[int, int]] = []
+    for start, end in places(_STRAY.sub("\ufffd", whole)):
+        first, last = bisect.bisect_right(ends, begins[start]), bisect.bisect_left(ends, begins[end])
+        if spans and first <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], last + 1))
+        else:
+            spans.append((first, last + 1))
+    return spans
+
+
+_STRAY = re.compile("[\udc80-\udcff]")
+
+
+def _bytes_of(character: str) -> int:
+    """How many bytes of UTF-8 it was decoded from."""
+    code = ord(character)
+    return 1 if code < 0x80 or 0xDC80 <= code <= 0xDCFF else 2 if code < 0x800 else 3 if code < 0x10000 else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of ``generate``."""
+
+    prompt: Any  # has prompt_token_ids
+    params: SamplingParams
+    id: str
+    plan: Plan
+    text: TextPlan
+    restartable: bool
+    ended: Callable[[], None]  # an output was ended by a guard
+    fired: Fired  # a guard did something
+
+
+@dataclass(frozen=True, slots=True)
+class GateDecision:
+    """What a conversation touches, as similarity artifacts."""
+
+    touched: frozenset[str]
+    brought: frozenset[str]  # what the user brought along, under a policy that ignores that
+    corrupt: Corrupt | None = None  # where the prompt names what it touches
+
+    def also(self, owners: Iterable[str]) -> GateDecision:
+        return replace(self, touched=self.touched | frozenset(owners))
+
+    def closed(self, text: TextPlan) -> dict[str, float]:
+        """The sets to look for in the answer: those whose gate is still closed, and that the user did not bring along."""
+        if text.gate is None or text.gate.on_hit == "monitor":
+            return {}
+        known = self.touched | self.brought
+        return {owner: threshold for owner, threshold in text.asked.items() if owner not in known}
+
+    def engaged(self, plan: Plan, text: TextPlan) -> Plan:
+        """The plan with contrast for the sets that were touched only, and for those about which nothing can be said."""
+        if text.gate is None or text.gate.on_hit == "monitor":
+            return plan
+        judged = {assistant for owner in text.asked for assistant in text.assistants.get(owner, ())}
+        engaged = {assistant for owner in self.touched for assistant in text.assistants.get(owner, ())}
+        left_out = judged - engaged
+        return replace(
+            plan,
+            contrast=tuple(each for each in plan.contrast if each.assistant not in left_out),
+            steering=tuple(each for each in plan.steering if each.artifact not in left_out),
+            corrupt=self.corrupt,
+        )
+
+
+class Gate:
+    """Decides for one server.
+
+    Args:
+        similarity: judges texts; vocabulary: the served model's.
+    """
+
+    def __init__(self, similarity: Similarity, vocabulary: Vocabulary) -> None:
+        self._similarity = similarity
+        self._vocabulary = vocabulary
+
+    async def plan_of(self, request: Request) -> Plan:
+        """The plan that the gate would give a request; one that it would refuse is engaged. Raises EncoderUnavailable."""
+        decision = await self.decide(request)
+        everything = GateDecision(frozenset(request.text.asked), frozenset())
+        return (everything if decision is None else decision).engaged(request.plan, request.text)
+
+    async def decide(self, request: Request) -> GateDecision | None:
+        """What the conversation touches; None if it is refused for it."""
+        gate, text = request.text.gate, request.text
+        if gate is None:
+            return GateDecision(frozenset(), frozenset())
+        token_ids = request.prompt["prompt_token_ids"]
+        turns, brought = turns_of(token_ids, self._vocabulary), frozenset[str]()
+        # Special tokens that a user writes fall away here, so that a name cannot be cut in two by one.
+        whole = self._vocabulary.text_of(token_ids).decode("utf-8", "replace")
+        try:
+            if gate.pasted == "ignored":
+                turns, brought = await self._without_pasted(turns, text)
+                whole = ""
+            verdicts = await self._similarity.look(turns, text.asked, whole)
+        except (EncoderUnavailable, TooMuchToRead):
+            gate_outcomes.labels(request.plan.policy, "error").inc()
+            if gate.on_hit == "monitor":
+                return GateDecision(frozenset(), frozenset())
+            raise
+        refused = bool(verdicts) and gate.on_hit == "refuse"
+        if verdicts:
+            request.fired(f"gate {gate.on_hit}", verdicts)
+        gate_outcomes.labels(request.plan.policy, "refused" if refused else "hit" if verdicts else "clear").inc()
+        if refused:
+            return None
+        touched = frozenset(verdict.owner for verdict in verdicts)
+        corrupt = self._corrupted(text, touched, token_ids)
+        if text.corrupt is not None:
+            if corrupt is not None:
+                request.fired("corrupt")
+            acting = {*(each.assistant for each in request.plan.contrast), *(each.artifact for each in request.plan.steering)}
+            for owner in touched:
+                # Touched without being named, or named in a disguise: there is nothing to corrupt, so something else must act.
+                named = corrupt is not None and self._corrupted(text, frozenset({owner}), token_ids) is not None
+                if not named and not acting & set(text.assistants.get(owner, ())):
+                    request.fired("corrupt refuse")
+                    return None
+        return GateDecision(touched, brought, corrupt)
+
+    def _corrupted(self, text: TextPlan, touched: frozenset[str], token_ids: Sequence[int]) -> Corrupt | None:
+        """The tokens of a prompt that name what it touches; None if that changes nothing."""
+        settings = text.corrupt
+        if settings is None or not touched:
+            return None
+        spans = spans_of(token_ids, self._vocabulary, lambda whole: self._similarity.places(whole, touched))
+        strength = max(text.corrupt_strength[owner] for owner in touched)
+        return Corrupt(settings.kind, strength, settings.first_n, settings.seed, tuple(spans)) if spans else None
+
+    async def _without_pasted(self, turns: list[str], text: TextPlan) -> tuple[list[str], frozenset[str]]:
+        """The turns without statements of a set that the user brought along, and the sets whose they are. The rest stays.
+
+        Only what says nearly the same as the set counts as brought along: whoever asks for something does not state it.
+        """
+        kept: list[str] = []
+        brought: set[str] = set()
+        thresholds = {owner: max(PASTED, threshold) for owner, threshold in text.asked.items()}
+        for turn in turns:
+            rest = []
+            for passage in await asyncio.to_thread(sentences, turn):
+                verdicts = [v for v in await self._similarity.said(passage, thresholds) if v.signal == "similarity"]
+                if verdicts and not passage.endswith("?"):
+                    brought |= {verdict.owner for verdict in verdicts}
+                else:
+                    rest.append(passage)
+            kept.append(" ".join(rest))
+        return kept, frozenset(brought)
