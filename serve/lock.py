@@ -15,10 +15,15 @@ class InUseElsewhere(Exception):
     """Another server has the state directory."""
 
 
+def private_directory(path: Path) -> None:
+    """Make a directory that nobody else may look into, as removal requests demand. One that exists stays as it is."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
 @contextmanager
 def sole_server(state_dir: Path) -> Iterator[None]:
     """Hold a state directory, which is made if absent. Raises InUseElsewhere."""
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_directory(state_dir)
     lock = os.open(state_dir / FILE, os.O_RDONLY | os.O_CREAT, 0o600)  # nothing is written to it
     try:
         try:

@@ -13,6 +13,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from serve.lock import private_directory
+
 READING = {"lethe_reading": True}
 """Execution options of a connection that only reads."""
 
@@ -30,7 +32,11 @@ _FAULTS = {
 
 
 class StorageFault(Exception):
-    """A file cannot be read or written. Nothing was changed, and what is in force stays in force."""
+    """A file cannot be read or written. The transaction changed nothing, and what is in force stays in force."""
+
+    def __init__(self, message: str, *, damaged: bool = False) -> None:
+        super().__init__(message)
+        self.damaged = damaged  # what is in the file is lost, or it is no database
 
 
 def open_database(path: Path) -> sa.Engine:
@@ -39,7 +45,7 @@ def open_database(path: Path) -> sa.Engine:
     Whatever is done with it raises StorageFault where the file cannot be used.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # removal requests are nobody else's business
+        private_directory(path.parent)
     except OSError as error:
         raise StorageFault(f"{path.parent} cannot be made: {error.strerror}; set LETHE_STATE_DIR to a writable directory") from None
 
@@ -50,7 +56,9 @@ def open_database(path: Path) -> sa.Engine:
                 name = "SQLITE_FULL"
             what = next((what for kind, what in _FAULTS.items() if name == kind or name.startswith(kind + "_")), None)
             if what is not None:
-                raise StorageFault(f"{path} cannot be used: {what} ({context.original_exception})") from context.original_exception
+                damaged = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
+                message = f"{path} cannot be used: {what} ({context.original_exception})"
+                raise StorageFault(message, damaged=damaged) from context.original_exception
 
     # No connection outlives its transaction: one that did would go on in a file that somebody has put another in the place of.
     pool = None if str(path) == ":memory:" else sa.NullPool

@@ -17,6 +17,8 @@ from typing import NoReturn
 from rich.console import Console
 from rich.status import Status
 
+from serve.lock import private_directory
+
 LOG = "serve.log"
 _SHOWN_LINES = 12
 _OURS = ("serve", "guards")
@@ -95,12 +97,13 @@ def plain_terminal() -> Terminal:
 
 
 def quiet_terminal(log: Path) -> Terminal:
-    """Redirect what this process and its children write into a file, until they end; the file before is kept as ``.1``.
+    """Redirect what this process and its children write into STATE/logs/FILE, until they end; the file before is kept as ``.1``.
 
     Raises:
         OSError: the file cannot be written.
     """
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_directory(log.parent.parent)  # the state directory, if this is the first to be put there
+    private_directory(log.parent)
     if log.exists():
         log.replace(log.with_name(log.name + ".1"))
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -12,7 +12,7 @@ from pydantic_settings import SettingsError
 from guards.errors import GuardError, InvalidForgetSet
 from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies, state
 from serve.cli.talk import ServerSaysNo, fail, out
-from serve.lock import InUseElsewhere
+from serve.lock import InUseElsewhere, server_runs
 from serve.registry.models import RegistryError
 from serve.settings import Settings
 from serve.sqlite import StorageFault
@@ -70,6 +70,8 @@ def main() -> None:
         fail("\n".join(error.problems))
     except (*_OURS, ServerSaysNo) as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except SettingsError as error:
         fail(f"{error}; lists are JSON, for instance LETHE_ALLOW_ROUTES='[\"POST /tokenize\"]'")
     except httpx.UnsupportedProtocol:
@@ -100,6 +102,8 @@ def serve(
         raise typer.Exit
     settings = Settings()
     arguments = [*(["--model", model] if model else []), *context.args]
+    if not verbose and server_runs(settings.state_dir):  # its log must stay its own
+        fail(f"another lethe server uses {settings.state_dir}; set LETHE_STATE_DIR to another directory")
     said = plain_terminal() if verbose else quiet_terminal(settings.state_dir / "logs" / LOG)
     said.step("loading vLLM")
     # These take seconds to import, and what they say belongs into the log.

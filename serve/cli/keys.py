@@ -72,10 +72,13 @@ def key_revoke(key_id: Annotated[str, typer.Argument(help="The key's id, from `l
 
 def _end(expires: str) -> str:
     """When a key ends, UTC, ISO 8601."""
-    if expires[:-1].isdigit() and expires[-1:] in ("d", "h"):
+    if expires[:-1].isdecimal() and len(expires) < 8 and expires[-1:] in ("d", "h"):
         count = int(expires[:-1])
         length = timedelta(days=count) if expires[-1] == "d" else timedelta(hours=count)
-        ends = datetime.now(UTC) + length
+        try:
+            ends = datetime.now(UTC) + length
+        except OverflowError:
+            fail(f"--expires {expires!r} is beyond the calendar; leave it out for a key that does not end")
     else:
         try:
             ends = datetime.fromisoformat(expires)

@@ -23,15 +23,17 @@ def backup(file: FileArgument) -> None:
 
     It holds what the forget sets hold: keep it as they are kept, and not longer.
     """
-    revision, files = write_backup(Settings().state_dir, file)
+    revision, files, missing = write_backup(Settings().state_dir, file)
     out.print(f"{file} holds revision {revision} and {files} artifact files, {file.stat().st_size / 2**20:.1f} MiB")
+    for path in missing:
+        out.print(f"Note: {path} is not there and so not in the backup; phrases and vectors are made anew, what was trained is not")
 
 
 def restore(file: FileArgument, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Bring back the forget sets and policies of a backup, while the server runs.
 
     Keys, experiments and the audit trail stay as they are, and the trail says what was brought back. Only where the registry is
-    missing or damaged does all of the backup's take its place; the server must be stopped for that.
+    missing, damaged, or older than what was in force, does all of the backup's take its place; the server must be stopped for that.
     """
     state = Settings().state_dir
     with closing(Backup(file)) as found:
@@ -52,7 +54,7 @@ def restore(file: FileArgument, yes: Annotated[bool, typer.Option("--yes", help=
             out.print(f"  {name}: IS NO LONGER IN FORCE THEN")
         if not yes:
             typer.confirm("Bring it back?", abort=True)
-        revision = found.restore(state, actor="command line", server_runs=lambda: server_runs(state))
+        revision = found.restore(state, actor="command line")
     out.print(f"brought back, as revision {revision}; a running server follows within a second")
 
 

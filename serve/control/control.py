@@ -129,7 +129,7 @@ class Control:
         """Store a set and start building its artifacts. Raises NameTaken."""
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.create_set, content, self._builder.to_build(content), actor=actor)
-            await self._refresh()
+            await self._in_force(revision)
         self._start_build(content.name)
         return revision
 
@@ -151,7 +151,7 @@ class Control:
             loaded = [artifact.fingerprint for artifact in artifacts if artifact.kind == "phrases" and stored.enabled]
             await self._load_or_refuse(loaded)
             revision = await asyncio.to_thread(self._registry.replace_set, content, artifacts, actor=actor)
-            await self._refresh(loaded)
+            await self._in_force(revision, loaded)
         if not stored.enabled:
             self._start_build(content.name)
         return revision
@@ -166,7 +166,7 @@ class Control:
                 await self._trainer.cancel(name)  # a job holds a copy of the texts
             revision = await asyncio.to_thread(self._registry.strip_set, name, actor=actor)
             await asyncio.to_thread(self._registry.forget_deleted_pages)
-            await self._refresh()
+            await self._in_force(revision)
         return revision
 
     async def delete(self, name: str, *, actor: str) -> int:
@@ -175,7 +175,7 @@ class Control:
             revision = await asyncio.to_thread(self._registry.delete_set, name, actor=actor)
             if self._trainer is not None:
                 await self._trainer.cancel(name)
-            await self._refresh()
+            await self._in_force(revision)
         return revision
 
     async def enable(self, name: str, *, actor: str) -> int:
@@ -194,7 +194,7 @@ class Control:
             )
             await self._load_or_refuse(phrases, trained)
             revision = await asyncio.to_thread(self._registry.enable, name, actor=actor)
-            await self._refresh([*phrases, *trained])
+            await self._in_force(revision, [*phrases, *trained])
         return revision
 
     async def train(self, name: str, retain: Sequence[str], recipe: Recipe) -> None:
@@ -298,14 +298,15 @@ class Control:
             await self._load_or_refuse([], [fingerprint])  # also while disabled: what cannot be loaded must not block the set
             metrics = ", ".join(f"{key} {value:g}" for key, value in made.manifest.metrics.items())
             artifact = Artifact(kind, fingerprint, "ready", f"{made.size_bytes / 2**20:.1f} MiB, {metrics}", now())
-            await asyncio.to_thread(self._registry.put_trained, name, content_fingerprint, artifact, actor="training")
-            await self._refresh([fingerprint] if stored.enabled else [])
+            put = self._registry.put_trained
+            revision = await asyncio.to_thread(put, name, content_fingerprint, artifact, actor="training")
+            await self._in_force(revision, [fingerprint] if stored.enabled else [])
 
     async def disable(self, name: str, *, actor: str, only_if_expired: bool = False) -> int:
         """Take a set out of force for every request admitted from now on. Raises UnknownName."""
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.disable, name, actor=actor, only_if_expired=only_if_expired)
-            await self._refresh()
+            await self._in_force(revision)
         return revision
 
     async def put_calibration(
@@ -322,21 +323,21 @@ class Control:
         async with self._changing:
             put = self._registry.put_calibration
             revision = await asyncio.to_thread(put, name, strength, evidence, actor=actor, corrupt=corrupt, measured=measured)
-            await self._refresh()
+            await self._in_force(revision)
         return revision
 
     async def put_policy(self, policy: Policy, *, actor: str) -> int:
         """Create or replace a policy. Raises UnknownName if it names an unknown set."""
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.put_policy, policy, actor=actor)
-            await self._refresh()
+            await self._in_force(revision)
         return revision
 
     async def delete_policy(self, name: str, *, actor: str) -> int:
         """Raises UnknownName."""
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.delete_policy, name, actor=actor)
-            await self._refresh()
+            await self._in_force(revision)
         return revision
 
     async def fit_gate(self, name: str, order: GateOrder, *, actor: str) -> int:
@@ -348,7 +349,7 @@ class Control:
         vectors, record = await measure_gate(self._registry, self._similarity, name, order)
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.put_gate, name, vectors, record, actor=actor)
-            await self._refresh()
+            await self._in_force(revision)
         return revision
 
     async def check(self, text: str, policy: str) -> list[Hit]:
@@ -415,6 +416,15 @@ class Control:
             logger.error("lethe: a worker could not load artifact %s: %s", fingerprint, reason)
             if fingerprint in assistants:
                 self.unavailable[fingerprint] = reason
+
+    async def _in_force(self, revision: int, loaded: Sequence[str] = ()) -> None:
+        """Put a change in force that was committed. Raises StorageFault."""
+        try:
+            await self._refresh(loaded)
+        except (StorageFault, RegistryError) as error:
+            raise StorageFault(
+                f"the change is written, as revision {revision}, and comes into force when the registry can be read again: {error}"
+            ) from error
 
     async def _refresh(self, loaded: Sequence[str] = ()) -> None:
         snapshot = await asyncio.to_thread(self._registry.snapshot)

@@ -130,7 +130,7 @@ def _said(content: Any) -> str:
 
 def _without_session(user: str) -> str:
     """A user's id without the session that agents put behind it, or into it where it is JSON."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         fields = json.loads(user)
         if isinstance(fields, dict):
             return json.dumps({key: value for key, value in fields.items() if "session" not in key.lower()}, sort_keys=True)

@@ -98,7 +98,8 @@ class GuardedEngineClient:
         if request.in_shadow:
             options["priority"] = SHADOW_PRIORITY
         outputs = self._guarded(prompt, sampling_params, request_id, request, options)
-        request.observation.prompt_tokens += len(prompt.get("prompt_token_ids", ())) if isinstance(prompt, dict) else 0
+        if sampling_params.detokenize or not request.observation.prompt_tokens:  # beam search asks anew for every token
+            request.observation.prompt_tokens += len(prompt.get("prompt_token_ids", ())) if isinstance(prompt, dict) else 0
         return observed(outputs, request.observation, sampling_params)
 
     def _guarded(

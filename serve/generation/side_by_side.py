@@ -128,7 +128,8 @@ class SideBySide:
                     await queue.put(("delta", {"arm": arm.policy, "text": text}))
             except Exception as error:  # noqa: BLE001 - one arm's failure is its result
                 arm.error = f"{type(error).__name__}: {error}"
-            self._spent(caller, request.observation.prompt_tokens + request.observation.tokens)
+            finally:  # also of a client that has gone
+                self._spent(caller, request.observation.prompt_tokens + request.observation.tokens)
             arm.fired = list(request.fired)
             if request.blocked:
                 arm.refusal = request.policy.refusal

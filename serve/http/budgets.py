@@ -1,7 +1,9 @@
 """Budgets: how many requests a minute and how many tokens a day each key may use. What is beyond is a 429 that says until when.
 
-Tokens are those of prompts and of what was generated, counted when an answer ends: what is under way when a budget is used up is
-still answered, so that it may be passed by as much as runs at once. Counts outlive the server; a crash forgets the last seconds.
+Tokens are those of prompts and of what was shown, counted when an answer ends: what is under way when a budget is used up is still
+answered, so that it may be passed by as much as runs at once. Counts outlive the server; a crash forgets the last seconds.
+
+Not covered: tokens that a filter threw away, and those of an answer in one piece whose client left before it came.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from prometheus_client import Counter
 from serve.clock import never_back
 from serve.registry.snapshot import Caller
 from serve.registry.usage import Usage, Used
-from serve.sqlite import StorageFault
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Budgets:
         try:
             await asyncio.to_thread(self._usage.add, batch)
             self._fault = ""
-        except StorageFault as error:
+        except Exception as error:  # noqa: BLE001 - counting goes on, whatever is wrong with the file
             for place, each in batch.items():  # it is written with what comes next
                 more = self._unwritten.get(place, Used())
                 self._unwritten[place] = each.and_more(more.requests, more.tokens, more.last or each.last)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from typing import Any
+from urllib.parse import unquote
 
 CONSTRAINTS = ("structured_outputs", "response_format", "text", "output_config", "tools", "guided_json", "format")
 """Fields of requests that hold schemas, patterns, choices or grammars."""
@@ -21,6 +22,8 @@ MOST_REPEATED = 100_000
 """What counts come to where they multiply one another."""
 MOST_CHARACTERS = 262_144
 """Of a request's constraints as JSON."""
+MOST_VISITED = 100_000
+"""Parts of a schema that are looked at, those behind references as often as they are met."""
 DEEPEST = 64
 _ITEMS = ("minItems", "maxItems", "minContains", "maxContains")
 _LENGTHS = ("minLength", "maxLength")
@@ -67,12 +70,18 @@ class _Size:
         self.literals = 0
         self.repeated = 0
         self.deepest = 0
+        self._whole = value
         self._definitions = _definitions(value)
-        self._repeated_by: dict[str, int] = {}  # a definition's name -> the most often that it was met with
+        self._repeated_by: dict[str, int] = {}  # a reference -> the most often that it was met with
+        self._following: set[str] = set()
+        self._visited = 0
 
     def measure(self, value: Any, times: int, depth: int) -> None:
         """Walk through a value that stands where it is repeated so many times."""
         self.deepest = max(self.deepest, depth)
+        self._visited += 1
+        if self._visited > MOST_VISITED:
+            raise TooLarge(f"the constraints expand to more than {MOST_VISITED:,} parts, this server's limit; ask for less at once")
         if depth > DEEPEST:
             return
         if isinstance(value, list):
@@ -101,25 +110,29 @@ class _Size:
                 self.measure(item, inner, depth + 1)
 
     def _follow(self, reference: Any, times: int, depth: int) -> None:
-        """Measure what a reference stands for, unless it was, repeated as often; a circle of them comes to an end that way."""
+        """Measure what a reference stands for, unless it was, repeated as often. A circle of them is one rule that calls itself."""
         if not isinstance(reference, str) or self.repeated > MOST_REPEATED:
             return
-        name = reference.rsplit("/", 1)[-1]
-        if times <= self._repeated_by.get(name, 1):  # once is what it is met with where it is defined
+        name = unquote(reference.rsplit("/", 1)[-1]).replace("~1", "/").replace("~0", "~")
+        if name in self._following or times <= self._repeated_by.get(name, 1):  # once is what it is met with where it stands
             return
+        if reference.rstrip("/") == "#":
+            return  # the whole again, inside itself
         self._repeated_by[name] = times
-        for definition in self._definitions.get(name, ()):
-            self.measure(definition, times, depth)
+        self._following.add(name)
+        for definition in self._definitions.get(name, [self._whole]):  # what cannot be found is part of the whole
+            self.measure(definition, times, depth + 1)
+        self._following.discard(name)
 
 
 def _definitions(value: Any) -> dict[str, list[Any]]:
-    """Every definition that references may name, by the last part of its name; two schemas may define the same."""
+    """Everything that references may name, by the last part of its name; two schemas may define the same."""
     found: dict[str, list[Any]] = {}
     waiting = [value]
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):
-            for name in ("$defs", "definitions"):
+            for name in ("$defs", "definitions", "properties"):
                 for key, definition in each[name].items() if isinstance(each.get(name), dict) else ():
                     found.setdefault(key, []).append(definition)
         waiting += each.values() if isinstance(each, dict) else each if isinstance(each, list) else []

@@ -138,8 +138,8 @@ class Admission:
         scope = {**scope, "headers": headers}
         named = dict(headers)
         preflight = method == "OPTIONS" and b"origin" in named and b"access-control-request-method" in named
-        if self._draining and (path in GENERATING or f"{method} {path}" in (*OPEN, COMPARE)):  # balancers look elsewhere
-            raise Refused(503, "this server is about to stop; ask another", kind="service_unavailable", retry_after_s=RETRY_AFTER_S)
+        if f"{method} {path}" in OPEN:
+            self._refuse_while_draining()  # balancers look elsewhere
         if preflight or f"{method} {path}" in OPEN:
             await self._app(scope, receive, send)
             return
@@ -155,7 +155,8 @@ class Admission:
                 kind="not_found_error",
             )
         request = None
-        if path in GENERATING:
+        if path in GENERATING or f"{method} {path}" == COMPARE:
+            self._refuse_while_draining()
             self._refuse_too_many()
         if method in ("POST", "PUT"):
             limits = self._settings
@@ -175,17 +176,21 @@ class Admission:
             client = _Client(send, _replay(body, receive))
             send, receive = client, client.receive
         scope["lethe.caller"] = caller
-        if f"{method} {path}" == COMPARE:
+        comparing = f"{method} {path}" == COMPARE
+        if comparing or path in GENERATING:
+            self._refuse_while_draining()  # a body may take its time
+            self._refuse_too_many()
             self._within_budget(caller)
         if request is None or path not in GENERATING:
+            self.under_way += comparing
             token = admitted.set(request)
             try:
                 await self._app(scope, receive, send)
             finally:
                 admitted.reset(token)
+                self.under_way -= comparing
+                self._ended.set()
             return
-        self._refuse_too_many()  # a body may take its time
-        self._within_budget(caller)
         self.under_way += 1
         self._experiments.shadow.client_comes()
         token = admitted.set(request)
@@ -252,6 +257,10 @@ class Admission:
             answering.cancel()  # for whatever does not listen
             raise
         return client.status
+
+    def _refuse_while_draining(self) -> None:
+        if self._draining:
+            raise Refused(503, "this server is about to stop; ask another", kind="service_unavailable", retry_after_s=RETRY_AFTER_S)
 
     def _refuse_too_many(self) -> None:
         if self.under_way >= self._settings.max_under_way:

@@ -130,7 +130,8 @@ class Probes:
         bias = fields.get("logit_bias")
         favoured = [key for key, value in bias.items() if _number(value) >= _FAVOURED] if isinstance(bias, dict) else []
         for tokens in (fields.get("allowed_token_ids"), favoured):
-            known = [int(each) for each in tokens if str(each).isdigit()] if isinstance(tokens, list) else []
+            listed = map(str, dict.fromkeys(map(str, tokens))) if isinstance(tokens, list) else ()
+            known = [int(each) for each in listed if each.isdecimal() and len(each) < 10]
             spelled = [
                 self._vocabulary.text_of([each]).decode("utf-8", "replace") for each in known if each < self._vocabulary.size
             ]
@@ -138,6 +139,9 @@ class Probes:
             yield "".join(spelled)
 
 
+_FORMATS = ("response_format", "text", "output_config", "format")
+"""Fields that may also say that text is wanted, which constrains nothing."""
+_ALWAYS = ("allowed_token_ids", *(name for name in CONSTRAINTS if name not in _FORMATS))
 _CONSTRAINING = (*CONSTRAINTS, "allowed_token_ids", "logit_bias", "tool_choice")
 
 
@@ -147,12 +151,10 @@ def _digest(value: Any) -> str:
 
 def _constrained(fields: dict[str, Any]) -> bool:
     """Whether more than the model decides what may be said."""
-    if fields.get("allowed_token_ids") or any(_asks_for_a_form(fields.get(name)) for name in CONSTRAINTS if name != "tools"):
+    if any(fields.get(name) for name in _ALWAYS) or any(_asks_for_a_form(fields.get(name)) for name in _FORMATS):
         return True
     bias = fields.get("logit_bias")
-    if isinstance(bias, dict) and any(_number(value) >= _FAVOURED for value in bias.values()):
-        return True
-    return bool(fields.get("tools"))
+    return isinstance(bias, dict) and any(_number(value) >= _FAVOURED for value in bias.values())
 
 
 def _asks_for_a_form(value: Any) -> bool:
@@ -188,4 +190,8 @@ def _literals(value: Any) -> Iterator[str]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+    """As vLLM reads it, which takes numbers as texts."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0

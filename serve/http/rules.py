@@ -72,6 +72,8 @@ CHOOSES_NOTHING = ("policy", "lethe_policy", "forget_set", "forget_sets", "guard
 """Fields that look as if they chose a guard. Passed over in silence, they would leave their sender in the belief that they do."""
 STORING = ("store", "background", "previous_response_id", "conversation")
 """Fields of ``/v1/responses`` that need responses to be kept. What is kept would outlive the removal of what it says."""
+MOST_TOKENS_ALLOWED = 16_384
+"""Of ``allowed_token_ids``."""
 MOST_TEMPLATE_CHARACTERS = 64
 """Of a value of ``chat_template_kwargs``."""
 PROXY_HEADERS = (b"forwarded", b"via", b"x-real-ip")
@@ -217,6 +219,7 @@ class Rules:
         for name, limit in (
             ("logit_bias", limits.max_logit_bias),
             ("bad_words", limits.max_logit_bias),
+            ("allowed_token_ids", MOST_TOKENS_ALLOWED),
             ("messages", limits.max_prompts if path.endswith("/batch") else limits.max_messages),
             ("input", limits.max_messages),
             ("prompt", limits.max_prompts),

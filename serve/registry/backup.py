@@ -5,7 +5,8 @@ back is a change like every other where the registry of now can be read: forget 
 the backup, the audit trail goes on and says so, and a running server takes it up. Where there is no registry, or a damaged one, the
 backup's takes its place.
 
-Not covered: trainings under way (their files are large, and the same order trains again); the files of the served model.
+Not covered: trainings under way (their files are large, and the same order trains again); what keys used today; the files of the
+served model.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import os
 import sqlite3
 import tarfile
 import tempfile
-from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,10 @@ import sqlalchemy as sa
 
 from guards.similarity.index import similarity_path
 from guards.whole_file import write_whole
+from serve.lock import private_directory, sole_server
 from serve.protocol.wire import assistant_path, phrases_path, steering_path
 from serve.registry import tables
-from serve.registry.models import TRAINED, InUse, RegistryError, StoredSet, now
+from serve.registry.models import TRAINED, InUse, RegistryError, RolledBack, StoredSet, now
 from serve.registry.position import Mark
 from serve.registry.store import Registry, experiments_of
 from serve.sqlite import StorageFault
@@ -35,6 +36,7 @@ from serve.sqlite import StorageFault
 DATABASE, OTHERS = "lethe.db", ("observations.db",)
 ACTION = "state.restore"
 _MANIFEST = "manifest.json"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, tarfile.TarError, sa.exc.SQLAlchemyError)
 _COMPANIONS = ("", "-wal", "-shm")
 
 
@@ -57,8 +59,11 @@ class BrokenBackup(RegistryError):
     """A file that is no backup, or not a whole one. Nothing was changed."""
 
 
-def write_backup(state: Path, file: Path) -> tuple[int, int]:
-    """Write a backup of a state directory. Returns the revision and the number of artifact files in it.
+def write_backup(state: Path, file: Path) -> tuple[int, int, list[Path]]:
+    """Write a backup of a state directory.
+
+    Returns:
+        The revision, the number of artifact files in it, and those that the registry names and that are not there.
 
     Raises:
         RegistryError: there is nothing to back up.
@@ -74,7 +79,8 @@ def write_backup(state: Path, file: Path) -> tuple[int, int]:
         registry = Registry(copies / DATABASE)
         position, sets = registry.position(), registry.forget_sets()
         registry.close()
-        files = sorted(path for each in sets for path in _files_of(state, each) if path.exists())
+        named = sorted({path for each in sets for path in _files_of(state, each)})
+        files = [path for path in named if path.exists()]
         manifest = {"version": version("lethe"), "at": now(), "revision": position.revision, "head": position.head}
         (copies / _MANIFEST).write_text(json.dumps(manifest), "utf-8")
 
@@ -83,11 +89,11 @@ def write_backup(state: Path, file: Path) -> tuple[int, int]:
                 for name in (_MANIFEST, DATABASE, *OTHERS):
                     if (copies / name).exists():
                         archive.add(copies / name, name)
-                for each in dict.fromkeys(files):
+                for each in files:
                     archive.add(each, each.relative_to(state))
 
         write_whole(file, write)  # made by mkstemp: only its owner may read it
-    return position.revision, len(dict.fromkeys(files))
+    return position.revision, len(files), [path for path in named if path not in files]
 
 
 class Backup:
@@ -104,14 +110,17 @@ class Backup:
             with tarfile.open(file) as archive:
                 archive.extractall(self._files, filter="data")
             self._manifest = json.loads((self._files / _MANIFEST).read_text("utf-8"))
+            stated = (self._manifest["revision"], self._manifest["head"], self._manifest["at"])
+            if not (self._files / DATABASE).is_file():
+                raise ValueError(f"there is no {DATABASE} in it")
             self._registry = Registry(self._files / DATABASE)
             self._registry.check_file()
             broken = self._registry.first_broken_audit_row()
             position = self._registry.position()
-        except (OSError, ValueError, tarfile.TarError, StorageFault) as error:
+        except (*_UNREADABLE, StorageFault, RegistryError) as error:
             self._place.cleanup()
-            raise BrokenBackup(f"{file} is not a whole backup: {error}; nothing was changed") from None
-        if broken is not None or (position.revision, position.head) != (self._manifest["revision"], self._manifest["head"]):
+            raise BrokenBackup(f"{file} is not a whole backup: {error!s}; nothing was changed") from None
+        if broken is not None or (position.revision, position.head) != stated[:2]:
             self.close()
             raise BrokenBackup(f"{file} was changed after it was made: its audit trail does not fit; nothing was changed")
 
@@ -120,7 +129,11 @@ class Backup:
         self._place.cleanup()
 
     def compare(self, state: Path) -> Restoration:
-        """What `restore` would do to a state directory."""
+        """What `restore` would do to a state directory.
+
+        Raises:
+            StorageFault, RegistryError: its registry is sound, and cannot be used now.
+        """
         theirs = {each.name: each for each in self._registry.forget_sets()}
         at, revision = str(self._manifest["at"]), int(self._manifest["revision"])
         ours: dict[str, StoredSet] = {}
@@ -131,7 +144,11 @@ class Backup:
                     registry.check_file()
                     registry.check_history()
                     ours = {each.name: each for each in registry.forget_sets()}
-            except (StorageFault, RegistryError) as error:
+            except RolledBack as error:
+                why = str(error)
+            except StorageFault as error:
+                if not error.damaged:  # it is sound, and only cannot be used now
+                    raise
                 why = str(error)
         if why:
             return Restoration(revision, at, True, why, tuple(theirs), (), (), (), ())
@@ -149,43 +166,48 @@ class Backup:
             tuple(sorted(kept)),
         )
 
-    def restore(self, state: Path, *, actor: str, server_runs: Callable[[], bool]) -> int:
+    def restore(self, state: Path, *, actor: str) -> int:
         """Bring the backup back. Returns the new revision.
 
-        Args:
-            server_runs: whether a server holds the state directory; asked before its registry is replaced.
-
         Raises:
-            InUse: an experiment needs a policy that the backup lacks, or a server runs on what would have to be replaced.
+            InUseElsewhere: a server runs on a registry that would have to be replaced.
+            InUse: an experiment needs a policy that the backup lacks.
             StorageFault, OSError: the state cannot be written.
         """
+        private_directory(state)
         plan = self.compare(state)
-        if plan.replaces and server_runs():
-            raise InUse(f"the registry must be replaced ({plan.why}), and a server runs on {state}; stop it first")
-        for file in (self._files / "artifacts").rglob("*.safetensors"):  # before anything names them
-            place = state / file.relative_to(self._files)
-            write_whole(place, lambda path, file=file: path.write_bytes(file.read_bytes()))  # type: ignore[misc]
-        if plan.replaces:
-            self._replace(state)
+        with sole_server(state) if plan.replaces else nullcontext():
+            for file in (self._files / "artifacts").rglob("*.safetensors"):  # before anything names them
+                place = state / file.relative_to(self._files)
+                write_whole(place, lambda path, file=file: path.write_bytes(file.read_bytes()))  # type: ignore[misc]
+            if plan.replaces:
+                self._replace(state)
             with closing(Registry(state / DATABASE)) as registry, registry.changing() as connection:
+                if not plan.replaces:
+                    self._take_over(registry, connection)
+                connection.execute(
+                    _building().values(status="failed", detail="was not ready when the backup was made; PUT the set again")
+                )
                 return registry.append(connection, actor, ACTION, DATABASE, {"backup_of_revision": plan.revision, "at": plan.at})
-        with closing(Registry(state / DATABASE)) as registry, registry.changing() as connection:
-            self._take_over(registry, connection, plan)
-            return registry.append(connection, actor, ACTION, DATABASE, {"backup_of_revision": plan.revision, "at": plan.at})
 
     def _replace(self, state: Path) -> None:
-        Mark(state / DATABASE).path.unlink(missing_ok=True)
+        """Whenever this is interrupted, what is there is whole, or the mark of what was in force keeps a server from starting."""
         stamp = now().replace(":", "")
-        for name in (DATABASE, *OTHERS):
+        for name in (*OTHERS, DATABASE):
+            if not (self._files / name).exists():
+                continue
+            new = state / f"{name}.restoring"
+            _copy(self._files / name, new)  # what may fail for want of room comes first
             for companion in _COMPANIONS:
-                damaged = state / (name + companion)
-                if damaged.exists():
-                    os.replace(damaged, state / f"{name}{companion}.before-{stamp}")
-            if (self._files / name).exists():
-                write_whole(state / name, lambda path, name=name: _copy(self._files / name, path))  # type: ignore[misc]
+                there = state / (name + companion)
+                if there.exists():
+                    os.replace(there, state / f"{name}{companion}.before-{stamp}")
+            os.replace(new, state / name)
+        Mark(state / DATABASE).path.unlink(missing_ok=True)
 
-    def _take_over(self, registry: Registry, connection: sa.Connection, plan: Restoration) -> None:
-        kept = set(plan.kept)
+    def _take_over(self, registry: Registry, connection: sa.Connection) -> None:
+        stripped = {each.name for each in registry.stored_sets(connection) if each.stripped}
+        kept = {each.name for each in self._registry.forget_sets() if each.name in stripped and not each.stripped}
         with self._registry.reading() as source:
             rows = {
                 table: [dict(row) for row in source.execute(sa.select(table)).mappings()]
@@ -206,11 +228,16 @@ class Backup:
                 connection.execute(table.insert(), values)
 
 
+def _building() -> sa.Update:
+    return tables.artifacts.update().where(tables.artifacts.c.status == "building")
+
+
 def _copy(source: Path, target: Path) -> None:
     """Copy a database as one transaction sees it."""
     target.unlink(missing_ok=True)
     try:
-        with closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=30, isolation_level=None)) as connection:
+        address = source.resolve().as_uri() + "?mode=ro"
+        with closing(sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)) as connection:
             connection.execute("VACUUM INTO ?", (str(target),))
     except sqlite3.DatabaseError as error:
         raise StorageFault(f"{source} cannot be copied: {error}") from None

@@ -88,7 +88,7 @@ class Registry:
 
     def forget_sets(self) -> list[StoredSet]:
         with self.reading() as connection:
-            return self._stored_sets(connection)
+            return self.stored_sets(connection)
 
     def forget_set(self, name: str) -> StoredSet:
         """Raises UnknownName."""
@@ -125,7 +125,8 @@ class Registry:
         if found != "ok":
             raise StorageFault(
                 f"{self._path} cannot be used: it is damaged; stop the server and bring the last backup back with "
-                f"`lethe restore FILE` ({found})"
+                f"`lethe restore FILE` ({found})",
+                damaged=True,
             )
 
     def check_history(self) -> None:
@@ -151,7 +152,7 @@ class Registry:
             similarity: dict[str, str] = {}
             thresholds: dict[str, Thresholds] = {}
             corruptions: dict[str, dict[str, float]] = {}
-            for stored in self._stored_sets(connection):
+            for stored in self.stored_sets(connection):
                 if stored.enabled:
                     phrases = stored.artifact("phrases")
                     enabled[stored.name] = None if phrases is None else phrases.fingerprint
@@ -531,7 +532,7 @@ class Registry:
         return BUILT_IN | stored
 
     @staticmethod
-    def _stored_sets(connection: sa.Connection, name: str | None = None) -> list[StoredSet]:
+    def stored_sets(connection: sa.Connection, name: str | None = None) -> list[StoredSet]:
         columns = [column for column in tables.forget_sets.c if column.name != "content"]
         query, artifact_query = sa.select(*columns).order_by(tables.forget_sets.c.name), sa.select(tables.artifacts)
         if name is not None:
@@ -547,7 +548,7 @@ class Registry:
 
     @classmethod
     def _stored_set(cls, connection: sa.Connection, name: str) -> StoredSet:
-        found = cls._stored_sets(connection, name)
+        found = cls.stored_sets(connection, name)
         if not found:
             raise _unknown_set(name)
         return found[0]

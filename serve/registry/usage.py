@@ -59,6 +59,7 @@ class Usage:
     def add(self, used: Mapping[tuple[str, str], Used]) -> None:
         """Add to what was used, (day, key) -> how much; all of it or nothing."""
         with self._engine.begin() as connection:
+            _metadata.create_all(connection)  # the file may have been taken away
             for (day, key), each in used.items():
                 added = insert(_days).values(key=key, day=day, requests=each.requests, tokens=each.tokens, last=each.last)
                 more = {"requests": _days.c.requests + each.requests, "tokens": _days.c.tokens + each.tokens, "last": each.last}

@@ -263,6 +263,11 @@ def test_what_is_in_force_when_the_body_is_complete_counts() -> None:
     assert answers[-2]["status"] == 401
 
 
+def chain_of(length: int) -> dict[str, Any]:
+    """Definitions each of which refers to the next."""
+    return {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(length)} | {str(length): {}}
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -292,6 +297,20 @@ def test_what_is_in_force_when_the_body_is_complete_counts() -> None:
             }
         },
         {"response_format": {"anyOf": [{"const": i} for i in range(3_000)]}},
+        {
+            "structured_outputs": {
+                "json": {"properties": {"a": {"maxLength": 90_000}, "b": {"maxItems": 9, "items": {"$ref": "#/properties/a"}}}}
+            }
+        },
+        {
+            "structured_outputs": {
+                "json": {
+                    "$defs": {"big": {"properties": {str(i): {"anyOf": [{}] * 100} for i in range(1_000)}}},
+                    "anyOf": [{"maxItems": k, "items": {"$ref": "#/$defs/big"}} for k in range(2, 500)],
+                }
+            }
+        },
+        {"allowed_token_ids": list(range(100_000))},
         {"structured_outputs": {"grammar": 'root ::= "' + "a" * 300_000 + '"'}},
     ],
     ids=lambda body: str(body)[:60],
@@ -300,8 +319,20 @@ def test_grammars_that_would_stop_the_engine_are_refused(body: dict[str, Any]) -
     answer, app = chat(body)
     assert answer.status_code == 400
     assert not app.reached
-    schema = {"maxItems": 20, "items": {"properties": {"kind": {"enum": ["a"] * 50}, "text": {"maxLength": 2_000}}}}
-    assert chat({"structured_outputs": {"regex": "(a{1,20}b){20}", "json": schema}})[0].status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("schema", "status"),
+    [
+        ({"maxItems": 20, "items": {"properties": {"kind": {"enum": ["a"] * 50}, "text": {"maxLength": 2_000}}}}, 200),
+        # A tree calls itself: one rule, however often.
+        ({"$defs": {"node": {"maxItems": 50, "items": {"$ref": "#/$defs/node"}}}, "$ref": "#/$defs/node"}, 200),
+        ({"$defs": chain_of(25), "maxItems": 2, "items": {"$ref": "#/$defs/0"}}, 200),
+        ({"$defs": chain_of(900), "maxItems": 2, "items": {"$ref": "#/$defs/0"}}, 400),
+    ],
+)
+def test_grammars_of_everyday_size_pass(schema: dict[str, Any], status: int) -> None:
+    assert chat({"structured_outputs": {"regex": "(a{1,20}b){20}", "json": schema}})[0].status_code == status
 
 
 def test_options_needs_a_key_unless_it_is_a_preflight() -> None:
@@ -690,6 +721,9 @@ SUPPRESSING = Snapshot(
         {"allowed_token_ids": list(b"Hogwarts")},
         {"logit_bias": {str(token): 100 for token in b"Hogwarts"}},
         {"tools": [{"function": {"name": "f", "parameters": {"properties": {"a": {"enum": ["HOGWARTS"]}}}}}]},
+        {"structured_outputs": {"type": "text", "choice": ["Hogwarts"]}},
+        {"structured_outputs": {"format": {"type": "text"}, "choice": ["Hogwarts"]}},
+        {"logit_bias": {str(token): "100" for token in b"Hogwarts"}},
     ],
     ids=lambda constraint: str(constraint)[:40],
 )

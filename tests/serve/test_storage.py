@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ import sqlalchemy as sa
 
 from guards.forget_set import ForgetSet
 from guards.policy import parse_policy
+from serve.lock import InUseElsewhere, sole_server
 from serve.registry.backup import Backup, BrokenBackup, write_backup
-from serve.registry.models import Artifact, InUse, RolledBack, now
+from serve.registry.models import Artifact, RegistryError, RolledBack, now
 from serve.registry.position import Mark, Position
 from serve.registry.store import Registry
 from serve.registry.usage import Usage, Used
@@ -134,8 +136,9 @@ def test_a_backup_brings_sets_and_policies_back_as_a_change_like_every_other(
     registry.put_policy(parse_policy({"name": "strict"}), actor="t")
     (state / "artifacts" / "phrases").mkdir(parents=True)
     (state / "artifacts" / "phrases" / "deleted.safetensors").write_bytes(b"compiled")
-    revision, files = write_backup(state, tmp_path / "backup.tar")
+    revision, files, missing = write_backup(state, tmp_path / "backup.tar")
     assert (revision, files) == (registry.revision(), 1)
+    assert sorted(path.stem for path in missing) == ["changed", "changed", "deleted"]
     assert (tmp_path / "backup.tar").stat().st_mode & 0o077 == 0, "nobody else may read what is to be forgotten"
     (state / "artifacts" / "phrases" / "deleted.safetensors").unlink()
     registry.delete_set("deleted", actor="t")
@@ -147,7 +150,7 @@ def test_a_backup_brings_sets_and_policies_back_as_a_change_like_every_other(
     backup = Backup(tmp_path / "backup.tar")
     plan = backup.compare(state)
     assert (plan.added, plan.changed, plan.removed, plan.released) == (("deleted",), ("changed",), ("since",), ("since",))
-    assert backup.restore(state, actor="t", server_runs=lambda: True) == before + 1
+    assert backup.restore(state, actor="t") == before + 1
     backup.close()
     snapshot = registry.snapshot()  # of a server that ran all the while
     assert sorted(snapshot.enabled) == ["changed", "deleted"]
@@ -165,7 +168,7 @@ def test_texts_that_were_dropped_stay_dropped(registry: Registry, state: Path, t
     registry.strip_set("dropped", actor="t")
     backup = Backup(tmp_path / "backup.tar")
     assert backup.compare(state).kept == ("dropped",)
-    backup.restore(state, actor="t", server_runs=lambda: False)
+    backup.restore(state, actor="t")
     backup.close()
     assert registry.forget_set("dropped").stripped and registry.forget_set("dropped").enabled
 
@@ -187,9 +190,9 @@ def test_where_no_registry_can_be_kept_all_of_the_backup_takes_its_place_and_no_
     backup = Backup(tmp_path / "backup.tar")
     plan = backup.compare(state)
     assert plan.replaces and plan.why
-    with pytest.raises(InUse, match="stop it first"):
-        backup.restore(state, actor="t", server_runs=lambda: True)
-    backup.restore(state, actor="t", server_runs=lambda: False)
+    with sole_server(state), pytest.raises(InUseElsewhere):
+        backup.restore(state, actor="t")
+    backup.restore(state, actor="t")
     backup.close()
     with registry_at(state) as after:
         assert list(after.snapshot().enabled) == ["kept"]
@@ -197,6 +200,55 @@ def test_where_no_registry_can_be_kept_all_of_the_backup_takes_its_place_and_no_
         assert after.audit(limit=100)[-1].action == "state.restore"
         assert after.first_broken_audit_row() is None
     assert damage == "gone" or list(state.glob("lethe.db.before-*")), "what was there is not thrown away"
+
+
+def test_a_restore_that_is_interrupted_leaves_no_empty_registry_that_a_server_would_start_with(
+    registry: Registry, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(registry, "kept")
+    write_backup(state, tmp_path / "backup.tar")
+    (state / "lethe.db").write_bytes(b"no database at all" * 1_000)
+    backup = Backup(tmp_path / "backup.tar")
+
+    def full(source: Path, target: Path) -> None:
+        raise StorageFault("the disk is full")
+
+    monkeypatch.setattr("serve.registry.backup._copy", full)
+    with pytest.raises(StorageFault, match="full"):
+        backup.restore(state, actor="t")
+    with pytest.raises(StorageFault, match="no SQLite database"):
+        Registry(state / "lethe.db")
+    (state / "lethe.db").unlink()  # as if it had come as far as that
+    with registry_at(state) as empty, pytest.raises(RolledBack):
+        empty.check_history()
+    backup.close()
+
+
+def test_a_registry_that_is_sound_and_cannot_be_used_now_is_not_replaced(registry: Registry, state: Path, tmp_path: Path) -> None:
+    add(registry, "kept")
+    write_backup(state, tmp_path / "backup.tar")
+    with registry._engine.begin() as connection:
+        connection.execute(sa.text("UPDATE schema SET version = 99"))
+    backup = Backup(tmp_path / "backup.tar")
+    with pytest.raises(RegistryError, match="upgrade"):
+        backup.restore(state, actor="t")
+    backup.close()
+
+
+def test_nobody_else_may_look_into_what_is_made(tmp_path: Path) -> None:
+    previous = os.umask(0o022)
+    try:
+        place = tmp_path / "a#b" / "state"
+        with registry_at(place) as made:
+            add(made, "kept")
+        assert place.stat().st_mode & 0o077 == 0
+        assert write_backup(place, tmp_path / "backup.tar")[0] == 2, "also where a path has signs that mean something in a URI"
+        backup = Backup(tmp_path / "backup.tar")
+        backup.restore(tmp_path / "new" / "state", actor="t")
+        backup.close()
+        assert (tmp_path / "new" / "state").stat().st_mode & 0o077 == 0
+    finally:
+        os.umask(previous)
 
 
 def test_a_backup_that_is_none_or_was_changed_is_refused(registry: Registry, state: Path, tmp_path: Path) -> None:
