@@ -158,6 +158,7 @@ class Control:
 
     async def strip(self, name: str, *, actor: str) -> int:
         """Drop a set's texts for good; it stays in force by what was made from them. Raises UnknownName, NotReady."""
+        await asyncio.to_thread(self._registry.forget_set, name)  # before anything is thrown away
         training = self.training(name)
         if training is not None and training["status"] != "failed":
             raise NotReady(f"the assistant of forget set {name!r} is being trained; wait until it is ready")

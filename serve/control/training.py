@@ -17,7 +17,8 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from guards.forget_set import ForgetSet, Frozen, Question
+from guards.forget_set import ForgetSet, Frozen, Question, is_name
+from serve.registry.models import UnknownName
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,12 @@ class Trainer:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()  # cancelled, and their processes perhaps not gone yet
 
+    def _place(self, name: str) -> Path:
+        """Where a set's job is. Raises UnknownName for what no set can be called, and what might lead elsewhere."""
+        if not is_name(name):
+            raise UnknownName(f"there is no forget set {name[:80]!r}; names are 1 to 63 of a-z, 0-9, _ and -")
+        return self._directory / name
+
     def resume(self, existing: Collection[str]) -> None:
         """Go on with every job that neither succeeded nor failed, and delete those of sets that are gone."""
         for work in sorted(self._directory.glob("*")):
@@ -70,7 +77,7 @@ class Trainer:
             "recipe": recipe.model_dump(mode="json"),
             **more,
         }
-        work = self._directory / content.name
+        work = self._place(content.name)
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
         for stale in (_ERROR, _RESULT, _PROGRESS):
             (work / stale).unlink(missing_ok=True)
@@ -83,23 +90,24 @@ class Trainer:
         if name not in self._tasks:
             return None
         try:
-            job = json.loads((self._directory / name / _JOB).read_text("utf-8"))
+            job = json.loads((self._place(name) / _JOB).read_text("utf-8"))
         except (OSError, ValueError):
             return None
         return job.get("program", CONTRAST), job["recipe"].get("method", "contrast")
 
     def pause(self, name: str) -> None:
         """Stop a set's training for now."""
+        place = self._place(name)
         if task := self._tasks.pop(name, None):
             task.cancel()
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
-            (self._directory / name / _ERROR).write_text(_PAUSED, "utf-8")
+            (place / _ERROR).write_text(_PAUSED, "utf-8")
 
     async def cancel(self, name: str) -> None:
         """Stop a set's training and forget all about it."""
         await self.halt(name)
-        await asyncio.to_thread(shutil.rmtree, self._directory / name, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, self._place(name), ignore_errors=True)
 
     async def stop(self) -> None:
         """Stop all processes; `resume` goes on with their jobs."""
@@ -110,7 +118,7 @@ class Trainer:
 
     def describe(self, name: str) -> dict[str, Any] | None:
         """Where a set's training stands: status ``waiting``, ``running`` or ``failed``; None if there is none."""
-        work = self._directory / name
+        work = self._place(name)
         if not (work / _JOB).exists():
             return None
         with contextlib.suppress(OSError):
@@ -130,7 +138,7 @@ class Trainer:
     async def _work(self, name: str, earlier: asyncio.Task[None] | None) -> None:
         if earlier is not None:
             await asyncio.wait([earlier])  # its process must be gone before ours writes the same files
-        work = self._directory / name
+        work = self._place(name)
         async with self._turn:
             try:
                 job = json.loads((work / _JOB).read_text("utf-8"))

@@ -24,7 +24,7 @@ from serve.control.control import Control
 from serve.control.similarity import Similarity
 from serve.control.training import Trainer
 from serve.protocol.wire import phrases_path
-from serve.registry.models import Artifact, NotReady, now
+from serve.registry.models import Artifact, NotReady, UnknownName, now
 from serve.registry.store import Registry
 
 VOCABULARY = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])
@@ -376,3 +376,29 @@ def test_a_job_that_is_stopped_twice_leaves_no_process(tmp_path: Path, monkeypat
         assert started[0].returncode is not None
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/../..", "a" * 500, "", "\0"])
+def test_a_name_that_leads_elsewhere_throws_nothing_away(tmp_path: Path, name: str) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("state")
+    (tmp_path / "training").mkdir()
+    trainer = Trainer(tmp_path / "training", tmp_path, _nobody)
+    for use in (trainer.describe, trainer.pause):
+        with pytest.raises(UnknownName):
+            use(name)
+    with pytest.raises(UnknownName):
+        asyncio.run(trainer.cancel(name))
+    assert kept.exists()
+
+    async def scenario(control: Control, engine: Engine) -> None:
+        for change in (control.strip, control.delete, control.enable, control.disable):
+            with pytest.raises(UnknownName):
+                await change(name, actor="t")
+
+    run(tmp_path, scenario)
+    assert kept.exists()
+
+
+async def _nobody(*_: object) -> None:
+    raise AssertionError("nothing was trained")
