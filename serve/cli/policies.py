@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from guards.policy import parse_policy
+from guards.policy import Policy, parse_policy
 from serve.cli.talk import JsonOption, act, connect, fail, folding_table, out, print_json, unwrap
 
 app = typer.Typer(no_args_is_help=True, help="Show and change policies: which sets apply, through which guards.")
@@ -38,7 +38,7 @@ def policy_show(
     """Print a policy as JSON, as `lethe policy put` takes it."""
     with connect() as client:
         shown = unwrap(client.get(f"/policies/{name}"))
-    policy = parse_policy({key: value for key, value in shown.items() if key != "revision"})
+    policy = parse_policy({key: value for key, value in shown.items() if key in Policy.model_fields})
     print_json(policy.model_dump(mode="json", exclude={"name"}, exclude_defaults=not defaults))
 
 

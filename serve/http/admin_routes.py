@@ -48,9 +48,11 @@ from serve.http.contract import (
     CheckOrder,
     DeletedAnswer,
     ForgetSetAnswer,
+    ForgetSetMade,
     ForgetSetsAnswer,
     PoliciesAnswer,
     PolicyAnswer,
+    PolicyMade,
     RequestAnswer,
     RevisionAnswer,
     document,
@@ -164,7 +166,7 @@ def attach(
         described = [{**_describe(stored), "training": control.training(stored.name)} for stored in sets]
         return {"data": described, "revision": control.snapshot.revision}
 
-    @router.post("/forget_sets", status_code=201, response_model=ForgetSetAnswer, openapi_extra=takes(ForgetSet))
+    @router.post("/forget_sets", status_code=201, response_model=ForgetSetMade, openapi_extra=takes(ForgetSet))
     async def create_forget_set(
         request: Request, name: str | None = None, force: Force = False, column: Column = None, kind: As = None
     ) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def attach(
         shown = await _shown(name, control.snapshot.revision)
         return JSONResponse({**shown, "content": content.model_dump(mode="json", exclude={"name"})})
 
-    @router.put("/forget_sets/{name}", response_model=ForgetSetAnswer, openapi_extra=takes(ForgetSet))
+    @router.put("/forget_sets/{name}", response_model=ForgetSetMade, openapi_extra=takes(ForgetSet))
     async def replace_forget_set(
         name: str, request: Request, force: Force = False, column: Column = None, kind: As = None
     ) -> dict[str, Any]:
@@ -268,7 +270,7 @@ def attach(
             raise UnknownName(f"there is no policy {name!r}; there are {', '.join(sorted(snapshot.policies))}")
         return {**snapshot.policies[name].model_dump(mode="json"), "revision": snapshot.revision}
 
-    @router.put("/policies/{name}", response_model=PolicyAnswer, openapi_extra=takes(Policy))
+    @router.put("/policies/{name}", response_model=PolicyMade, openapi_extra=takes(Policy))
     async def put_policy(name: str, request: Request) -> dict[str, Any]:
         policy = parse_policy({**_without(await read_object(request), "name", name), "name": name})
         revision = await control.put_policy(policy, actor=actor(request))

@@ -74,6 +74,9 @@ class ForgetSetShown(Answer):
 
 class ForgetSetAnswer(ForgetSetShown):
     revision: int = Revision
+
+
+class ForgetSetMade(ForgetSetAnswer):
     notes: list[str] = Field([], description="of a new set: what was left out of the file, phrases that occur in ordinary text")
 
 
@@ -98,6 +101,9 @@ class PolicyShown(Answer):
 
 class PolicyAnswer(PolicyShown):
     revision: int = Revision
+
+
+class PolicyMade(PolicyAnswer):
     notes: list[str] = Field([], description="what the policy does not do and its author may expect")
 
 
@@ -168,6 +174,9 @@ class ExperimentShown(Answer):
 
 class ExperimentAnswer(ExperimentShown):
     revision: int = Revision
+
+
+class ExperimentMade(ExperimentAnswer):
     notes: list[str] = []
 
 

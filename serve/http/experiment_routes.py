@@ -17,7 +17,16 @@ from serve.experiments.observations import Observations
 from serve.experiments.report import report
 from serve.experiments.store import Experiments
 from serve.http.admin_routes import OurRoute, read_object
-from serve.http.contract import ERRORS, DeletedAnswer, ExperimentAnswer, ExperimentsAnswer, FeedbackAnswer, ReportAnswer, takes
+from serve.http.contract import (
+    ERRORS,
+    DeletedAnswer,
+    ExperimentAnswer,
+    ExperimentMade,
+    ExperimentsAnswer,
+    FeedbackAnswer,
+    ReportAnswer,
+    takes,
+)
 from serve.http.rules import ADMIN_PREFIX
 from serve.registry.models import now
 
@@ -49,7 +58,7 @@ def attach(
         found = await asyncio.to_thread(experiments.all)
         return {"data": [_described(each) for each in found], "revision": control.snapshot.revision}
 
-    @router.post("/experiments", status_code=201, response_model=ExperimentAnswer, openapi_extra=takes(ExperimentOrder))
+    @router.post("/experiments", status_code=201, response_model=ExperimentMade, openapi_extra=takes(ExperimentOrder))
     async def create_experiment(request: Request) -> dict[str, Any]:
         order = parse_experiment(await read_object(request))
         created = await asyncio.to_thread(experiments.create, order, actor=actor(request))
