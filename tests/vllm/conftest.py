@@ -7,6 +7,7 @@ happen all the time rather than in a test of their own.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -105,7 +106,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Itera
     # A disk of its own where that is allowed, so that it can be filled and taken away.
     (directory / "state").mkdir(mode=0o700)
     disk = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=700", "none", str(directory / "state")]
-    mounted = subprocess.run(disk, capture_output=True, check=False).returncode == 0
+    mounted = shutil.which("mount") is not None and subprocess.run(disk, capture_output=True, check=False).returncode == 0
     guarded = Server(
         [str(bin_directory / "lethe"), "serve", "--verbose", f"--model={model_path}"],
         directory,
