@@ -158,7 +158,7 @@ def _registry(state: Path, *, server_runs: bool) -> Iterator[Check]:
             broken, revision = registry.first_broken_audit_row(), registry.revision()
             in_force = sum(each.enabled for each in registry.forget_sets())
     except (StorageFault, RegistryError, GuardError) as error:
-        yield Check("fails", "registry", str(error), "see what it says")
+        yield Check("fails", "registry", str(error), "do what this message says")
         return
     if broken is not None:
         yield Check("warns", "audit trail", f"revision {broken} does not fit the ones before it", "find out who changed it")
@@ -173,7 +173,7 @@ def _port(port: int, *, server_runs: bool) -> Check:
             tried.bind(("127.0.0.1", port))
         except OSError as error:
             if server_runs:
-                return Check("ok", "port", f"{port} is in use, by the server that runs it seems")
+                return Check("ok", "port", f"{port} is in use, probably by the server that runs")
             return Check("fails", "port", f"{port}: {error.strerror}", "serve with another --port, or end the program that has it")
     return Check("ok", "port", f"{port} is free")
 

@@ -14,6 +14,9 @@ FILE = "server.lock"
 class InUseElsewhere(Exception):
     """Another server has the state directory."""
 
+    def __init__(self, state_dir: Path) -> None:
+        super().__init__(f"another lethe server uses {state_dir}; set LETHE_STATE_DIR to another directory")
+
 
 def private_directory(path: Path) -> None:
     """Make a directory that nobody else may look into, as removal requests demand. One that exists stays as it is."""
@@ -29,7 +32,7 @@ def sole_server(state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, also when it is killed
         except OSError:
-            raise InUseElsewhere(f"another lethe server uses {state_dir}; set LETHE_STATE_DIR to another directory") from None
+            raise InUseElsewhere(state_dir) from None
         yield
     finally:
         os.close(lock)

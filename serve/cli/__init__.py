@@ -103,7 +103,7 @@ def serve(
     settings = Settings()
     arguments = [*(["--model", model] if model else []), *context.args]
     if not verbose and server_runs(settings.state_dir):  # its log must stay its own
-        fail(f"another lethe server uses {settings.state_dir}; set LETHE_STATE_DIR to another directory")
+        raise InUseElsewhere(settings.state_dir)
     said = plain_terminal() if verbose else quiet_terminal(settings.state_dir / "logs" / LOG)
     said.step("loading vLLM")
     # These take seconds to import, and what they say belongs into the log.

@@ -281,7 +281,8 @@ class Admission:
         """Who calls, and what is in force for them, now."""
         named, snapshot = dict(headers), self._snapshot()
         found = (snapshot.caller(secret, open_without_keys=self._open_without_keys) for secret in _secrets(named))
-        caller = next((each for each in found if each is not None), None)
+        known = [each for each in found if each is not None]
+        caller = next((each for each in known if not each.expired), known[0] if known else None)
         if caller is None:
             raise Refused(
                 401,

@@ -21,7 +21,7 @@ from serve.http.budgets import Budgets
 from serve.http.middleware import Admission
 from serve.http.probes import Probes
 from serve.http.rules import ALLOWED, GENERATING, REFUSED_FIELDS
-from serve.registry.snapshot import LOOPBACK, Key, Snapshot, digest_secret
+from serve.registry.snapshot import LOOPBACK, Key, Limits, Snapshot, digest_secret
 from serve.registry.usage import Usage
 from serve.request import RequestContext, admitted
 from serve.settings import Settings
@@ -769,3 +769,12 @@ def ask_once(admission: Admission, body: dict[str, Any], headers: dict[str, str]
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [(b"host", b"127.0.0.1"), *sent]}
     asyncio.run(admission(scope, receive, send))
     return messages[0]["status"], dict(messages[0]["headers"])
+
+
+def test_of_two_keys_one_that_is_valid_counts_and_an_expired_one_alone_says_when_it_ended() -> None:
+    ended = Key("k0", digest_secret("old"), "chat", Limits(expires_at="2020-01-01T00:00:00+00:00"))
+    snapshot = Snapshot(7, {}, BUILT_IN, (ended, *KEYED.keys))
+    both = {"authorization": "Bearer old", "x-api-key": "chat-secret"}
+    assert chat({}, snapshot=snapshot, headers=both)[0].status_code == 200
+    refused = chat({}, snapshot=snapshot, headers={"authorization": "Bearer old"})[0]
+    assert refused.status_code == 401 and "k0 expired at 2020-01-01" in refused.json()["error"]["message"]
