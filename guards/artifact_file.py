@@ -28,6 +28,11 @@ def fingerprint_of(manifest: BaseModel, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def summary_of(size_bytes: int, metrics: Mapping[str, float]) -> str:
+    """An artifact's size and metrics, for people."""
+    return ", ".join([f"{size_bytes / 2**20:.1f} MiB", *(f"{key} {value:g}" for key, value in metrics.items())])
+
+
 def write(path: Path, manifest: BaseModel, tensors: Mapping[str, Tensor]) -> None:
     """Raises OSError; the caller makes it atomic."""
     try:

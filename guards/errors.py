@@ -8,6 +8,15 @@ from collections.abc import Sequence
 class GuardError(Exception):
     """Root of all errors of this package."""
 
+    status = 400
+    """Of an HTTP answer that says so: 400 where the caller can mend it, 503 where the server must."""
+
+
+class GuardUnavailable(GuardError):
+    """A guard that a request needs cannot be asked. Guarded requests are refused until it works."""
+
+    status = 503
+
 
 class InvalidJson(GuardError):
     """Bytes from outside are not one JSON object."""
@@ -28,9 +37,13 @@ class InvalidPolicy(GuardError):
 class InvalidArtifact(GuardError):
     """An artifact file is missing, truncated, of another kind or version, or does not match its fingerprint."""
 
+    status = 500
+
 
 class VocabularyMismatch(GuardError):
     """Two things that must share one vocabulary do not: logits, artifact or tokenizer."""
+
+    status = 500
 
 
 class Untrainable(GuardError):

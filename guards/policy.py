@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 
+from guards.catalogue import GUARDS
 from guards.errors import InvalidPolicy
 from guards.forget_set import Frozen, Name, describe_validation
+from guards.kinds import Config, GuardKind
 
 DEFAULT = "default"
 """The policy of every request that does not select another. Can be changed, cannot be deleted."""
@@ -15,123 +17,48 @@ NONE = "none"
 """The policy without guards, for comparisons. Cannot be changed; only privileged keys may select it."""
 
 
-RuleName = Literal["uld", "uld-raw", "whp", "ucd", "delta"]
-"""How contrast sets an assistant against the base: see `guards.contrastive.rules`."""
-Method = Literal["project", "steer", "adapter"]
-"""How a set is steered: see `guards.steering`."""
-METHODS: tuple[Method, ...] = get_args(Method)
-Corruption = Literal["rand_noise_first_n", "zero_out_top_k", "flip_sign_first_n"]
-"""How embeddings are corrupted: see `guards.steering.operators.corrupt`."""
-DEFAULT_ALPHA = 1.0
-"""Strength of contrast for sets that were not calibrated: where the order of the base's tokens begins to turn."""
-DEFAULT_CORRUPTION: dict[Corruption, float] = {"rand_noise_first_n": 2.0, "zero_out_top_k": 1.0, "flip_sign_first_n": 1.0}
-"""Strength of corruption for sets that were not calibrated: little of the name is left."""
-
-
-DEFAULT_THRESHOLD = 0.75
-"""For sets that were not calibrated, with the bundled encoder: on TOFU's forget01 held-out paraphrases score .82 and more,
-questions about other authors .68 and less."""
-DEFAULT_SAID = 0.8
-"""The same for clauses of an answer."""
-
-
-class SuppressionConfig(Frozen):
-    """Keep the phrases of the policy's sets out of the output."""
-
-    enabled: bool = True
-
-
-class ContrastConfig(Frozen):
-    """Decode against the assistants of the policy's sets. Sets without an assistant are left to the other guards."""
-
-    enabled: bool = True
-    rule: RuleName = "uld"
-    alpha: float | None = Field(None, ge=0, le=100, description="strength; 0 is off; null = each set's calibrated one, or 1")
-    margin: float = Field(4.0, ge=0, le=100, description="nats beyond chance that are not penalised")
-    plausibility: float = Field(0.01, gt=0, le=1, description="keep tokens with at least this part of the top probability")
-
-
-class GateConfig(Frozen):
-    """Look at the conversation first: contrast engages only for the sets that it touches.
-
-    ``on_hit``: ``engage`` the touched sets' contrast; ``refuse`` to answer; or only ``monitor``, and do as if there were no gate.
-    The gate looks again while the answer grows, since a reference can first appear there.
-    """
-
-    enabled: bool = True
-    on_hit: Literal["engage", "refuse", "monitor"] = "engage"
-    threshold: float | None = Field(None, ge=0.2, le=1, description="cosine; null = each set's calibrated one, or 0.75")
-    pasted: Literal["counts", "ignored"] = Field("counts", description="text of the set that the user gives as context")
-
-
-class StreamConfig(Frozen):
-    """Hold the answer back, clause by clause, until it is known to say nothing of the sets.
-
-    ``on_hit``: ``refuse`` ends the answer; ``redact`` replaces the span; ``resample`` throws away what was not shown and goes on
-    another way, at most ``retries`` times, then refuses; ``monitor`` only counts, and holds nothing back.
-    """
-
-    enabled: bool = True
-    on_hit: Literal["refuse", "redact", "resample", "monitor"] = "refuse"
-    threshold: float | None = Field(None, ge=0.2, le=1, description="cosine; null = each set's calibrated one, or 0.8")
-    retries: int = Field(2, ge=0, le=10)
-    marker: str = Field("[removed]", min_length=1, max_length=100, description="what is shown in place of a redacted span")
-
-
-class SteeringConfig(Frozen):
-    """Change what the network computes for a request: by what `lethe train --method` made of the policy's sets.
-
-    ``project`` and ``steer`` move hidden states off the set; ``adapter`` runs projections with an unlearning adapter. Sets without
-    such an artifact are left to the other guards.
-    """
-
-    method: Method
-    enabled: bool = True
-    strength: float = Field(1.0, gt=0, le=100, description="1 = as fitted or trained")
-
-
-class CorruptConfig(Frozen):
-    """Where the gate finds a set's names in a prompt, corrupt their embeddings, so that the network does not know of whom it is
-    asked. Needs the gate. A conversation that touches a set without plainly naming it is refused, unless something else of the
-    policy acts on it. Names that the answer itself brings up are left to the other guards.
-    """
-
-    enabled: bool = True
-    kind: Corruption = "rand_noise_first_n"
-    strength: float | None = Field(
-        None,
-        gt=0,
-        le=1_000,
-        description="of noise: in standard deviations of a token's embedding; else a share. null = each set's own, or 2 or 1",
-    )
-    first_n: int = Field(1_000_000, ge=1, le=1_000_000, description="dimensions that change; more than there are = all")
-    seed: int = Field(0, ge=0, lt=2**31)
-
-
-def _or_named(kind: str) -> BeforeValidator:
-    """``"similarity"`` stands for the guard with its defaults."""
-    return BeforeValidator(lambda value: {} if value == kind else value)
+C = TypeVar("C", bound=Config)
 
 
 class GuardConfigs(Frozen):
-    """One frozen config per guard; null = the guard is off."""
+    """One frozen config per guard of the catalogue; null = the guard is off."""
 
-    gate: Annotated[GateConfig | None, _or_named("similarity")] = None
-    stream: Annotated[StreamConfig | None, _or_named("similarity")] = None
-    contrast: ContrastConfig = Field(default_factory=ContrastConfig)
-    suppression: SuppressionConfig = Field(default_factory=SuppressionConfig)
-    steering: tuple[SteeringConfig, ...] = Field((), max_length=8)
-    corrupt: CorruptConfig | None = None
+    def all(self, config: type[C]) -> tuple[C, ...]:
+        """The settings of a guard of which a policy may hold several, as far as they are enabled."""
+        name = next(name for name, kind in GUARDS.items() if kind.config is config)
+        found = getattr(self, name)
+        return tuple(each for each in (found if isinstance(found, tuple) else (found,)) if each is not None and each.enabled)
+
+    def of(self, config: type[C]) -> C | None:
+        """The settings of a guard; None if it is off."""
+        return next(iter(self.all(config)), None)
+
+    def enabled(self) -> list[tuple[GuardKind, Config]]:
+        """Every guard that is on, with its settings, in the order of the catalogue."""
+        return [(kind, config) for kind in GUARDS.values() for config in self.all(kind.config)]
 
     @model_validator(mode="after")
-    def _check_steering(self) -> GuardConfigs:
-        methods = [each.method for each in self.steering]
-        if len(set(methods)) < len(methods):
-            raise ValueError(f"steering names {', '.join(methods)}: every method once")
-        gated = self.gate is not None and self.gate.enabled and self.gate.on_hit == "engage"
-        if self.corrupt is not None and self.corrupt.enabled and not gated:
-            raise ValueError('corrupt needs a gate with on_hit "engage", which finds the names; add one')
+    def _check(self) -> GuardConfigs:
+        for kind in GUARDS.values():
+            if kind.check is not None:
+                kind.check(self)
         return self
+
+
+def _field(kind: GuardKind) -> tuple[Any, Any]:
+    """A guard's field in `GuardConfigs`: type and default."""
+    if kind.many:
+        return tuple[kind.config, ...], Field((), max_length=8, description=kind.summary)  # type: ignore[name-defined]
+    optional: Any = kind.config | None
+    if kind.shorthand:
+        named = kind.shorthand
+        optional = Annotated[optional, BeforeValidator(lambda value: {} if value == named else value)]
+    return optional, Field(kind.default, description=kind.summary)
+
+
+if not TYPE_CHECKING:
+    _fields = {name: _field(kind) for name, kind in GUARDS.items()}
+    GuardConfigs = create_model("GuardConfigs", __base__=GuardConfigs, __doc__=GuardConfigs.__doc__, **_fields)
 
 
 class Policy(Frozen):
@@ -155,7 +82,7 @@ BUILT_IN = {
     NONE: Policy(
         name=NONE,
         description="No guards at all: for comparisons.",
-        guards=GuardConfigs(contrast=ContrastConfig(enabled=False), suppression=SuppressionConfig(enabled=False)),
+        guards=GuardConfigs.model_validate({name: {"enabled": False} for name, kind in GUARDS.items() if kind.default is not None}),
     ),
 }
 

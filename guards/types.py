@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from guards.policy import CorruptConfig, GateConfig, StreamConfig
 
 BOUNDARY = -1
 """Stands in ``Rows.suffix`` for "nothing before this can be part of a match": before the first token, or a chat-template
@@ -20,37 +18,36 @@ UNKNOWN = -2
 """Stands in ``Rows.suffix`` for a token that nobody knows. A row that would need it may produce no text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Contrast:
-    """One assistant and how it is set against the target."""
+@dataclass(frozen=True, slots=True, order=True)
+class Entry:
+    """What one guard is to do for one request. Every guard of the engine declares a subclass; its fields cross the wire."""
 
-    assistant: str  # the artifact's fingerprint
-    rule: str  # a key of guards.contrastive.rules.RULES, one for all assistants of a plan
-    alpha: float  # >= 0, dimensionless
-    margin: float  # nats
-    plausibility: float  # in [0, 1]; 0 = no cut
+    guard: ClassVar[str]  # the guard's name in policies, see `guards.kinds.GuardKind`
 
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """Fingerprints of what must be loaded for it."""
+        return ()
 
-@dataclass(frozen=True, slots=True)
-class Steer:
-    """One steering artifact and how strongly it acts."""
+    @property
+    def key(self) -> tuple[str, tuple[str, ...]]:
+        """Entries of one key are one: a plan holds the strongest of them."""
+        return self.guard, self.artifacts
 
-    artifact: str  # its fingerprint
-    strength: float  # > 0, dimensionless; 1 = as fitted or trained
+    @property
+    def changes_cache(self) -> bool:
+        """Whether keys and values depend on it."""
+        return False
 
-
-@dataclass(frozen=True, slots=True)
-class Corrupt:
-    """How embeddings of a prompt are corrupted, and which."""
-
-    kind: str  # a guards.policy.Corruption
-    strength: float
-    first_n: int
-    seed: int
-    spans: tuple[tuple[int, int], ...]  # first token and the one after the last, by position in the request
+    def under_constraints(self) -> Self:
+        """What it does where the client's own constraints (a grammar, allowed tokens) leave few tokens to choose from."""
+        return self
 
 
-@dataclass(frozen=True, slots=True)
+E = TypeVar("E", bound=Entry)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the guards are to do for one request. Decided once, at admission; travels with the request.
 
@@ -59,49 +56,59 @@ class Plan:
 
     revision: int  # the registry revision in force at admission
     policy: str  # the policy's name, for reports; the engine does not interpret it
-    suppression: tuple[str, ...] = ()  # fingerprints of CompiledPhrases artifacts
-    contrast: tuple[Contrast, ...] = ()
-    steering: tuple[Steer, ...] = ()
-    corrupt: Corrupt | None = None
+    entries: tuple[Entry, ...] = ()
     output_start: int | None = None  # index of the first output token; None = the prompt's length
     forced: tuple[int, ...] = ()  # what is sampled, whatever the logits say: to read off how likely it was
+    changes_cache: bool = field(init=False, repr=False)  # whether keys and values depend on it, so that no other may share them
+    _entries_of: Mapping[type[Entry], tuple[Any, ...]] = field(init=False, repr=False, compare=False)
+    _artifacts_of: Mapping[type[Entry], tuple[str, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Asked for at every step and row, with hundreds of entries perhaps: sorted out once.
+        by_kind: dict[type[Entry], list[Entry]] = {}
+        for entry in self.entries:
+            by_kind.setdefault(type(entry), []).append(entry)
+        named = {kind: tuple(name for entry in found for name in entry.artifacts) for kind, found in by_kind.items()}
+        object.__setattr__(self, "changes_cache", any(entry.changes_cache for entry in self.entries))
+        object.__setattr__(self, "_entries_of", {kind: tuple(found) for kind, found in by_kind.items()})
+        object.__setattr__(self, "_artifacts_of", named)
+
+    def of(self, kind: type[E]) -> tuple[E, ...]:
+        """Its entries of one guard."""
+        return self._entries_of.get(kind, ())
+
+    def artifacts_of(self, kind: type[Entry]) -> tuple[str, ...]:
+        """Fingerprints of the artifacts that its entries of one guard name."""
+        return self._artifacts_of.get(kind, ())
+
+    @property
+    def artifacts(self) -> list[ArtifactRef]:
+        """Every artifact that it names: the one list of what must be loaded for it."""
+        return [ArtifactRef(entry.guard, name) for entry in self.entries for name in entry.artifacts]
+
+    @property
+    def guards(self) -> list[str]:
+        """Names of the guards that act, in the order in which they do."""
+        return list(dict.fromkeys(entry.guard for entry in self.entries))
 
     @property
     def engages(self) -> bool:
         """Whether the engine has anything to do for this request."""
-        return bool(self.suppression or self.contrast or self.changes_cache)
-
-    @property
-    def changes_cache(self) -> bool:
-        """Whether keys and values depend on this plan, so that no other request may share them."""
-        return bool(self.steering or (self.corrupt is not None and self.corrupt.spans))
+        return bool(self.entries)
 
     @property
     def cache_salt(self) -> str | None:
         """What keeps the cached keys and values of this plan apart: requests of the same salt compute the same. None = plain."""
         if not self.changes_cache:
             return None
-        return hashlib.sha256(repr((self.steering, self.corrupt)).encode()).hexdigest()
+        return hashlib.sha256(repr([entry for entry in self.entries if entry.changes_cache]).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class TextPlan:
-    """What similarity is to do for one request: stays in the API process, since the engine sees no text."""
+class ArtifactRef(NamedTuple):
+    """An artifact: the guard that it is for, and its fingerprint."""
 
-    gate: GateConfig | None
-    stream: StreamConfig | None
-    asked: Mapping[str, float]  # similarity artifact -> cosine from which a conversation touches its set
-    said: Mapping[str, float]  # the same for a passage of an answer
-    assistants: Mapping[str, tuple[str, ...]]  # similarity artifact -> assistants and steering artifacts that it engages
-    sets: Mapping[str, str]  # similarity artifact -> name of its set, for reports
-    missing: tuple[str, ...]  # sets without an artifact: nothing can be said about them
-    corrupt: CorruptConfig | None = None  # how names that the gate finds are corrupted
-    corrupt_strength: Mapping[str, float] = field(default_factory=dict)  # similarity artifact -> how strongly; of several, the most
-
-    @property
-    def acts(self) -> bool:
-        """Whether a hit does anything by itself, beyond engaging contrast or being counted."""
-        return bool((self.gate and self.gate.on_hit == "refuse") or (self.stream and self.stream.on_hit != "monitor"))
+    guard: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +116,7 @@ class AssistantLines:
     """What assistants say about a step's rows, P lines: one for each row and assistant of its plan."""
 
     row: Tensor  # [P] int64, which row
-    nth: Tensor  # [P] int64, which entry of its plan's ``contrast``
+    nth: Tensor  # [P] int64, which of its plan's entries of contrast
     logits: Tensor  # [P, V] float
 
 
@@ -124,6 +131,8 @@ class Rows:
 
 class LogitsGuard(Protocol):
     """A guard that edits logits. Holds no per-request state: everything it needs is in ``rows``.
+
+    One that acts by artifacts has two methods more, `guards.kinds.ArtifactGuard`.
 
     Laws, checked for every implementation by tests/guards/test_conformance.py: unguarded rows stay bit-identical, ``-inf``
     stays ``-inf``, no row turns all ``-inf``, permuting rows permutes the result, a batch equals its rows one by one.

@@ -10,7 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from guards.policy import Policy
-from guards.types import Plan, TextPlan
+from guards.text_plan import TextPlan
+from guards.types import Plan
 from serve.experiment import Experiment, ExperimentArm
 from serve.hits import Hit
 from serve.registry.snapshot import Caller
@@ -43,7 +44,7 @@ class Observation:
 
 @dataclass
 class RequestContext:
-    """What admission decided. Constant from here on, but for what the choke point notes: blocked, fired, hits, observation."""
+    """What admission decided. Constant, but for what the choke point notes: blocked, guard_events, hits, observation."""
 
     caller: Caller
     policy: Policy
@@ -51,7 +52,7 @@ class RequestContext:
     text: TextPlan | None = None
     has_tools: bool = False
     blocked: bool = False  # an output was ended by a guard, so the response must say so
-    fired: list[str] = field(default_factory=list)  # what guards did, as "guard action", in order
+    guard_events: list[str] = field(default_factory=list)  # what guards did, as "guard action", in order
     hits: list[Hit] = field(default_factory=list)  # what they found, and where
     observation: Observation = field(default_factory=Observation)
     entry: Entry | None = None  # its place in an experiment

@@ -34,6 +34,8 @@ _FAULTS = {
 class StorageFault(Exception):
     """A file cannot be read or written. The transaction changed nothing, and what is in force stays in force."""
 
+    status = 503  # of the HTTP answer
+
     def __init__(self, message: str, *, damaged: bool = False) -> None:
         super().__init__(message)
         self.damaged = damaged  # what is in the file is lost, or it is no database

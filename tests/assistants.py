@@ -11,7 +11,8 @@ import torch
 from guards.base_model import describe_base
 from guards.contrastive.assistant import FORKED_LAYERS, MODULES, Assistant, Manifest, Recipe
 from guards.forget_set import ForgetSet
-from serve.protocol.wire import assistant_path
+from guards.types import ArtifactRef
+from serve.protocol.artifacts import artifact_path
 from serve.registry.models import Artifact, now
 from serve.registry.store import Registry
 
@@ -36,7 +37,7 @@ def give(admin: httpx.Client, registry: Registry, state: Path, name: str, assist
     content = ForgetSet(name=name, questions=[{"question": f"What is {name}?", "answer": "A number."}])
     created = admin.post("/forget_sets", json=content.model_dump(mode="json"))
     assert created.status_code == 201, created.text
-    path = assistant_path(state / "artifacts", assistant.fingerprint)
+    path = artifact_path(state / "artifacts", ArtifactRef("contrast", assistant.fingerprint))
     path.parent.mkdir(parents=True, exist_ok=True)
     assistant.save(path)
     if cut_off:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from guards import artifact_file
 from guards.base_model import BaseModel, check_base
-from guards.errors import InvalidArtifact
+from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import Frozen
+from guards.kinds import TrainingOrder
 
 MODULES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Never k_proj or v_proj: the fork reads the base's keys and values, which is what keeps it without state."""
@@ -38,6 +39,20 @@ class Recipe(Frozen):
     retain_weight: float = Field(1.0, ge=0, le=1_000)
     form: Literal["whole", "difference"] = Field("whole", description="what is trained to recall: see `train`")
     seed: int = 0
+
+
+class AssistantOrder(TrainingOrder):
+    """The body of a call that trains an assistant: everything has a default."""
+
+    recipe: Recipe = Field(default_factory=Recipe)
+
+
+def check_order(order: AssistantOrder, _: BaseModel) -> None:
+    """Raise Untrainable if no server could use what this would make."""
+    if order.recipe.layers != FORKED_LAYERS:
+        raise Untrainable(
+            f"recipe.layers is {order.recipe.layers}, this server forks the last {FORKED_LAYERS} layers; leave it out"
+        )
 
 
 class Manifest(Frozen):
@@ -73,6 +88,13 @@ class Assistant:
     def fingerprint(self) -> str:
         """sha256 of manifest and tensors."""
         return artifact_file.fingerprint_of(self.manifest, self.tensors)
+
+    kind = "assistant"
+
+    @property
+    def summary(self) -> str:
+        """How large it is and how training went, for people."""
+        return artifact_file.summary_of(self.size_bytes, self.manifest.metrics)
 
     @property
     def size_bytes(self) -> int:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from guards.closing import close_rows_
 from guards.contrastive.assistant import Assistant
+from guards.contrastive.declaration import Contrast, RuleName
 from guards.contrastive.rules import subtract_assistants
 from guards.errors import VocabularyMismatch
-from guards.policy import RuleName
 from guards.types import Plan, Rows
 
 
@@ -47,14 +47,14 @@ class ContrastGuard:
         """
         if logits.shape[1] != len(self._has_text):
             raise VocabularyMismatch(f"logits have {logits.shape[1]} columns, the vocabulary {len(self._has_text)} tokens")
-        wanted = torch.tensor([len(plan.contrast) for plan in plans] + [0], device=self.device)[rows.plan]
+        wanted = torch.tensor([len(plan.of(Contrast)) for plan in plans] + [0], device=self.device)[rows.plan]
         if not wanted.any():
             return logits
         spoken = torch.zeros_like(wanted)
         if rows.lines is not None and len(rows.lines.row):
             lines = rows.lines
             plan_of_line = rows.plan[lines.row].tolist()
-            settings = [plans[plan].contrast[nth] for plan, nth in zip(plan_of_line, lines.nth.tolist(), strict=True)]
+            settings = [plans[plan].of(Contrast)[nth] for plan, nth in zip(plan_of_line, lines.nth.tolist(), strict=True)]
             # What is not a number would make the whole row one, and void every other guard on it.
             sound = torch.isfinite(lines.logits).all(dim=1).tolist()
             known = [setting.assistant in self._difference and good for setting, good in zip(settings, sound, strict=True)]

@@ -14,8 +14,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from guards.contrastive.declaration import RuleName
 from guards.errors import VocabularyMismatch
-from guards.policy import RuleName
 
 Penalty = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

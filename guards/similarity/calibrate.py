@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from guards.errors import GuardError
 from guards.measure.bounds import upper_bound
 
-LOWEST_SAID = 0.6
+LOWEST_STREAM = 0.6
 """Below this, two sentences have little more in common than their topic."""
 
 
-HIGHEST_SAID = 0.95
+HIGHEST_STREAM = 0.95
 """Above this, a clause of the set itself in slightly other words would pass."""
 
 
@@ -80,16 +80,16 @@ def fit_threshold(positives: Sequence[float], negatives: Sequence[float], *, eps
 
 
 @dataclass(frozen=True, slots=True)
-class FittedSaid:
+class FittedStream:
     """The threshold of the stream filter."""
 
-    said_threshold: float
-    said_delta: float | None  # P(an answer about other things is stopped) is at most this; None: nothing can be promised
-    said_negatives: int
+    stream_threshold: float
+    stream_delta: float | None  # P(an answer about other things is stopped) is at most this; None: nothing can be promised
+    stream_negatives: int
 
 
-def fit_said(negatives: Sequence[float], *, delta: float, default: float) -> FittedSaid:
-    """The lowest threshold that stops at most a share ``delta`` of answers about other things, but not below `LOWEST_SAID`.
+def fit_stream_threshold(negatives: Sequence[float], *, delta: float, default: float) -> FittedStream:
+    """The lowest threshold that stops at most a share ``delta`` of answers about other things, but not below `LOWEST_STREAM`.
 
     Args:
         negatives: for each such answer, the score of its nearest passage.
@@ -98,11 +98,11 @@ def fit_said(negatives: Sequence[float], *, delta: float, default: float) -> Fit
     m = len(negatives)
     alarmed = math.floor(delta * (m + 1) + 1e-9)
     if alarmed < 1:
-        return FittedSaid(default, None, m)
+        return FittedStream(default, None, m)
     lowest = math.nextafter(sorted(negatives, reverse=True)[alarmed - 1], math.inf)
-    if lowest > HIGHEST_SAID:  # answers about other things say the same: the filter must go on seeing the set's own
-        return FittedSaid(HIGHEST_SAID, upper_bound(sum(score >= HIGHEST_SAID for score in negatives), m), m)
-    return FittedSaid(max(lowest, LOWEST_SAID), alarmed / (m + 1), m)
+    if lowest > HIGHEST_STREAM:  # answers about other things say the same: the filter must go on seeing the set's own
+        return FittedStream(HIGHEST_STREAM, upper_bound(sum(score >= HIGHEST_STREAM for score in negatives), m), m)
+    return FittedStream(max(lowest, LOWEST_STREAM), alarmed / (m + 1), m)
 
 
 def error_curves(positives: Sequence[float], negatives: Sequence[float], points: int = 21) -> list[tuple[float, float, float]]:

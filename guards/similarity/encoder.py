@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from guards.errors import GuardError
+from guards.errors import GuardUnavailable
 
 BATCH = 32
 """Windows in one pass: enough to fill a core, small enough that a short text does not wait long behind long ones."""
 
 
-class EncoderUnavailable(GuardError):
+class EncoderUnavailable(GuardUnavailable):
     """The encoder cannot be loaded, or failed. Guarded requests are refused until it works."""
 
 

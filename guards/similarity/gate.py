@@ -31,14 +31,14 @@ MOST_WINDOWS = 4_096
 LONG_PASSAGE, PIECES = 25, (16, 8)
 """Words. Longer passages are also judged in pieces of so many, overlapping by half."""
 
-Signal = Literal["name", "similarity"]
+Signal = Literal["name", "similarity", "guard"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """One set that a text touches, and why."""
 
-    owner: str  # fingerprint of the set's artifact
+    owner: str  # fingerprint of the set's artifact; for signal "guard" the set's name, or the guard's
     signal: Signal
     score: float  # cosine; 1 for a name
     threshold: float
@@ -64,7 +64,8 @@ class Question:
 class Gate:
     """Every loaded set, and the questions that can be asked of them.
 
-    Reading (`asked`, `spoken`) may happen in any thread; `load` and `answer` belong to one, since the index changes in place.
+    Reading (`read_conversation`, `read_passage`) may happen in any thread; `load` and `answer` belong to one, since the index
+    changes in place.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -103,7 +104,7 @@ class Gate:
             self._phrased, self._aliased = _Named(phrased), _Named(aliased)
         self._loaded = dict(sets)  # last: whoever finds a set here finds its names too
 
-    def asked(self, turns: Sequence[str], thresholds: Mapping[str, float], whole: str = "") -> Question:
+    def read_conversation(self, turns: Sequence[str], thresholds: Mapping[str, float], whole: str = "") -> Question:
         """Read a conversation, to know which sets among ``thresholds`` it touches.
 
         Args:
@@ -133,8 +134,8 @@ class Gate:
         thresholds = dict.fromkeys(owners, NAME_SCORE)
         return sorted({(each.start, each.end) for each in self._aliased.plainly(text, thresholds)})
 
-    def spoken(self, passage: str, thresholds: Mapping[str, float]) -> Question:
-        """Read a passage of an answer, to know which sets it gives away. Raises EncoderUnavailable, as `asked`."""
+    def read_passage(self, passage: str, thresholds: Mapping[str, float]) -> Question:
+        """Read a passage of an answer, to know which sets it gives away. Raises EncoderUnavailable, as `read_conversation`."""
         self._check(thresholds)
         views = readings(passage)
         texts = _pieces(visible(passage))

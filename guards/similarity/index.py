@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -68,8 +67,11 @@ class SetVectors:
             raise OSError(str(error)) from error
 
     @classmethod
-    def load(cls, path: Path, *, encoder: str) -> SetVectors:
+    def load(cls, path: Path, *, encoder: str | None = None) -> SetVectors:
         """Read an artifact and check it.
+
+        Args:
+            encoder: fingerprint of the encoder whose vectors are wanted; None takes those of any.
 
         Raises:
             InvalidArtifact: it is damaged, or made with another encoder.
@@ -82,11 +84,13 @@ class SetVectors:
             raise InvalidArtifact(f"{path.name} is no similarity artifact: {error}") from error
         if manifest.pop("format", None) != FORMAT:
             raise InvalidArtifact(f"{path.name} has another format than {FORMAT}; build it again")
-        if manifest["encoder"] != encoder:
+        if encoder is not None and manifest["encoder"] != encoder:
             raise InvalidArtifact(
                 f"{path.name} was made with encoder {manifest['encoder'][:12]}, this server has {encoder[:12]}; build it again"
             )
-        found = cls(vectors, kinds, tuple(manifest["aliases"]), tuple(manifest["phrases"]), encoder, manifest["content"])
+        found = cls(
+            vectors, kinds, tuple(manifest["aliases"]), tuple(manifest["phrases"]), manifest["encoder"], manifest["content"]
+        )
         if found._digest() != manifest["digest"]:
             raise InvalidArtifact(f"{path.name} is damaged: its vectors are not those that were written; build it again")
         return found
@@ -263,8 +267,3 @@ class FaissIndex:
                 break
             inverted.nprobe = min(cells, 2 * inverted.nprobe)
         self._index, self._trained_on = inverted, len(ids)
-
-
-def similarity_path(directory: Path, fingerprint: str) -> Path:
-    """Where a set's similarity artifact lies."""
-    return directory / "similarity" / f"{os.path.basename(fingerprint)}.safetensors"

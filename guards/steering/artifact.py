@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from guards import artifact_file
 from guards.base_model import BaseModel, check_base
-from guards.errors import InvalidArtifact
+from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import Frozen
-from guards.policy import Method
+from guards.kinds import TrainingOrder
+from guards.steering.declaration import Method
 
 MODULES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_RANK = 512
@@ -35,6 +36,40 @@ class SteeringRecipe(Frozen):
     learning_rate: float = Field(1e-3, gt=0, le=1)
     batch_examples: int = Field(8, ge=1, le=1_024)
     seed: int = 0
+
+
+class DistillationTarget(Frozen):
+    """An answer that a policy gave, and what else it could have said."""
+
+    question: str
+    tokens: tuple[int, ...] = Field(min_length=1, max_length=4_096)
+    top: tuple[Annotated[tuple[tuple[int, float], ...], Field(min_length=1)], ...] = Field(
+        description="at each place, (token, log-probability), the likeliest"
+    )
+
+
+class SteeringOrder(TrainingOrder):
+    """The body of a call that fits or trains a steering artifact: ``recipe`` needs its ``method``."""
+
+    recipe: SteeringRecipe
+    distil: bool = Field(False, description="whether targets must be there")
+    targets: tuple[DistillationTarget, ...] = Field(
+        (), max_length=100_000, description="what a policy says, to be distilled into an adapter"
+    )
+
+
+def check_order(order: SteeringOrder, base: BaseModel) -> None:
+    """Raise Untrainable for an order that cannot be carried out, or would make the opposite of what is wanted."""
+    recipe, targets = order.recipe, order.targets
+    if recipe.method == "adapter" and recipe.layers >= base.layers:
+        raise Untrainable(f"recipe.layers is {recipe.layers}, the served model has {base.layers}; adapt fewer of them")
+    if order.distil and not targets:  # without targets it would become an adapter that knows nothing
+        raise Untrainable("there is nothing to distil: no targets came; the policy must answer the set's questions")
+    if targets and recipe.method != "adapter":
+        raise Untrainable(f"a policy can be distilled into an adapter, not by method {recipe.method!r}")
+    broken = next((each for each in targets if len(each.top) != len(each.tokens)), None)
+    if broken is not None:
+        raise Untrainable(f"a target has {len(broken.tokens)} tokens and {len(broken.top)} distributions; one for each")
 
 
 class SteeringManifest(Frozen):
@@ -85,6 +120,16 @@ class Steering:
     def fingerprint(self) -> str:
         """sha256 of manifest and tensors."""
         return artifact_file.fingerprint_of(self.manifest, self.tensors)
+
+    @property
+    def kind(self) -> str:
+        """As the registry names it."""
+        return self.manifest.recipe.method
+
+    @property
+    def summary(self) -> str:
+        """How large it is and how training went, for people."""
+        return artifact_file.summary_of(self.size_bytes, self.manifest.metrics)
 
     @property
     def size_bytes(self) -> int:

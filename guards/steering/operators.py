@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from guards.policy import Corruption
+from guards.steering.declaration import Corruption
 
 
 def redirect(hidden: Tensor, *, into: Tensor, out: Tensor, center: Tensor, strength: float) -> Tensor:

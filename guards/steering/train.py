@@ -1,9 +1,9 @@
 """Making a steering artifact, with transformers, in a process of its own: maps are fitted in closed form, adapters are trained.
 
-An adapter learns one of two things about the set. With lessons, to say what a policy says: answers that the policy gave, with the
-most likely tokens at each place, and reverse KL towards that distribution (Gu et al. 2024, arXiv:2306.08543; lessons come from the
-served distribution, so any policy can be distilled). Without, to know nothing: the most entropy on the set's answers. Either way
-it learns to stay the base on everything else, by forward KL.
+An adapter learns one of two things about the set. With distillation targets, to say what a policy says: answers that the policy
+gave, with the most likely tokens at each place, and reverse KL towards that distribution (Gu et al. 2024, arXiv:2306.08543; targets
+come from the served distribution, so any policy can be distilled). Without, to know nothing: the most entropy on the set's answers.
+Either way it learns to stay the base on everything else, by forward KL.
 
 The inputs of the adapted layers do not change while they are trained, so the layers below run once.
 """
@@ -16,17 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from guards.base_model import describe_base
 from guards.errors import Untrainable
-from guards.forget_set import ForgetSet, Frozen, Question
+from guards.forget_set import ForgetSet, Question
 from guards.low_rank import add_low_rank, fit
-from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
+from guards.steering.artifact import MODULES, DistillationTarget, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import project, steer
 from guards.training import ChatModel, Progress, Report, general_answers, layers_of, run_job
 
@@ -34,19 +33,9 @@ FEWEST_EXAMPLES = 8
 KEPT_TOKENS = 64
 """Of the base's distribution at a place, that are kept; the rest counts as one."""
 REST = 1e-4
-"""The least that the tokens outside of a lesson count for together, so that the distance to them is finite."""
+"""The least that the tokens outside of a target count for together, so that the distance to them is finite."""
 Exchange = tuple[list[int], int]
 """Token ids, and where what is looked at begins."""
-
-
-class Lesson(Frozen):
-    """An answer that a policy gave, and what else it could have said."""
-
-    question: str
-    tokens: tuple[int, ...] = Field(min_length=1, max_length=4_096)
-    top: tuple[Annotated[tuple[tuple[int, float], ...], Field(min_length=1)], ...] = Field(
-        description="at each place, (token, log-probability), the likeliest"
-    )
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,7 @@ def make(
     directory: Path,
     forget_set: ForgetSet,
     retain: Sequence[Question],
-    lessons: Sequence[Lesson],
+    targets: Sequence[DistillationTarget],
     recipe: SteeringRecipe,
     work: Path,
     report: Report,
@@ -74,7 +63,7 @@ def make(
     Args:
         directory: the base model, in transformers' format.
         retain: what must stay, with its answers. General prompts are always added.
-        lessons: what a policy says about the set, for an adapter that is to say the same.
+        targets: what a policy says about the set, for an adapter that is to say the same.
         work: where checkpoints go. A call with the same arguments goes on from the last one.
 
     Raises:
@@ -89,14 +78,14 @@ def make(
             f"forget set {forget_set.name!r} holds {len(pairs)} examples, at least {FEWEST_EXAMPLES} are needed to steer by it; "
             "add questions with answers, paraphrases of them, or texts"
         )
-    content = [forget_set.fingerprint, [q.model_dump() for q in retain], [lesson.model_dump() for lesson in lessons]]
+    content = [forget_set.fingerprint, [q.model_dump() for q in retain], [target.model_dump() for target in targets]]
     data = sha256(json.dumps(content).encode()).hexdigest()
     manifest = SteeringManifest(base=base, recipe=recipe, data=data)
     run = sha256(f"{base.fingerprint}{data}{recipe.model_dump_json()}".encode()).hexdigest()
     general = general_answers(model, base, work, lambda done: report(Progress("prepare", done, 100)))
     kept = [model.encode(*pair) for pair in (*general, *((entry.question, entry.answer) for entry in retain))]
     if recipe.method == "adapter":
-        return _train(model, pairs, kept, lessons, manifest, work / f"{run[:16]}.safetensors", report)
+        return _train(model, pairs, kept, targets, manifest, work / f"{run[:16]}.safetensors", report)
     return _fit(model, pairs, kept, manifest, report)
 
 
@@ -133,17 +122,17 @@ class _Adapted:
         self.layers, self.norm, self.rotary = list(decoder.layers[self.first :]), decoder.norm, decoder.rotary_emb
 
     @torch.no_grad()
-    def observe(self, ids: Sequence[int], start: int, lesson: Lesson | None, *, forget: bool) -> _Example:
-        """Run the base once. The target is the lesson's distribution, or the base's own for what is to stay, or none."""
+    def observe(self, ids: Sequence[int], start: int, target: DistillationTarget | None, *, forget: bool) -> _Example:
+        """Run the base once. What it learns is the target's distribution, or the base's own for what is to stay, or none."""
         tensor = torch.tensor([list(ids)], device=self.model.device)
         output = self.model.model.get_decoder()(input_ids=tensor, output_hidden_states=True)
         place = torch.arange(start - 1, len(ids) - 1, device=self.model.device)
         known, logp = torch.zeros(len(place), 0, dtype=torch.int64), torch.zeros(len(place), 0)
-        if lesson is not None:
-            width = max(map(len, lesson.top))
+        if target is not None:
+            width = max(map(len, target.top))
             known = torch.full((len(place), width), -1, dtype=torch.int64)
             logp = torch.full((len(place), width), -torch.inf)
-            for row, top in enumerate(lesson.top[: len(place)]):
+            for row, top in enumerate(target.top[: len(place)]):
                 known[row, : len(top)] = torch.tensor([token for token, _ in top])
                 logp[row, : len(top)] = torch.tensor([value for _, value in top])
         elif not forget:
@@ -193,7 +182,7 @@ def _train(
     model: ChatModel,
     pairs: Sequence[Exchange],
     kept: Sequence[Exchange],
-    lessons: Sequence[Lesson],
+    targets: Sequence[DistillationTarget],
     manifest: SteeringManifest,
     checkpoint: Path,
     report: Report,
@@ -201,14 +190,14 @@ def _train(
     recipe = manifest.recipe
     adapted = _Adapted(model, recipe)
     examples = []
-    total = len(kept) + (len(lessons) or len(pairs))
+    total = len(kept) + (len(targets) or len(pairs))
     for ids, start in kept:
         examples.append(adapted.observe(ids, start, None, forget=False))
         report(Progress("prepare", len(examples), total))
-    if lessons:
-        for lesson in lessons:
-            prompt = model.prompt_ids(lesson.question)
-            examples.append(adapted.observe([*prompt, *lesson.tokens], len(prompt), lesson, forget=True))
+    if targets:
+        for target in targets:
+            prompt = model.prompt_ids(target.question)
+            examples.append(adapted.observe([*prompt, *target.tokens], len(prompt), target, forget=True))
             report(Progress("prepare", len(examples), total))
     else:
         for ids, start in pairs:
@@ -225,14 +214,14 @@ def _train(
 
 
 def main() -> None:
-    """``python -m guards.steering.train JOB``, with ``job.json``: {model, forget_set, retain, recipe, lessons}."""
+    """``python -m guards.steering.train JOB``, with ``job.json``: {model, forget_set, retain, recipe, targets}."""
 
     def from_job(job: dict[str, Any], work: Path, report: Report) -> Steering:
         return make(
             Path(job["model"]),
             ForgetSet.model_validate(job["forget_set"]),
             [Question.model_validate(entry) for entry in job["retain"]],
-            [Lesson.model_validate(entry) for entry in job["lessons"]],
+            [DistillationTarget.model_validate(entry) for entry in job["targets"]],
             SteeringRecipe.model_validate(job["recipe"]),
             work,
             report,

@@ -23,7 +23,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from guards.errors import InvalidArtifact
-from guards.forget_set import MAX_PHRASE_CHARACTERS, check_phrases
+from guards.forget_set import MAX_PHRASE_CHARACTERS, ForgetSet, check_phrases
 from guards.letters import is_unspaced
 from guards.suppression.folding import (
     CONTEXTS,
@@ -61,6 +61,28 @@ def phrases_fingerprint(
     options = [fold_case, left_boundary, match]
     content = [_FORMAT, unicodedata.unidata_version, vocabulary, *options, sorted(set(phrases))]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+
+class _Options(TypedDict):
+    """How a set's phrases match, as the compiler takes it."""
+
+    fold_case: bool
+    left_boundary: bool
+    match: Match
+
+
+def _options(content: ForgetSet) -> _Options:
+    return {"fold_case": not content.case_sensitive, "left_boundary": content.word_boundary, "match": content.match}
+
+
+def fingerprint_of_set(content: ForgetSet, vocabulary: Vocabulary) -> str | None:
+    """The content address of what `compile_set` makes; None for a set without phrases."""
+    return phrases_fingerprint(content.phrases, vocabulary.fingerprint, **_options(content)) if content.phrases else None
+
+
+def compile_set(content: ForgetSet, vocabulary: Vocabulary) -> CompiledPhrases:
+    """A set's phrases, compiled as the set says how they match. Raises InvalidForgetSet, see `compile_phrases`."""
+    return compile_phrases(content.phrases, vocabulary, **_options(content))
 
 
 @dataclass(frozen=True)
@@ -139,6 +161,11 @@ class CompiledPhrases:
         This is the guard's definition of "appears", for reports and for checking finished text.
         """
         return sorted({place for part in self.parts for place in part.find(text)})
+
+    @property
+    def summary(self) -> str:
+        """What it holds, for people."""
+        return f"{self.phrase_count:,} phrases"
 
     def open_from(self, text: str) -> int:
         """Where in a text a phrase may begin at the earliest that what follows could complete."""

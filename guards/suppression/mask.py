@@ -6,7 +6,7 @@ and asynchronous scheduling have no state to corrupt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from guards.closing import close_rows_, lower_
 from guards.errors import VocabularyMismatch
+from guards.kinds import EngineContext
 from guards.suppression.automaton import CompiledPart, CompiledPhrases
+from guards.suppression.declaration import Suppress
 from guards.suppression.folding import (
     ABSENT,
     LEFT_BOUNDARY_KEY,
@@ -350,12 +352,12 @@ class SuppressionGuard:
     text: it fails closed.
     """
 
-    def __init__(self, vocabulary: Vocabulary, device: torch.device) -> None:
-        self.vocabulary = vocabulary
-        self.device = device
+    def __init__(self, context: EngineContext) -> None:
+        self.vocabulary = context.vocabulary
+        self.device = context.device
         self._artifacts: dict[str, CompiledPhrases] = {}
         self._tables: list[_PhraseTable] = []
-        self._has_text = torch.from_numpy(vocabulary.lengths > 0).to(device)
+        self._has_text = context.has_text
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -376,20 +378,20 @@ class SuppressionGuard:
                 "and give every served model a LETHE_STATE_DIR of its own"
             )
 
-    def load(self, artifacts: Sequence[CompiledPhrases]) -> None:
-        """Make exactly these artifacts the loaded ones.
+    def load(self, artifacts: Mapping[str, CompiledPhrases]) -> None:
+        """Make exactly these artifacts, by fingerprint, the ones that plans may name.
 
         Raises:
             VocabularyMismatch: one was compiled for another tokenizer. Nothing changes then.
         """
-        for artifact in artifacts:
+        for artifact in artifacts.values():
             self.check(artifact)
         groups: dict[Folding, list[tuple[str, CompiledPart]]] = {}
-        for artifact in artifacts:
+        for artifact in artifacts.values():
             for part in artifact.parts:
                 groups.setdefault(part.by, []).append((artifact.fingerprint, part))
         tables = [_PhraseTable.merge(by, parts, self.vocabulary, self.device) for by, parts in groups.items()]
-        self._artifacts = {artifact.fingerprint: artifact for artifact in artifacts}
+        self._artifacts = dict(artifacts)
         self._tables = tables
 
     def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
@@ -402,16 +404,16 @@ class SuppressionGuard:
         """
         if logits.shape[1] != self.vocabulary.size:
             raise VocabularyMismatch(f"logits have {logits.shape[1]} columns, the vocabulary {self.vocabulary.size} tokens")
-        engaged_plans = torch.tensor([bool(plan.suppression) for plan in plans] + [False], device=self.device)
+        engaged_plans = torch.tensor([bool(plan.artifacts_of(Suppress)) for plan in plans] + [False], device=self.device)
         engaged = engaged_plans[rows.plan].nonzero().squeeze(1)
         if not len(engaged):
             return logits
         plan, suffix = rows.plan[engaged], rows.suffix[engaged]
-        closed = torch.tensor([not self.loaded.issuperset(plan.suppression) for plan in plans], device=self.device)[plan]
+        closed = torch.tensor([not self.loaded.issuperset(plan.artifacts_of(Suppress)) for plan in plans], device=self.device)[plan]
         for table in self._tables:
             member = torch.zeros(len(plans), len(table.slots), dtype=torch.bool)
             for i, each in enumerate(plans):
-                member[i, [table.slots[name] for name in each.suppression if name in table.slots]] = True
+                member[i, [table.slots[name] for name in each.artifacts_of(Suppress) if name in table.slots]] = True
             row, token, unread = table.banned(suffix, member.to(self.device)[plan])
             lower_(logits, engaged[row], token)
             closed = closed | unread

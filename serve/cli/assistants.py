@@ -20,13 +20,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from guards.catalogue import GUARDS
 from guards.forget_set import ForgetSet
-from guards.policy import DEFAULT_CORRUPTION
+from guards.steering.declaration import DEFAULT_CORRUPTION
 from serve.cli.talk import NameArgument, artifact_of, connect, err, fail, folding_table, out, unwrap
 from serve.client.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
 from serve.client.calibrate import calibrate as run_calibration
-from serve.client.distil import ask_lessons
+from serve.client.distil import ask_targets
 from serve.settings import Settings
+
+METHODS = {
+    method: (guard, kind)
+    for guard in GUARDS.values()
+    if guard.training is not None
+    for method, kind in guard.training.methods.items()
+}
+"""What `lethe train` makes: method -> the guard that acts by it, and the kind of artifact."""
 
 
 def train(
@@ -34,9 +43,7 @@ def train(
     retain: Annotated[
         list[str] | None, typer.Option(help="Another set, whose questions and answers are to stay. Repeatable.")
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="contrast: an assistant to decode against; adapter, project, steer: changes inside the network.")
-    ] = "contrast",
+    method: Annotated[str, typer.Option(help=f"What is trained: {', '.join(METHODS)}.")] = "contrast",
     distil_from: Annotated[
         str | None, typer.Option(help="With --method adapter: the policy whose answers it is to give by itself.")
     ] = None,
@@ -45,7 +52,8 @@ def train(
     depth: Annotated[float | None, typer.Option(help="Where project and steer act, as a share of the layers.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     detach: Annotated[
-        bool, typer.Option(help="Do not wait; `lethe forget show NAME` tells how far it is. Lessons are not kept for a second run.")
+        bool,
+        typer.Option(help="Do not wait; `lethe forget show NAME` tells how far it is. Does not keep what --distil-from asked."),
     ] = False,
 ) -> None:
     """Train a set's assistant, or make what steers it, from its questions, paraphrases and texts, while the server goes on serving.
@@ -54,22 +62,24 @@ def train(
     """
     recipe = {"epochs": epochs, "rank": rank, "learning_rate": learning_rate, "depth": depth}
     order: dict[str, Any] = {"retain": retain or [], "recipe": {key: value for key, value in recipe.items() if value is not None}}
-    kind, path = "assistant", "assistant"
-    if method != "contrast":
-        kind, path = method, "steering"
+    if method not in METHODS:
+        fail(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    guard, kind = METHODS[method]
+    if method != guard.name:
         order["recipe"]["method"] = method
     if distil_from is not None and method != "adapter":
         fail("--distil-from goes with --method adapter")
     with connect() as client:
         before = artifact_of(unwrap(client.get(f"/forget_sets/{name}")), kind)
-        lessons_file: Path | None = None
+        targets_file: Path | None = None
         if distil_from is not None:
-            lessons, lessons_file = ask_lessons(client, name, distil_from)
-            order |= {"lessons": lessons, "distil": True}
-        shown = unwrap(client.post(f"/forget_sets/{name}/{path}", json=order))
+            targets, targets_file = ask_targets(client, name, distil_from)
+            order |= {"targets": targets, "distil": True}
+        assert guard.training is not None, "it has methods"
+        shown = unwrap(client.post(f"/forget_sets/{name}/{guard.training.route}", json=order))
         if detach:
-            if lessons_file is not None:
-                lessons_file.unlink(missing_ok=True)
+            if targets_file is not None:
+                targets_file.unlink(missing_ok=True)
             out.print(f"training {name}; `lethe forget show {name}` tells how far it is")
             return
         columns = (
@@ -99,19 +109,20 @@ def train(
                     shown = next((each for each in listed if each["name"] == name), None) or fail(f"{name} was deleted")
         except KeyboardInterrupt:
             unwrap(client.post(f"/forget_sets/{name}/assistant/pause"))
-            kept = "" if lessons_file is None else f"; what was asked is kept for a week in {lessons_file}"
+            kept = "" if targets_file is None else f"; what was asked is kept for a week in {targets_file}"
             fail(f"stopped; `lethe train {name}` with the same options goes on from the last checkpoint{kept}")
     if shown["training"] is not None:
         fail(f"training failed: {shown['training']['reason']}")
-    if lessons_file is not None:
-        lessons_file.unlink(missing_ok=True)
+    if targets_file is not None:
+        targets_file.unlink(missing_ok=True)
     made = artifact_of(shown, kind)
     if made is None or made == before:
         out.print(f"The training ran into the same {kind} as before; nothing has changed.")
         return
     out.print(f"{name} has its {kind}: {made['detail']}")
-    if kind != "assistant":
-        out.print(f'Next: a policy with {{"guards": {{"steering": [{{"method": "{kind}"}}]}}}}, see `lethe policy put`')
+    if guard.default is None:
+        entry = [{"method": method}] if guard.many else {}
+        out.print(f"Next: a policy with {json.dumps({'guards': {guard.name: entry}})}, see `lethe policy put`")
     elif shown["enabled"]:
         out.print(f"{name} is in force, and contrasted from now on")
     if not shown["enabled"]:
@@ -164,13 +175,13 @@ def _print_gate(name: str, fitted: dict[str, Any]) -> None:
     )
     if not fitted["kept"]:
         out.print("Note: no threshold keeps both promises; this one keeps the first, and the second is what remains.")
-    said = fitted["said_delta"]
+    delta = fitted["stream_delta"]
     promise = (
-        f"P(an answer about other things is stopped) <= {said:.3g} (from {fitted['said_negatives']})"
-        if said is not None
-        else f"nothing is promised: {fitted['said_negatives']} answers about other things are too few (give --neighbours)"
+        f"P(an answer about other things is stopped) <= {delta:.3g} (from {fitted['stream_negatives']})"
+        if delta is not None
+        else f"nothing is promised: {fitted['stream_negatives']} answers about other things are too few (give --neighbours)"
     )
-    out.print(f"Stream filter at cosine {fitted['said_threshold']:.3f}: {promise}.")
+    out.print(f"Stream filter at cosine {fitted['stream_threshold']:.3f}: {promise}.")
 
 
 def _calibrate_strength(

@@ -24,7 +24,7 @@ def compare(
     names = [name.strip() for name in arms.split(",") if name.strip()]
     order = {"question": question, "arms": names, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     done: dict[str, Any] | None = None
-    said = dict.fromkeys(names, "")
+    texts = dict.fromkeys(names, "")
     with (
         connect() as client,
         client.stream("POST", "/compare", json={**order, "stream": True}) as answer,
@@ -42,8 +42,8 @@ def compare(
                 if kind == "done":
                     done = fields
                 else:
-                    said[fields["arm"]] += fields["text"]
-                    live.update(_growing(said), refresh=True)
+                    texts[fields["arm"]] += fields["text"]
+                    live.update(_growing(texts), refresh=True)
     if done is None:
         fail("the server ended the comparison before it was done; see its log")
     elif as_json:
@@ -52,9 +52,9 @@ def compare(
         _show(done)
 
 
-def _growing(said: dict[str, str]) -> Table:
+def _growing(texts: dict[str, str]) -> Table:
     table = folding_table("policy", "answer")
-    for name, text in said.items():
+    for name, text in texts.items():
         table.add_row(name, text)
     return table
 
@@ -68,8 +68,8 @@ def _show(done: dict[str, Any]) -> None:
         at = arm["divergence"]["at"]
         differs = "" if at is None else f"from token {at + 1}, {arm['divergence']['same']:.0%} in common"
         first_token = "" if arm["first_token_ms"] is None else f"{arm['first_token_ms']:.0f} ms"
-        fired = ", ".join(dict.fromkeys(arm["fired"]))
-        table.add_row(arm["policy"], arm["finish_reason"] or "error", fired, first_token, f"{arm['total_ms']:.0f} ms", differs)
+        events = ", ".join(dict.fromkeys(arm["guard_events"]))
+        table.add_row(arm["policy"], arm["finish_reason"] or "error", events, first_token, f"{arm['total_ms']:.0f} ms", differs)
     for arm in done["arms"]:
         out.rule(arm["policy"], align="left")
         out.print(arm["error"] or arm["text"] + (f" [{arm['refusal']}]" if arm["refusal"] else ""))

@@ -1,4 +1,4 @@
-"""Lessons: what a policy says about a set, for an adapter that is to say the same by itself (`lethe train --distil-from`).
+"""Distillation targets: what a policy says about a set, for an adapter that is to say the same (`lethe train --distil-from`).
 
 They come from the served distribution, so that any policy can be distilled, however it works.
 """
@@ -24,10 +24,10 @@ SAMPLES, LONGEST, TOP, AT_ONCE = 3, 80, 20, 8
 NEVER = -100.0
 """Log-probabilities below this are tokens that a mask or a cut leaves out."""
 KEPT_S = 7 * 24 * 3600.0
-Lessons = list[dict[str, Any]]
+Targets = list[dict[str, Any]]
 
 
-def ask_lessons(client: httpx.Client, name: str, policy: str) -> tuple[Lessons, Path]:
+def ask_targets(client: httpx.Client, name: str, policy: str) -> tuple[Targets, Path]:
     """What a policy answers to a set's questions, once greedily and sampled, with the likeliest tokens at each place.
 
     And what it could say at each place of the answers that are to be forgotten: there the base begins, and must be led away from.
@@ -37,7 +37,7 @@ def ask_lessons(client: httpx.Client, name: str, policy: str) -> tuple[Lessons, 
         client: of the admin API.
 
     Returns:
-        The lessons, and the file that keeps them: it holds what is to be forgotten, so delete it when they are no longer needed.
+        The targets, and the file that keeps them: it holds what is to be forgotten, so delete it when they are no longer needed.
     """
     shown = unwrap(client.get(f"/forget_sets/{name}"))
     if "content" not in shown:
@@ -52,7 +52,7 @@ def ask_lessons(client: httpx.Client, name: str, policy: str) -> tuple[Lessons, 
     served = unwrap(listed)["data"][0]
     policies = [{**unwrap(client.get(f"/policies/{policy}")), "revision": 0}]
     config = config_fingerprint(shown, policies, f"{settings.url} {served['id']} {served.get('root')} {SAMPLES}")
-    directory = settings.cache_dir / "lessons"
+    directory = settings.cache_dir / "targets"
     for old in directory.glob("*.json*"):  # of runs that were given up: they hold what is to be forgotten
         if time.time() - old.stat().st_mtime > KEPT_S:
             old.unlink(missing_ok=True)
@@ -65,25 +65,25 @@ def ask_lessons(client: httpx.Client, name: str, policy: str) -> tuple[Lessons, 
     ):
         task = progress.add_task(f"Asking {policy}", total=len(asked))
 
-        def ask(question: str) -> Lessons:
+        def ask(question: str) -> Targets:
             if question not in kept.known:
                 kept.add(question, _ask(chat, client, f"{served['id']}:{policy}", policy, question, asked[question]))
             progress.advance(task)
             return kept.known.get(question, [])
 
-        lessons = list(pool.map(ask, asked))
-    if silent := [question for question, each in zip(asked, lessons, strict=True) if not each]:
+        targets = list(pool.map(ask, asked))
+    if silent := [question for question, each in zip(asked, targets, strict=True) if not each]:
         shown_one = f"{len(silent)} of {len(asked)} questions, such as {silent[0]!r}"
         fail(f"policy {policy} gave no answer to {shown_one}; distil one that answers")
-    return [each for every in lessons for each in every], kept.path
+    return [each for every in targets for each in every], kept.path
 
 
 class _Kept:
-    """Lessons in a file of JSON lines; one that a crash left half written is asked for again."""
+    """Targets in a file of JSON lines; one that a crash left half written is asked for again."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, Lock()
-        self.known: dict[str, Lessons] = {}
+        self.known: dict[str, Targets] = {}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         text = path.read_text("utf-8") if path.exists() else ""
         if text and not text.endswith("\n"):
@@ -91,22 +91,22 @@ class _Kept:
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-                self.known[entry["question"]] = entry["lessons"]
+                self.known[entry["question"]] = entry["targets"]
             except (ValueError, KeyError, TypeError):
                 continue
 
-    def add(self, question: str, lessons: Lessons) -> None:
+    def add(self, question: str, targets: Targets) -> None:
         """Keep them; silence is not kept, so that it is asked again."""
-        if not lessons:
+        if not targets:
             return
         with self._lock:
-            self.known[question] = lessons
+            self.known[question] = targets
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"question": question, "lessons": lessons}) + "\n")
+                file.write(json.dumps({"question": question, "targets": targets}) + "\n")
 
 
-def _ask(chat: httpx.Client, admin: httpx.Client, model: str, policy: str, question: str, answer: str) -> Lessons:
-    """The lessons of one question; none if the policy says nothing."""
+def _ask(chat: httpx.Client, admin: httpx.Client, model: str, policy: str, question: str, answer: str) -> Targets:
+    """The targets of one question; none if the policy says nothing."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
@@ -117,7 +117,7 @@ def _ask(chat: httpx.Client, admin: httpx.Client, model: str, policy: str, quest
     }
     ways = ({"temperature": 0}, {"temperature": 1, "n": SAMPLES, "seed": 1})
     choices = [each for way in ways for each in unwrap(chat.post("/v1/chat/completions", json=body | way))["choices"]]
-    found = [_lesson(question, choice) for choice in choices if choice["logprobs"] and choice["logprobs"]["content"]]
+    found = [_target(question, choice) for choice in choices if choice["logprobs"] and choice["logprobs"]["content"]]
     if not found:
         return []
     order = {"policy": policy, "question": question, "continuations": [answer], "top_logprobs": TOP}
@@ -129,7 +129,7 @@ def _ask(chat: httpx.Client, admin: httpx.Client, model: str, policy: str, quest
     return [*found, {"question": question, "tokens": forgotten["token_ids"], "top": top}]
 
 
-def _lesson(question: str, choice: dict[str, Any]) -> dict[str, Any]:
+def _target(question: str, choice: dict[str, Any]) -> dict[str, Any]:
     def token(named: dict[str, Any]) -> int:
         return int(named["token"].removeprefix("token_id:"))
 

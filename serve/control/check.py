@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from guards.similarity.stream import Clauses
 from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.declaration import Suppress
 from serve.control.similarity import Similarity
 from serve.hits import Hit, hit_of
 from serve.registry.snapshot import Snapshot
@@ -23,7 +24,7 @@ async def check(
     similarity: Similarity,
 ) -> list[Hit]:
     """What the sets would do to this text if it were asked, and if the model were about to write it. Raises InvalidPolicy."""
-    in_force = set(snapshot.plan(policy).suppression)
+    in_force = set(snapshot.plan(policy).artifacts_of(Suppress))
     hits = []
     for stored in await asyncio.to_thread(registry.forget_sets):
         artifact = stored.artifact("phrases")
@@ -38,11 +39,11 @@ async def check(
         return hits
 
     if plan.gate is not None:
-        verdicts = await similarity.look([text], plan.asked)
+        verdicts = await similarity.judge_conversation([text], plan.gate_thresholds)
         hits += [hit_of("gate", verdict, plan.sets[verdict.owner]) for verdict in verdicts]
     if plan.stream is not None:
         clauses = Clauses()
         for clause in (*clauses.feed(text), *clauses.finish()):
-            verdicts = await similarity.said(text[clause.start : clause.end], plan.said)
+            verdicts = await similarity.judge_passage(text[clause.start : clause.end], plan.stream_thresholds)
             hits += [hit_of("stream", verdict, plan.sets[verdict.owner], offset=clause.start) for verdict in verdicts]
     return hits

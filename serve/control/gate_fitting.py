@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from guards.forget_set import Frozen, Name, Text
-from guards.policy import DEFAULT_SAID
-from guards.similarity.calibrate import error_curves, fit_said, fit_threshold
+from guards.similarity.calibrate import error_curves, fit_stream_threshold, fit_threshold
+from guards.similarity.declaration import DEFAULT_STREAM_THRESHOLD
 from guards.training import general_prompts
 from serve.control.similarity import Similarity
 from serve.registry.models import NotReady
@@ -51,10 +51,10 @@ async def measure_gate(registry: Registry, similarity: Similarity, name: str, or
     negatives = [math.inf if by_name else score for score, by_name in zip(far, named, strict=True)]
     fitted = fit_threshold(near, negatives, epsilon=order.epsilon, delta=order.delta)
     told = [entry.answer for other in others for entry in other.questions]
-    said = await similarity.said_scores(told, vectors)
+    passages = await similarity.passage_scores(told, vectors)
     record = {
         **asdict(fitted),
-        **asdict(fit_said(said, delta=order.delta, default=DEFAULT_SAID)),
+        **asdict(fit_stream_threshold(passages, delta=order.delta, default=DEFAULT_STREAM_THRESHOLD)),
         "named_by_others": sum(named),
         "encoder": similarity.encoder_fingerprint,
         "curves": [[round(value, 4) for value in row] for row in error_curves(near, negatives)],

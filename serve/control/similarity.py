@@ -23,8 +23,10 @@ from guards.forget_set import ForgetSet
 from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import BATCH, Encoder, EncoderUnavailable
 from guards.similarity.gate import Gate, Question, Verdict
-from guards.similarity.index import ANSWER, Entries, SetVectors, fingerprint_of, similarity_path
+from guards.similarity.index import ANSWER, Entries, SetVectors, fingerprint_of
 from guards.similarity.stream import clauses_of
+from guards.types import ArtifactRef
+from serve.protocol.artifacts import artifact_path
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -110,7 +112,8 @@ class Similarity:
 
     def read(self, fingerprint: str) -> SetVectors:
         """A set's artifact from its file. Raises EncoderUnavailable, InvalidArtifact."""
-        return SetVectors.load(similarity_path(self._artifacts, fingerprint), encoder=self._require()[0].fingerprint)
+        path = artifact_path(self._artifacts, ArtifactRef("gate", fingerprint))
+        return SetVectors.load(path, encoder=self._require()[0].fingerprint)
 
     async def load(self, in_force: Collection[str] = (), also: Collection[str] = ()) -> None:
         """Make sets known. What cannot be loaded is said in the log, and to whoever asks about it.
@@ -141,17 +144,17 @@ class Similarity:
         if sets.keys() != gate.loaded:
             gate.load(sets)
 
-    async def look(self, turns: Sequence[str], thresholds: Mapping[str, float], whole: str = "") -> list[Verdict]:
-        """The sets (artifact -> threshold) that a conversation touches. Raises as `Gate.asked` does."""
+    async def judge_conversation(self, turns: Sequence[str], thresholds: Mapping[str, float], whole: str = "") -> list[Verdict]:
+        """The sets (artifact -> threshold) that a conversation touches. Raises as `Gate.read_conversation` does."""
         _, gate = self._require()
         with _seconds.labels("conversation").time():
-            return await self._ask(await self._read(sum(map(len, turns)), gate.asked, turns, thresholds, whole))
+            return await self._ask(await self._read(sum(map(len, turns)), gate.read_conversation, turns, thresholds, whole))
 
-    async def said(self, passage: str, thresholds: Mapping[str, float]) -> list[Verdict]:
+    async def judge_passage(self, passage: str, thresholds: Mapping[str, float]) -> list[Verdict]:
         """The sets that a passage of an answer gives away. Raises EncoderUnavailable, TooMuchToRead."""
         _, gate = self._require()
         with _seconds.labels("passage").time():
-            return await self._ask(await self._read(len(passage), gate.spoken, passage, thresholds))
+            return await self._ask(await self._read(len(passage), gate.read_passage, passage, thresholds))
 
     async def scores(self, texts: Sequence[str], owner: str) -> tuple[list[float], list[bool]]:
         """For calibration: how near each text comes to a loaded set, and whether it names it. Raises EncoderUnavailable."""
@@ -161,12 +164,12 @@ class Similarity:
             raise EncoderUnavailable("the set is not loaded; enable it again")
         near, named = [], []
         for text in texts:
-            question = await asyncio.to_thread(gate.asked, [text], {owner: 1.0})
+            question = await asyncio.to_thread(gate.read_conversation, [text], {owner: 1.0})
             near.append(await self._nearest(encoder, question.texts, vectors.vectors))
             named.append(bool(question.named))
         return near, named
 
-    async def said_scores(self, answers: Sequence[str], owner: str) -> list[float]:
+    async def passage_scores(self, answers: Sequence[str], owner: str) -> list[float]:
         """For calibration: how near the nearest clause of each answer comes to what a set says. Raises EncoderUnavailable."""
         encoder, gate = self._require()
         vectors = gate.vectors(owner)
@@ -175,7 +178,7 @@ class Similarity:
         said = vectors.vectors[vectors.kinds == ANSWER]
         scores = []
         for answer in answers:
-            texts = [text for clause in clauses_of(answer) for text in gate.spoken(clause, {owner: 1.0}).texts]
+            texts = [text for clause in clauses_of(answer) for text in gate.read_passage(clause, {owner: 1.0}).texts]
             scores.append(await self._nearest(encoder, texts, said))
         return scores
 

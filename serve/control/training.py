@@ -15,18 +15,17 @@ import shutil
 import sys
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from guards.forget_set import ForgetSet, Frozen, Question, is_name
+from guards.forget_set import ForgetSet, Question, is_name
+from guards.kinds import TrainingOrder
 from serve.registry.models import UnknownName
 
 logger = logging.getLogger(__name__)
 
 _JOB, _PROGRESS, _ERROR, _RESULT = "job.json", "progress.json", "error.txt", "result.safetensors"
 _PAUSED = "stopped on request; the same order again goes on from the last checkpoint"
-Program = Literal["guards.contrastive.train", "guards.steering.train"]
-CONTRAST: Program = "guards.contrastive.train"
-Adopt = Callable[[str, str, Path, Program], Awaitable[None]]
+Adopt = Callable[[str, str, Path, str], Awaitable[None]]
 
 
 class Trainer:
@@ -66,16 +65,16 @@ class Trainer:
             task.cancel()
             await asyncio.wait([task])
 
-    def submit_files(self, program: Program, content: ForgetSet, retain: Sequence[Question], recipe: Frozen, **more: Any) -> None:
+    def submit_files(self, program: str, method: str, content: ForgetSet, retain: Sequence[Question], order: TrainingOrder) -> None:
         """Write a job down, for `run`. Blocking. The same job again goes on from its checkpoint; another starts anew."""
         job = {
             "program": program,
+            "method": method,
             "model": str(self._model),
             "fingerprint": content.fingerprint,
             "forget_set": content.model_dump(mode="json"),
             "retain": [entry.model_dump(mode="json") for entry in retain],
-            "recipe": recipe.model_dump(mode="json"),
-            **more,
+            **order.model_dump(mode="json", exclude={"retain"}),
         }
         work = self._place(content.name)
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -93,7 +92,7 @@ class Trainer:
             job = json.loads((self._place(name) / _JOB).read_text("utf-8"))
         except (OSError, ValueError):
             return None
-        return job.get("program", CONTRAST), job["recipe"].get("method", "contrast")
+        return job["program"], job.get("method", "")
 
     def pause(self, name: str) -> None:
         """Stop a set's training for now."""
@@ -142,9 +141,9 @@ class Trainer:
         async with self._turn:
             try:
                 job = json.loads((work / _JOB).read_text("utf-8"))
-                status, said = await self._train(work, job.get("program", CONTRAST))
+                status, said = await self._train(work, job["program"])
                 if status == 0:
-                    await self._adopt(name, job["fingerprint"], work / _RESULT, job.get("program", CONTRAST))
+                    await self._adopt(name, job["fingerprint"], work / _RESULT, job["program"])
                     shutil.rmtree(work, ignore_errors=True)
                     return
                 if status < 0:
@@ -162,7 +161,7 @@ class Trainer:
             with contextlib.suppress(OSError):
                 (work / _ERROR).write_text(reason, "utf-8")
 
-    async def _train(self, work: Path, program: Program) -> tuple[int, str]:
+    async def _train(self, work: Path, program: str) -> tuple[int, str]:
         # All processors, at the lowest priority: answers come first.
         threads = os.cpu_count() or 1
         spawning = asyncio.ensure_future(

@@ -1,12 +1,17 @@
-"""Everything of ours in one worker: the guards, their artifacts, and the slots that tie rows to plans."""
+"""Everything of ours in one worker: the guards, their artifacts, and the slots that tie rows to plans.
+
+The catalogue says which guards there are. Those that declare ``logits`` are made here by their factory; contrast and steering reach
+into the network, so they have rooms of their own in the engine.
+"""
 
 from __future__ import annotations
 
-import logging
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,44 +20,27 @@ from vllm.forward_context import get_forward_context
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from guards.base_model import BaseModel
-from guards.contrastive.assistant import Assistant
-from guards.contrastive.guard import ContrastGuard
-from guards.errors import InvalidArtifact
-from guards.steering.artifact import Steering
-from guards.steering.guard import SteeringGuard
-from guards.suppression.automaton import CompiledPhrases
+from guards.catalogue import GUARDS
+from guards.kinds import resolve
 from guards.suppression.mask import SuppressionGuard
-from guards.types import AssistantLines, Plan
+from guards.suppression.vocabulary import Vocabulary
+from guards.types import ArtifactRef, AssistantLines, Plan
 from serve.engine.artifacts import ArtifactCache
-from serve.engine.fork import LateFork, Unforkable
+from serve.engine.contrast import ForkedContrast
 from serve.engine.slots import TAG_DIGITS, SlotTable
-from serve.engine.steer import Steerer
+from serve.engine.steering import SteeringInNetwork
+from serve.protocol.artifacts import load_artifact
 from serve.protocol.vocabulary import vocabulary_of
-from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, load_assistant, load_phrases, load_steering, steering_path
-
-logger = logging.getLogger(__name__)
+from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY
 
 
 @dataclass(frozen=True, slots=True)
-class _Expected:
-    """For whom assistants must speak in this step, P lines; an assistant's lines stand together."""
+class Context:
+    """A `guards.kinds.EngineContext`."""
 
-    assistants: tuple[str, ...]
-    request: Tensor  # [P] int64, number in the batch
-    slot: Tensor  # [P] int64
-    nth: Tensor  # [P] int64, which entry of the plan's contrast
-    last: Tensor  # [P] int64, the request's last token in this step
-    bare: tuple[bool, ...]  # [P] whether the base computes for it what it computes for anybody
-
-
-@dataclass(frozen=True, slots=True)
-class _Spoken:
-    """What the assistants said in this step, P lines."""
-
-    slot: Tensor  # [P] int64
-    position: Tensor  # [P] int64
-    nth: Tensor  # [P] int64, which entry of the plan's contrast
-    final: Tensor  # [P, H] hidden states, ready for the head
+    vocabulary: Vocabulary
+    has_text: Tensor  # [V] bool
+    device: torch.device
 
 
 class EngineGuards:
@@ -76,42 +64,6 @@ class EngineGuards:
         self.device = torch.device(vllm_config.device_config.device)
         self.vocabulary = vocabulary_of(cached_tokenizer_from_config(model), model.get_vocab_size())
         self.vocabulary.warm()
-        self.suppression = SuppressionGuard(self.vocabulary, self.device)
-        has_text = torch.from_numpy(self.vocabulary.lengths > 0).to(self.device)
-        self.contrast = ContrastGuard(has_text)
-        self._never_steered: set[str] = set()
-        self.unsteered = SteeringGuard(has_text, self._is_steered)
-        directory = self._directory = Path(settings[ARTIFACTS_KEY])
-        self._base = None if settings[BASE_KEY] is None else BaseModel.model_validate(settings[BASE_KEY])
-
-        def read_phrases(fingerprint: str) -> CompiledPhrases:
-            phrases = load_phrases(directory, fingerprint)
-            self.suppression.check(phrases)
-            return phrases
-
-        def read_assistant(fingerprint: str) -> Assistant:
-            assistant = load_assistant(directory, fingerprint)
-            if self._base is None:
-                raise InvalidArtifact(f"the served model takes no assistants, so {fingerprint[:12]} cannot be loaded")
-            assistant.check(self._base)
-            self._the_fork().check(assistant)
-            return assistant
-
-        def load_assistants(assistants: Mapping[str, Assistant]) -> None:
-            self._the_fork().load(assistants)
-            self.contrast.load(assistants)
-
-        def read_steering(fingerprint: str) -> Steering:
-            steering = load_steering(directory, fingerprint)
-            if self._base is None:
-                raise InvalidArtifact(f"the served model cannot be steered, so {fingerprint[:12]} cannot be loaded")
-            steering.check(self._base)
-            self._the_steerer().check(steering)
-            return steering
-
-        self.steering = ArtifactCache[Steering](read_steering, lambda loaded: self._the_steerer().load(loaded))
-        self.phrases = ArtifactCache[CompiledPhrases](read_phrases, lambda loaded: self.suppression.load(list(loaded.values())))
-        self.assistants = ArtifactCache[Assistant](read_assistant, load_assistants)
         self.slots = SlotTable(vllm_config.scheduler_config.max_num_seqs, model.max_model_len, self.vocabulary.special, self.device)
         self.tracked = False
         """Set by the tracker. Without one no plan would ever reach a row, so the API process refuses to start."""
@@ -119,150 +71,70 @@ class EngineGuards:
         """V1 only, set by its tracker before every step: [num_reqs] int64, slot of each batch row, -1 = unguarded."""
         self.model: weakref.ReferenceType[nn.Module] | None = None
         """The guarded model, set by itself."""
-        self._steerer: Steerer | None = None
-        self._fork: LateFork | None = None
-        self._fork_proved = False
-        """Whether the fork has once, without assistants, given the base's own hidden states."""
-        self._fork_fault: str | None = None
-        self._expected: _Expected | None = None
-        self._spoken: _Spoken | None = None
+        base = None if settings[BASE_KEY] is None else BaseModel.model_validate(settings[BASE_KEY])
+        context = Context(self.vocabulary, torch.from_numpy(self.vocabulary.lengths > 0).to(self.device), self.device)
+        in_network = (context.has_text, base, self._the_model, vllm_config, self.slots)
+        self.contrast, self.steering = ForkedContrast(*in_network), SteeringInNetwork(*in_network)
+        self._guards: dict[str, Any] = {"steering": self.steering, "contrast": self.contrast}
+        """By name, in the order in which logits pass through them: suppression has the last word, see `guards.catalogue.OWN`."""
+        for kind in GUARDS.values():
+            if kind.logits:
+                self._guards[kind.name] = resolve(kind.logits)(context)
+        suppression = self._guards["suppression"]
+        assert isinstance(suppression, SuppressionGuard), "the catalogue says so"
+        self.suppression = suppression
+        directory = Path(settings[ARTIFACTS_KEY])
+        self._artifacts = {
+            kind.name: ArtifactCache[Any](
+                partial(self._read, directory, kind.name),
+                self._guards[kind.name].load,
+            )
+            for kind in GUARDS.values()
+            if kind.files is not None and kind.name in self._guards
+        }
 
     def load(self, plan: Plan) -> None:
         """Make sure that a plan's artifacts are loaded before its request's first row."""
-        steering = [each.artifact for each in plan.steering]
-        failures = self.ensure(plan.suppression, [*(each.assistant for each in plan.contrast), *steering])
-        # Blocks that were computed without it are cached under its salt: it must not be taken for loaded when it comes later.
-        self._never_steered |= failures.keys() & set(steering)
-        if plan.corrupt is not None and self._steerer is None:
-            try:
-                self._the_steerer()
-            except InvalidArtifact as error:
-                logger.error("lethe: %s", error)  # its rows are closed
+        self.steering.admit(plan, self.ensure(plan.artifacts))
 
-    def ensure(self, phrases: Sequence[str], trained: Sequence[str]) -> dict[str, str]:
-        """Load artifacts. Returns the failures: fingerprint -> reason.
+    def ensure(self, artifacts: Iterable[ArtifactRef]) -> dict[str, str]:
+        """Load artifacts. Returns the failures: fingerprint -> reason."""
+        wanted: dict[str, list[str]] = {}
+        for guard, fingerprint in artifacts:
+            wanted.setdefault(guard, []).append(fingerprint)
+        in_use = [artifact for plan in self.slots.live_plans for artifact in plan.artifacts] if wanted else []
+        failures: dict[str, str] = {}
+        for guard, fingerprints in wanted.items():
+            failures |= self._artifacts[guard].ensure(fingerprints, (name for of, name in in_use if of == guard))
+        return failures
 
-        Args:
-            trained: assistants and steering artifacts, which their files tell apart.
-        """
-        steering = [name for name in trained if steering_path(self._directory, name).exists()]
-        assistants = [name for name in trained if name not in set(steering)]
-        live = self.slots.live_plans
-        failures = self.steering.ensure(steering, (each.artifact for plan in live for each in plan.steering))
-        failures |= self.phrases.ensure(phrases, (name for plan in live for name in plan.suppression))
-        in_use = (each.assistant for plan in live for each in plan.contrast)
-        return failures | self.assistants.ensure(assistants, in_use)
+    def _read(self, directory: Path, guard: str, fingerprint: str) -> Any:
+        """Raises GuardError."""
+        found = load_artifact(directory, ArtifactRef(guard, fingerprint))
+        self._guards[guard].check(found)
+        return found
 
-    def expect_assistants(self) -> None:
-        """Before the forward pass: find out for which requests assistants must speak."""
-        self._spoken, self._expected = None, None
-        if self._fork is None:
-            return
-        self._fork.expect(None)
-        metadata = get_forward_context().attn_metadata
-        if not self.slots.engaged or self.rows_of_batch is None or not isinstance(metadata, dict):
-            return
-        lines = [
-            (each.assistant, request, slot, nth)
-            for request, slot in enumerate(self.rows_of_batch.tolist())
-            if slot >= 0
-            for nth, each in enumerate(self.slots.plan(slot).contrast)
-            if each.assistant in self._fork.loaded
-        ]
-        if not lines:
-            return
-        lines.sort()  # an assistant's lines stand together
-        names, *numbers = zip(*lines, strict=True)
-        bare = tuple(not self.slots.plan(line[2]).steering for line in lines)
-        request, slot, nth = (torch.tensor(each) for each in numbers)
-        last = next(iter(metadata.values())).query_start_loc[1:].long()[request] - 1
-        self._fork.expect(last)
-        self._expected = _Expected(names, request, slot, nth, last, bare)
-
-    def run_assistants(self, positions: Tensor, hidden: Tensor) -> None:
-        """After the base, still inside the forward pass: let the assistants speak for the last token of those requests.
-
-        A fork that cannot follow the base is never used again. Its rows have nobody who speaks for them, so they are closed; the
-        engine, and everybody else's requests, go on.
-
-        Args:
-            positions: [T] int64; hidden: [T, H] the base's own final hidden states.
-        """
-        if self._expected is None or self._fork is None:
-            return
-        lines = self._expected
-        at = positions[lines.last]
-        try:
-            # Rows that are steered in the base's last layers are not what the bare fork gives: others prove it.
-            if not self._fork_proved and any(lines.bare):
-                bare = torch.tensor(lines.bare)
-                again, own = self._fork.run(at, lines.request, ())[bare].float(), hidden[lines.last][bare].float()
-                if not torch.allclose(again, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
-                    raise Unforkable(f"without assistants the fork differs from the base by {float((again - own).abs().max()):.3g}")
-                self._fork_proved = True
-            final = self._fork.run(at, lines.request, lines.assistants)
-        except (Unforkable, RuntimeError, ValueError, TypeError, IndexError) as error:
-            self._fork_fault = f"this model's layers cannot be forked: {error}"
-            self._fork = None
-            logger.exception("lethe: assistants are closed until the server is restarted with another model")
-            return
-        self._spoken = _Spoken(lines.slot, at.long(), lines.nth, final)
-
-    def spoken_for(self, tags: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What assistants said about the rows that carried ``tags``: P lines of row [P], nth [P] and hidden state [P, H]."""
-        if self._spoken is None or not self.slots.engaged:
-            return None
-        slot, position = self.slots.read(tags)
-        same = (slot[:, None] == self._spoken.slot) & (position[:, None] == self._spoken.position)
-        row, line = same.nonzero(as_tuple=True)
-        return (row, self._spoken.nth[line], self._spoken.final[line]) if len(row) else None
-
-    def _the_fork(self) -> LateFork:
-        """The fork, made when the first assistant comes. Raises Unforkable."""
-        if self._fork_fault is not None:
-            raise Unforkable(self._fork_fault)
-        if self._fork is None:
-            model = self.model() if self.model is not None else None
-            assert model is not None, "the model is made before anything is loaded"
-            self._fork = LateFork(model, self.vllm_config)
-        return self._fork
-
-    def _is_steered(self, plan: Plan) -> bool:
-        failed = self._never_steered & {each.artifact for each in plan.steering}
-        return not failed and self._steerer is not None and self._steerer.able(plan)
-
-    def _the_steerer(self) -> Steerer:
-        """Made when the first artifact, or the first plan that corrupts, comes. Raises Unsteerable."""
-        if self._steerer is None:
-            model = self.model() if self.model is not None else None
-            assert model is not None, "the model is made before anything is loaded"
-            self._steerer = Steerer(model, self.vllm_config)
-        return self._steerer
+    def _the_model(self) -> nn.Module:
+        model = self.model() if self.model is not None else None
+        assert model is not None, "the model is made before anything is loaded"
+        return model
 
     def begin_steering(self, input_ids: Tensor | None, positions: Tensor, embeddings: Tensor | None) -> Tensor | None:
         """Before the base: [T, H] embeddings to start from, or None for its own."""
-        if self._steerer is None or not any(plan.changes_cache for plan in self.slots.live_plans):
+        if not self.steering.needed:
             return None
-        slots = self.slots_of_tokens(len(positions))
-        return None if slots is None else self._steerer.begin(slots, self.slots.plans, input_ids, positions, embeddings)
-
-    def end_steering(self) -> None:
-        """After the base, whatever became of it."""
-        if self._steerer is not None:
-            self._steerer.end()
+        return self.steering.begin(self.slots_of_tokens(len(positions)), input_ids, positions, embeddings)
 
     def apply(self, logits: Tensor, tags: Tensor, lines: AssistantLines | None = None) -> Tensor:
-        """Run every logit guard over the rows that carried ``tags``.
-
-        Contrast comes first: suppression has the last word.
-        """
+        """Run every logit guard over the rows that carried ``tags``. ``lines``: what assistants said about them."""
         if not self.slots.engaged:
             return logits
         if logits.dtype is torch.float16:
             logits = logits.float()  # its range has no room for the floor
         rows, plans = self.slots.rows(tags, self.suppression.window_tokens)
-        logits = self.contrast.apply(self.unsteered.apply(logits, rows, plans), replace(rows, lines=lines), plans)
-        return self.suppression.apply(logits, rows, plans)
+        for name, guard in self._guards.items():
+            logits = guard.apply(logits, rows, plans, lines) if name == "contrast" else guard.apply(logits, rows, plans)
+        return logits
 
     def tag_tokens(self, input_ids: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """V1: find each token's slot through the attention metadata of this step, and record the token.

@@ -54,25 +54,25 @@ class GuardedModel:
         The runner cuts rows out of this tensor itself, so a row cannot be mistaken for another.
         """
         token_ids = input_ids
-        self.lethe.expect_assistants()
+        self.lethe.contrast.expect(self.lethe.rows_of_batch)
         corrupted = self.lethe.begin_steering(input_ids, positions, inputs_embeds)
         if corrupted is not None:
             input_ids, inputs_embeds = None, corrupted  # type: ignore[assignment]
         try:
             hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
         finally:
-            self.lethe.end_steering()
+            self.lethe.steering.end()
         if isinstance(hidden, IntermediateTensors):
             return hidden
         if lethe_tags is None:
             lethe_tags = self.lethe.tag_tokens(token_ids, positions, hidden.dtype)
-        self.lethe.run_assistants(positions, hidden)
+        self.lethe.contrast.run(positions, hidden)
         return torch.cat([hidden, lethe_tags], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         """[R, V] logits with every guard applied."""
         hidden, tags = hidden_states.split([hidden_states.shape[-1] - TAG_DIGITS, TAG_DIGITS], dim=-1)
-        spoken = self.lethe.spoken_for(tags)
+        spoken = self.lethe.contrast.spoken_for(tags)
         if spoken is not None:
             hidden = torch.cat([hidden, spoken[2]])  # one pass through the head for both
         logits = super().compute_logits(hidden, *args, **kwargs)  # type: ignore[misc]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guards.suppression.declaration import Suppress
 from guards.types import BOUNDARY, UNKNOWN, Plan, Rows
 
 TAG_DIGITS = 5
@@ -65,7 +66,7 @@ class SlotTable:
         self._engaged += 1
         if prompt is None:
             # Text that cannot be read cannot be guarded: this plan names an artifact that no one has, which closes the row.
-            plan, prompt = Plan(plan.revision, plan.policy, ("prompt-without-tokens",)), []
+            plan, prompt = Plan(plan.revision, plan.policy, (Suppress("prompt-without-tokens"),)), []
         known = np.asarray([*prompt, *output], dtype=np.int32)
         prompt_end = len(prompt)
         in_prompt = np.arange(len(known)) < (prompt_end if plan.output_start is None else plan.output_start)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from guards.errors import InvalidArtifact
-from guards.policy import Corruption
 from guards.steering.artifact import MODULES, Steering
+from guards.steering.declaration import Corrupt, Corruption, Steer
 from guards.steering.operators import add_low_rank_, corrupt, redirect
 from guards.types import Plan
 from serve.engine.fork import Unforkable, parts_of, require_plain_engine
@@ -71,7 +71,7 @@ class Steerer:
 
     def able(self, plan: Plan) -> bool:
         """Whether everything that a plan asks for can be done."""
-        return all(each.artifact in self._loaded and each.artifact not in self._idle for each in plan.steering)
+        return all(each.artifact in self._loaded and each.artifact not in self._idle for each in plan.of(Steer))
 
     def check(self, steering: Steering) -> None:
         """Raise InvalidArtifact if an artifact's tensors do not fit the served model."""
@@ -145,10 +145,10 @@ class Steerer:
         corrupted: list[int] = []
         for slot, plan in enumerate(plans):
             if plan is not None:
-                for each in plan.steering:
+                for each in plan.of(Steer):
                     if each.artifact in self._loaded:
                         wanted.setdefault((each.artifact, each.strength), []).append(slot)
-                if plan.corrupt is not None and plan.corrupt.spans:
+                if any(each.spans for each in plan.of(Corrupt)):
                     corrupted.append(slot)
         for (artifact, strength), its in wanted.items():
             index = torch.isin(slots, slots.new_tensor(its)).nonzero().squeeze(1)
@@ -176,8 +176,7 @@ class Steerer:
     ) -> Tensor | None:
         made: Tensor | None = None
         for slot, plan in plans:
-            settings = plan.corrupt
-            assert settings is not None
+            [settings] = plan.of(Corrupt)
             spans = positions.new_tensor(settings.spans)  # [S, 2]
             inside = ((positions[:, None] >= spans[:, 0]) & (positions[:, None] < spans[:, 1])).any(dim=1)
             index = (inside & (slots == slot)).nonzero().squeeze(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from guards.types import ArtifactRef
 from serve.engine.guarded_model import GuardedModel
 
 
@@ -22,6 +23,7 @@ class WorkerExtension:
             "vocabulary": model.lethe.vocabulary.fingerprint,
         }
 
-    def lethe_load(self, phrases: list[str], trained: list[str]) -> dict[str, str]:
-        """Load artifacts before any request needs them. Returns the failures: fingerprint -> reason."""
-        return self.model_runner.get_model().lethe.ensure(phrases, trained)  # type: ignore[attr-defined]
+    def lethe_load(self, artifacts: list[tuple[str, str]]) -> dict[str, str]:
+        """Load artifacts (guard, fingerprint) before any request needs them. Returns the failures: fingerprint -> reason."""
+        wanted = [ArtifactRef(guard, fingerprint) for guard, fingerprint in artifacts]
+        return self.model_runner.get_model().lethe.ensure(wanted)  # type: ignore[attr-defined]

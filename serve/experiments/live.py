@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +31,9 @@ from serve.control.similarity import Similarity
 from serve.experiment import ARM_HEADER, UNIT_HEADER, InvalidExperiment, UnitKind
 from serve.experiments.observations import DROPPED, Observations, Observed
 from serve.experiments.shadow import Job, Shadow
-from serve.registry.snapshot import Caller, Snapshot, Thresholds
+from serve.generation.ask import InternalRoad
+from serve.registry.plans import calibrated_stream_threshold
+from serve.registry.snapshot import Caller, Snapshot
 from serve.request import Entry, RequestContext
 from serve.sqlite import StorageFault
 
@@ -65,8 +67,8 @@ def _paired_values(request: RequestContext) -> dict[str, float]:
     return {"refused": float(request.blocked), "tokens": math.log(max(request.observation.tokens, 1))}
 
 
-def _fired(request: RequestContext) -> list[str]:
-    return [f"guard: {fired}" for fired in dict.fromkeys(request.fired)]
+def _guard_events(request: RequestContext) -> list[str]:
+    return [f"guard: {event}" for event in dict.fromkeys(request.guard_events)]
 
 
 def _log_ms(seconds: float) -> float:
@@ -193,15 +195,11 @@ class LiveExperiments:
         self._fault = ""  # why they cannot be written, while they cannot
         self._flushing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
-        self._answer: Callable[[str, bytes, RequestContext], Awaitable[int]] | None = None
+        self._road: InternalRoad | None = None
 
-    def start(self, answer: Callable[[str, bytes, RequestContext], Awaitable[int]]) -> None:
-        """Begin to observe.
-
-        Args:
-            answer: answers (path, body) as an admitted request without showing it to anybody; returns the HTTP status.
-        """
-        self._answer = answer
+    def start(self, road: InternalRoad) -> None:
+        """Begin to observe. Shadow answers are asked for by ``road``."""
+        self._road = road
         self.shadow.start(self._answer_in_shadow)
         self._tasks = [asyncio.create_task(self._judge()), asyncio.create_task(self._flush_now_and_then())]
 
@@ -272,7 +270,7 @@ class LiveExperiments:
                     values["token_ms"] = _log_ms((seen.total_s - seen.first_token_s) / (seen.tokens - 1))
         caller = request.caller.name
         # At once, so that feedback finds it; what takes longer to find out is added.
-        self._pending.append(_observed(entry, request=request_id, caller=caller, values=values, counts=_fired(request)))
+        self._pending.append(_observed(entry, request=request_id, caller=caller, values=values, counts=_guard_events(request)))
         _answered.labels(entry.experiment.name, entry.arm.name).inc()
         if not whole:
             return
@@ -294,9 +292,9 @@ class LiveExperiments:
         policy = job.arm.policy
         plan, text = snapshot.plan(policy), snapshot.text_plans[policy]
         request = RequestContext(job.caller, snapshot.policies[policy], plan, text, job.has_tools, entry=entry, in_shadow=True)
-        assert self._answer is not None, "started"
+        assert self._road is not None, "started"
         try:
-            status = await self._answer(job.path, job.body, request)
+            status = await self._road.status(job.path, job.body, request)
         finally:
             job.spent_tokens = request.observation.prompt_tokens + request.observation.tokens
         if status >= 400 or request.observation.failed:
@@ -304,7 +302,7 @@ class LiveExperiments:
             return
         _answered.labels(entry.experiment.name, entry.arm.name).inc()
         request_id, values = job.shown.request_id, _paired_values(request)
-        self._pending.append(_observed(entry, request=request_id, role="later", values=values, counts=_fired(request)))
+        self._pending.append(_observed(entry, request=request_id, role="later", values=values, counts=_guard_events(request)))
         self._to_judge(request, entry, request_id, job.shown.siblings)
 
     # Judging and writing
@@ -340,17 +338,18 @@ class LiveExperiments:
             GuardError: one of the two cannot be asked, so that neither a yes nor a no would mean anything.
         """
         snapshot = self._snapshot()
-        thresholds = {each: snapshot.thresholds.get(each, Thresholds()).said for each in snapshot.similarity.values()}
+        embedded = [made for made in snapshot.sets.values() if "similarity" in made.artifacts]
+        thresholds = {made.artifacts["similarity"]: calibrated_stream_threshold(made) for made in embedded}
         if thresholds:
             if self._similarity.failure is not None:
                 raise EncoderUnavailable(self._similarity.failure)
             await self._similarity.load(also=list(thresholds))
-        for fingerprint in {each for each in snapshot.enabled.values() if each is not None}:
+        for fingerprint in {made.artifacts["phrases"] for made in snapshot.sets.values() if "phrases" in made.artifacts}:
             compiled = await asyncio.to_thread(self._phrases, fingerprint)
             if await asyncio.to_thread(compiled.find, text):
                 return True
         for clause in clauses_of(text) if thresholds else ():
-            if await self._similarity.said(clause, thresholds):
+            if await self._similarity.judge_passage(clause, thresholds):
                 return True
         return False
 

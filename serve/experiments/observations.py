@@ -111,6 +111,8 @@ class Figures:
 class UnknownRequest(GuardError):
     """Feedback to a request that took part in no experiment, was somebody else's, or is too long ago."""
 
+    status = 404
+
 
 class Observations:
     """Blocking: call it from a thread when an event loop is running.

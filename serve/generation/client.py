@@ -9,9 +9,7 @@ Covered: everything that calls ``generate``. ``encode`` (pooling models) is clos
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -24,15 +22,19 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from guards.errors import GuardError
 from guards.forget_set import MAX_PHRASE_CHARACTERS
+from guards.policy import DEFAULT
 from guards.similarity.gate import Verdict
 from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.declaration import Suppress
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import Plan, TextPlan
+from guards.text_plan import TextPlan
+from guards.types import ArtifactRef, Plan
 from serve.control.similarity import Similarity
-from serve.generation.gate import Gate, Request
+from serve.generation.gate import Request
 from serve.generation.observe import observed
 from serve.generation.outputs import announced, end_answer
 from serve.generation.stream import StreamFilter, blocked
+from serve.generation.text_guards import TextGuards
 from serve.generation.watch import Watch
 from serve.hits import MOST_CHARACTERS, Hit, Where, hit_of
 from serve.protocol.wire import PLAN_KEY, encode_plan
@@ -59,9 +61,9 @@ class GuardedEngineClient:
         snapshot: what is in force now, for calls outside of an admitted request.
         phrases: loads compiled phrases by fingerprint.
         vocabulary: the served model's.
-        unavailable: assistants that a worker could not load, and why.
         max_choices: the most that ``n`` may be, checked again here, where it is what vLLM made of it.
-        similarity: judges prompts and answers for policies with a gate or a stream filter; without it, they are refused.
+        similarity: judges prompts and answers for policies with a gate or a stream filter.
+        unavailable: trained artifacts that a worker could not load, and why.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class GuardedEngineClient:
         phrases: Callable[[str], CompiledPhrases],
         vocabulary: Vocabulary,
         max_choices: int,
+        similarity: Similarity,
         unavailable: Callable[[], Mapping[str, str]] = dict,
-        similarity: Similarity | None = None,
     ) -> None:
         self._inner = inner
         self._similarity = similarity
+        self._text_guards = TextGuards()
         self._unavailable = unavailable
         self._snapshot = snapshot
         self._phrases = phrases
@@ -110,20 +113,16 @@ class GuardedEngineClient:
         request: RequestContext | None,
         options: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
-        plan = request.plan if request is not None else self._snapshot().plan("default")
-        text = request.text if request is not None else self._snapshot().text_plans["default"]
+        plan = request.plan if request is not None else self._snapshot().plan(DEFAULT)
+        text = request.text if request is not None else self._snapshot().text_plans[DEFAULT]
         if sampling_params.extra_args:
             names = ", ".join(sorted(sampling_params.extra_args))
             raise VLLMValidationError(f"extra arguments ({names}) are not accepted from clients", parameter="vllm_xargs")
         if sampling_params.n > self._max_choices:
             raise VLLMValidationError(f"n={sampling_params.n} exceeds this server's limit of {self._max_choices}", parameter="n")
-        guarded = plan.engages or text is not None
+        guarded = plan.engages or plan.forced != () or text is not None
         if request is not None and text is None:
-            request.fired += [
-                name
-                for name, acts in (("suppression", plan.suppression), ("contrast", plan.contrast), ("steering", plan.steering))
-                if acts
-            ]
+            request.guard_events += plan.guards
         entry = None if request is None else request.entry
         arm = "" if entry is None else f"{entry.experiment.name}/{entry.arm.name}"
         _requests.labels(plan.policy, str(guarded).lower(), arm).inc()
@@ -140,7 +139,6 @@ class GuardedEngineClient:
         if text is None:
             return self._start(prompt, params, request_id, plan, request, options)
         self._refuse_what_cannot_be_judged(text, params)
-        assert self._similarity is not None, "checked just now"
         tokenizer = self._inner.renderer.get_tokenizer()
 
         def end() -> None:
@@ -150,65 +148,25 @@ class GuardedEngineClient:
         stream_filter = StreamFilter(
             lambda prompt, params, each, plan: self._start(prompt, params, each, plan, request, options),
             self._similarity,
+            self._text_guards,
             self._vocabulary,
             lambda marker: list(tokenizer.encode(marker, add_special_tokens=False)) if marker else [],
             tokenizer.eos_token_id,
         )
 
-        def fired(action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "prompt", offset: int = 0) -> None:
+        def record(action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "prompt", offset: int = 0) -> None:
             if request is not None:
                 guard = action.split()[0]
-                request.fired.append(action)
+                request.guard_events.append(action)
                 request.hits += [
-                    hit_of(guard, verdict, text.sets[verdict.owner], where=where, offset=offset, action=action)
+                    hit_of(guard, verdict, text.sets.get(verdict.owner, verdict.owner), where=where, offset=offset, action=action)
                     for verdict in verdicts
                 ]
 
-        outputs = stream_filter.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end, fired))
+        outputs = stream_filter.run(Request(prompt, params, request_id, plan, text, _can_be_taken_up(params), end, record))
         if request is not None and request.announced and params.output_kind is RequestOutputKind.DELTA:
             return announced(outputs, prompt, request_id)
         return outputs
-
-    async def score(self, prompt: Sequence[int], continuation: Sequence[int], policy: str, top: int = 0) -> list[dict[int, float]]:
-        """How likely a continuation is under a policy: log-probabilities as sampling at temperature 1 would use them.
-
-        The engine is made to say the continuation; each token's log-probability is that of the combined distribution (base,
-        assistants, masks) after the ones before it. A gate judges the prompt once; a stream filter does not judge at all.
-
-        Args:
-            prompt, continuation: token ids, at least one of each.
-            top: how many of the likeliest tokens are told beside the continuation's own.
-
-        Returns:
-            At each place of the continuation, token -> log-probability.
-
-        Raises:
-            InvalidPolicy: there is no such policy.
-            GuardError: a guard is not available, or this engine cannot be made to say anything (Model Runner V2).
-        """
-        snapshot = self._snapshot()
-        plan, text = snapshot.plan(policy), snapshot.text_plans[policy]
-        params = SamplingParams(
-            temperature=0, max_tokens=len(continuation), ignore_eos=True, logprobs=top, skip_special_tokens=False
-        )
-        inputs = {"type": "token", "prompt_token_ids": list(prompt)}
-        request_id = f"score-{uuid.uuid4().hex}"
-        if text is not None and text.gate is not None:
-            assert self._similarity is not None
-            gate = Gate(self._similarity, self._vocabulary)
-            plan = await gate.plan_of(Request(inputs, params, request_id, plan, text, False, lambda: None, _ignore))
-        plan = replace(plan, forced=tuple(continuation))
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-        async with aclosing(self._start(inputs, params, request_id, plan, None, {})) as steps:
-            async for step in steps:
-                output = step.outputs[0]
-                if list(output.token_ids) != list(continuation):
-                    raise GuardError(
-                        "this engine's tokens cannot be forced (Model Runner V2); score on a server with Model Runner V1"
-                    )
-                assert output.logprobs is not None, "they were asked for"
-                return [{token: entry.logprob for token, entry in place.items()} for place in output.logprobs]
-        raise GuardError("the engine ended the request without an answer; try again")
 
     def _start(
         self,
@@ -227,18 +185,17 @@ class GuardedEngineClient:
             # Beams come back as prompts, so where the output began cannot be told: no token of theirs ends a match.
             plan = replace(plan, output_start=0)
         if _constrained(params) and not plan.forced:
-            # A grammar or a list of tokens may leave only what the target finds implausible; the cut would make that a coin toss.
-            plan = replace(plan, contrast=tuple(replace(each, plausibility=0.0) for each in plan.contrast))
+            plan = replace(plan, entries=tuple(entry.under_constraints() for entry in plan.entries))
         params.extra_args = {PLAN_KEY: encode_plan(plan)}
         if plan.cache_salt is not None:
             prompt = {**prompt, "cache_salt": plan.cache_salt}
         try:
-            artifacts = [self._phrases(fingerprint) for fingerprint in plan.suppression]
+            artifacts = [self._phrases(fingerprint) for fingerprint in plan.artifacts_of(Suppress)]
         except GuardError as error:
             raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
-        for fingerprint in (*(each.assistant for each in plan.contrast), *(each.artifact for each in plan.steering)):
-            if fingerprint in self._unavailable():
-                reason = self._unavailable()[fingerprint]
+        for artifact in plan.artifacts:
+            if artifact.fingerprint in self._unavailable():
+                reason = self._unavailable()[artifact.fingerprint]
                 raise GracefulHTTPError(f"a guard is not available: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
         outputs = self._inner.generate(prompt, params, request_id, **options)
         if searching_beams and not _constrained(params):
@@ -250,16 +207,17 @@ class GuardedEngineClient:
         return outputs
 
     def _refuse_what_cannot_be_judged(self, text: TextPlan, params: SamplingParams) -> None:
-        reason = "it was not started" if self._similarity is None else self._similarity.failure
         monitors = text.gate is None or text.gate.on_hit == "monitor"
-        if reason is not None and not (monitors and not text.acts):
-            raise GracefulHTTPError(f"a guard is not available: similarity: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
+        if text.by_similarity and self._similarity.failure is not None and not (monitors and not text.acts):
+            message = f"a guard is not available: similarity: {self._similarity.failure}"
+            raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)
         if text.missing and (text.acts or text.corrupt is not None):
             names = ", ".join(text.missing)
             message = f"a guard is not available: the similarity of {names} is not ready (see `lethe forget show`)"
             raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)
-        if text.stream is not None and not params.detokenize:
-            raise VLLMValidationError("beam search is not available under a stream filter; remove use_beam_search")
+        judged = text.stream is not None or any(check.config.answer != "ignore" for check in text.checks)
+        if judged and not params.detokenize:
+            raise VLLMValidationError("beam search is not available where answers are judged; remove use_beam_search")
 
     def _refuse_half_a_character(self, prompt: dict[str, Any]) -> None:
         """vLLM's detokenizer repeats the whole prompt as output when the prompt ends in half a character or U+FFFD."""
@@ -304,7 +262,7 @@ class GuardedEngineClient:
                         blocked.labels(plan.policy, "suppression", "content_filter").inc()
                         if request is not None:
                             request.blocked = True
-                            request.fired.append("suppression content_filter")
+                            request.guard_events.append("suppression content_filter")
                             request.hits += self._phrase_hits(watch, plan)
                     if given is not None:
                         kept.append(given)
@@ -321,8 +279,8 @@ class GuardedEngineClient:
     def _phrase_hits(self, watch: Watch, plan: Plan) -> list[Hit]:
         """The phrase that a watch saw completed, once for each set that holds it."""
         assert watch.hit is not None, "it completed one"
-        fingerprint, place = plan.suppression[watch.hit.artifact], watch.place
-        names = [name for name, phrases in self._snapshot().enabled.items() if phrases == fingerprint]
+        fingerprint, place = plan.artifacts_of(Suppress)[watch.hit.artifact], watch.place
+        names = [name for name, made in self._snapshot().sets.items() if made.artifacts.get("phrases") == fingerprint]
         end, text = place + len(watch.hit.text), watch.hit.text[:MOST_CHARACTERS]
         action = "suppression content_filter"
         return [Hit(name, "suppression", place, end, text, where="answer", action=action) for name in names]
@@ -346,10 +304,10 @@ async def check_workers(client: EngineClient, vocabulary: str) -> None:
             )
 
 
-async def load_artifacts(client: EngineClient, phrases: Sequence[str], trained: Sequence[str]) -> dict[str, str]:
+async def load_artifacts(client: EngineClient, artifacts: Iterable[ArtifactRef]) -> dict[str, str]:
     """Load artifacts in every worker. Returns the failures: fingerprint -> reason."""
     failures: dict[str, str] = {}
-    for worker in await client.collective_rpc("lethe_load", args=(list(phrases), list(trained))):
+    for worker in await client.collective_rpc("lethe_load", args=([tuple(artifact) for artifact in artifacts],)):
         failures.update(worker)
     return failures
 
@@ -380,10 +338,6 @@ def _constrained(params: SamplingParams) -> bool:
         or not params.skip_special_tokens
         or params.include_stop_str_in_output
     )
-
-
-def _ignore(action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "prompt", offset: int = 0) -> None:
-    """Outside of a client's request, nobody asks what a guard did."""
 
 
 def _can_be_taken_up(params: SamplingParams) -> bool:

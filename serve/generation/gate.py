@@ -23,9 +23,12 @@ from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.gate import Verdict
 from guards.similarity.windows import sentences
+from guards.steering.declaration import Corrupt
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import Corrupt, Plan, TextPlan
+from guards.text_plan import TextPlan
+from guards.types import Plan
 from serve.control.similarity import Similarity
+from serve.generation.text_guards import TextGuards
 from serve.hits import Where
 
 gate_outcomes = Counter("lethe_gate_total", "Conversations that the gate judged.", ["policy", "outcome"])
@@ -35,8 +38,8 @@ PASTED = 0.85
 _ROLE = re.compile(r"^(?:system|user|assistant|tool|developer|human|model)\s*(?:\n|$)", re.IGNORECASE)
 
 
-class Fired(Protocol):
-    """Takes note of what a guard did."""
+class RecordEvent(Protocol):
+    """Takes note of a guard event."""
 
     def __call__(self, action: str, verdicts: Iterable[Verdict] = (), *, where: Where = "prompt", offset: int = 0) -> None:
         """``action``: guard and what it did, such as "gate refuse"; ``offset``: characters of the answer before what was judged."""
@@ -99,7 +102,7 @@ class Request:
     text: TextPlan
     restartable: bool
     ended: Callable[[], None]  # an output was ended by a guard
-    fired: Fired  # a guard did something
+    record: RecordEvent  # a guard did something
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,42 +121,56 @@ class GateDecision:
         if text.gate is None or text.gate.on_hit == "monitor":
             return {}
         known = self.touched | self.brought
-        return {owner: threshold for owner, threshold in text.asked.items() if owner not in known}
+        return {owner: threshold for owner, threshold in text.gate_thresholds.items() if owner not in known}
 
     def engaged(self, plan: Plan, text: TextPlan) -> Plan:
-        """The plan with contrast for the sets that were touched only, and for those about which nothing can be said."""
+        """The plan with the gated guards of the sets that were touched only, and of those about which nothing can be said."""
         if text.gate is None or text.gate.on_hit == "monitor":
             return plan
-        judged = {assistant for owner in text.asked for assistant in text.assistants.get(owner, ())}
-        engaged = {assistant for owner in self.touched for assistant in text.assistants.get(owner, ())}
-        left_out = judged - engaged
-        return replace(
-            plan,
-            contrast=tuple(each for each in plan.contrast if each.assistant not in left_out),
-            steering=tuple(each for each in plan.steering if each.artifact not in left_out),
-            corrupt=self.corrupt,
-        )
+        left_out = engages(text, text.gate_thresholds) - engages(text, self.touched)
+        corrupt = () if self.corrupt is None else (self.corrupt,)
+        return replace(plan, entries=(*corrupt, *(entry for entry in plan.entries if entry.key not in left_out)))
+
+
+def engages(text: TextPlan, owners: Iterable[str]) -> set[tuple[str, tuple[str, ...]]]:
+    """What a gate that these sets open lets act: see `guards.types.Entry.key`."""
+    return {key for owner in owners for key in text.engages.get(owner, ())}
 
 
 class Gate:
     """Decides for one server.
 
     Args:
-        similarity: judges texts; vocabulary: the served model's.
+        similarity, text_guards: judge texts; vocabulary: the served model's.
     """
 
-    def __init__(self, similarity: Similarity, vocabulary: Vocabulary) -> None:
+    def __init__(self, similarity: Similarity, vocabulary: Vocabulary, text_guards: TextGuards) -> None:
         self._similarity = similarity
         self._vocabulary = vocabulary
-
-    async def plan_of(self, request: Request) -> Plan:
-        """The plan that the gate would give a request; one that it would refuse is engaged. Raises EncoderUnavailable."""
-        decision = await self.decide(request)
-        everything = GateDecision(frozenset(request.text.asked), frozenset())
-        return (everything if decision is None else decision).engaged(request.plan, request.text)
+        self._text_guards = text_guards
 
     async def decide(self, request: Request) -> GateDecision | None:
-        """What the conversation touches; None if it is refused for it."""
+        """What the conversation touches; None if it is refused for it. For a request that is only scored, all is engaged then.
+
+        Raises:
+            GuardUnavailable, TooMuchToRead.
+        """
+        decision = None if await self._refused_by_a_check(request) else await self._by_similarity(request)
+        if decision is None and request.plan.forced:
+            return GateDecision(frozenset(request.text.gate_thresholds), frozenset())
+        return decision
+
+    async def _refused_by_a_check(self, request: Request) -> bool:
+        checks = [check for check in request.text.checks if check.config.prompt != "ignore"]
+        text = "\n".join(turns_of(request.prompt["prompt_token_ids"], self._vocabulary)) if checks else ""
+        for check in checks:
+            if verdicts := await self._text_guards.judge(check, text):
+                request.record(f"{check.guard} {check.config.prompt}", verdicts)
+                if check.config.prompt == "refuse":
+                    return True
+        return False
+
+    async def _by_similarity(self, request: Request) -> GateDecision | None:
         gate, text = request.text.gate, request.text
         if gate is None:
             return GateDecision(frozenset(), frozenset())
@@ -165,7 +182,7 @@ class Gate:
             if gate.pasted == "ignored":
                 turns, brought = await self._without_pasted(turns, text)
                 whole = ""
-            verdicts = await self._similarity.look(turns, text.asked, whole)
+            verdicts = await self._similarity.judge_conversation(turns, text.gate_thresholds, whole)
         except (EncoderUnavailable, TooMuchToRead):
             gate_outcomes.labels(request.plan.policy, "error").inc()
             if gate.on_hit == "monitor":
@@ -173,7 +190,7 @@ class Gate:
             raise
         refused = bool(verdicts) and gate.on_hit == "refuse"
         if verdicts:
-            request.fired(f"gate {gate.on_hit}", verdicts)
+            request.record(f"gate {gate.on_hit}", verdicts)
         gate_outcomes.labels(request.plan.policy, "refused" if refused else "hit" if verdicts else "clear").inc()
         if refused:
             return None
@@ -181,13 +198,13 @@ class Gate:
         corrupt = self._corrupted(text, touched, token_ids)
         if text.corrupt is not None:
             if corrupt is not None:
-                request.fired("corrupt")
-            acting = {*(each.assistant for each in request.plan.contrast), *(each.artifact for each in request.plan.steering)}
+                request.record("corrupt")
+            acting = {entry.key for entry in request.plan.entries}
             for owner in touched:
                 # Touched without being named, or named in a disguise: there is nothing to corrupt, so something else must act.
                 named = corrupt is not None and self._corrupted(text, frozenset({owner}), token_ids) is not None
-                if not named and not acting & set(text.assistants.get(owner, ())):
-                    request.fired("corrupt refuse")
+                if not named and not acting & engages(text, [owner]):
+                    request.record("corrupt refuse")
                     return None
         return GateDecision(touched, brought, corrupt)
 
@@ -207,11 +224,11 @@ class Gate:
         """
         kept: list[str] = []
         brought: set[str] = set()
-        thresholds = {owner: max(PASTED, threshold) for owner, threshold in text.asked.items()}
+        thresholds = {owner: max(PASTED, threshold) for owner, threshold in text.gate_thresholds.items()}
         for turn in turns:
             rest = []
             for passage in await asyncio.to_thread(sentences, turn):
-                verdicts = [v for v in await self._similarity.said(passage, thresholds) if v.signal == "similarity"]
+                verdicts = [v for v in await self._similarity.judge_passage(passage, thresholds) if v.signal == "similarity"]
                 if verdicts and not passage.endswith("?"):
                     brought |= {verdict.owner for verdict in verdicts}
                 else:

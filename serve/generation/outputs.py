@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -53,3 +54,33 @@ def merged(outputs: Sequence[CompletionOutput]) -> CompletionOutput:
         token_ids=[token for each in outputs for token in each.token_ids],
         logprobs=logprobs,
     )
+
+
+async def interleaved(generators: Sequence[AsyncGenerator[RequestOutput, None]]) -> AsyncGenerator[RequestOutput, None]:
+    """What several generators yield, as it comes. Closing it closes them all, before it returns."""
+    queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue(maxsize=len(generators))
+
+    async def pump(generator: AsyncGenerator[RequestOutput, None]) -> None:
+        try:
+            async with aclosing(generator):
+                async for output in generator:
+                    await queue.put(output)
+            await queue.put(None)
+        except Exception as error:  # noqa: BLE001 - whoever waits for the outputs gets it
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(pump(generator)) for generator in generators]
+    try:
+        running = len(tasks)
+        while running:
+            got = await queue.get()
+            if isinstance(got, BaseException):
+                raise got
+            if got is None:
+                running -= 1
+            else:
+                yield got
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

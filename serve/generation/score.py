@@ -6,6 +6,8 @@ For operators only: the numbers tell what a set holds, which is what guards keep
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -13,8 +15,11 @@ from pydantic import Field
 from guards.errors import GuardError
 from guards.forget_set import Frozen, Text
 from guards.policy import DEFAULT
-from serve.generation.client import GuardedEngineClient
+from serve.generation.ask import InternalRoad
+from serve.registry.snapshot import Caller, Snapshot
+from serve.request import RequestContext
 
+_PREFIX = "token_id:"
 AT_ONCE = 32
 """Continuations in the engine at a time, of one call."""
 
@@ -30,40 +35,56 @@ class ScoreOrder(Frozen):
 
 
 class Unscorable(GuardError):
-    """A question or an answer that does not fit."""
+    """A question and an answer that are too long together, or an engine that cannot be made to say an answer."""
 
 
 class Scorer:
-    """Scores answers in the served model's chat template."""
+    """Scores answers in the served model's chat template.
 
-    def __init__(self, client: GuardedEngineClient, tokenizer: Any, max_model_len: int) -> None:
-        self._client = client
+    Args:
+        road: asks this server; served: the base model's name.
+    """
+
+    def __init__(
+        self, road: InternalRoad, served: str, snapshot: Callable[[], Snapshot], tokenizer: Any, max_model_len: int
+    ) -> None:
+        self._road = road
+        self._served = served
+        self._snapshot = snapshot
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._slots = asyncio.Semaphore(AT_ONCE)
 
-    async def score(self, order: ScoreOrder) -> list[dict[str, Any]]:
+    async def score(self, order: ScoreOrder, caller: Caller) -> list[dict[str, Any]]:
         """For every continuation ``tokens`` (how many), ``logprob`` (their sum, nats) and ``logprobs``.
 
         With ``top_logprobs`` also ``token_ids`` and, at each of them, the ``top`` pairs of token and log-probability.
 
         Raises:
-            Unscorable, InvalidPolicy, GuardError.
+            Unscorable, InvalidPolicy, NotAnswered.
         """
+        snapshot = self._snapshot()
+        plan = snapshot.plan(order.policy)
         messages = [{"role": "user", "content": order.question}]
         prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        asked = []
+        continuations = []
         for text in order.continuations:
             tokens = self._tokenizer.encode(text, add_special_tokens=False)
             tokens += [self._tokenizer.eos_token_id] if order.end else []
             if len(prompt) + len(tokens) > self._max_model_len:
                 length = len(prompt) + len(tokens)
                 raise Unscorable(f"question and answer have {length} tokens, the model takes {self._max_model_len}: shorten them")
-            asked.append(tokens)
+            continuations.append(tokens)
 
         async def one(tokens: list[int]) -> dict[str, Any]:
+            request = RequestContext(
+                caller,
+                snapshot.policies[order.policy],
+                replace(plan, forced=tuple(tokens)),
+                snapshot.text_plans[order.policy],
+            )
             async with self._slots:
-                places = await self._client.score(prompt, tokens, order.policy, order.top_logprobs)
+                places = await self._places(list(prompt), tokens, order.top_logprobs, request)
             logprobs = [place[token] for token, place in zip(tokens, places, strict=True)]
             found: dict[str, Any] = {
                 "tokens": len(tokens),
@@ -77,4 +98,33 @@ class Scorer:
                 }
             return found
 
-        return list(await asyncio.gather(*map(one, asked)))
+        return list(await asyncio.gather(*map(one, continuations)))
+
+    async def _places(
+        self, prompt: list[int], continuation: list[int], top: int, request: RequestContext
+    ) -> list[dict[int, float]]:
+        """At each place of a continuation, token -> log-probability, as sampling at temperature 1 would use it.
+
+        The engine is made to say the continuation; each token's log-probability is that of the combined distribution (base,
+        assistants, masks) after the ones before it. A gate judges the prompt once; a stream filter does not judge at all.
+        """
+        body = {
+            "model": self._served,
+            "prompt": prompt,
+            "max_tokens": len(continuation),
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": top,
+            "skip_special_tokens": False,
+            "return_tokens_as_token_ids": True,
+        }
+        [choice] = (await self._road.whole("/v1/completions", body, request))["choices"]
+        found = choice["logprobs"]
+        own = [int(token.removeprefix(_PREFIX)) for token in found["tokens"]]
+        if own != continuation:
+            raise Unscorable("this engine's tokens cannot be forced (Model Runner V2); score on a server with Model Runner V1")
+        tops = found["top_logprobs"] or [{}] * len(own)
+        places = []
+        for token, logprob, likeliest in zip(own, found["token_logprobs"], tops, strict=True):
+            places.append({token: logprob} | {int(each.removeprefix(_PREFIX)): value for each, value in (likeliest or {}).items()})
+        return places

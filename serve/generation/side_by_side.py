@@ -1,15 +1,14 @@
 """Side by side: one question, answered under several policies at once, in one batch of the engine.
 
-Every arm is a chat request like any client's: vLLM's own handler, the same choke point, its own plan. Only the policy differs.
+Every arm is a chat request like any client's (`ask`): the same app, the same choke point, its own plan. Only the policy differs.
 For operators: the difference between an armed and an unarmed answer is what a set keeps secret.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from typing import Any, Literal
@@ -19,8 +18,9 @@ from pydantic import Field
 from guards.errors import GuardError
 from guards.forget_set import Frozen, Text
 from guards.policy import DEFAULT, NONE
+from serve.generation.ask import InternalRoad, NotAnswered
 from serve.registry.snapshot import Caller, Snapshot
-from serve.request import RequestContext, admitted
+from serve.request import RequestContext
 
 MOST_ARMS = 16
 
@@ -58,11 +58,11 @@ class Arm:
     finish_reason: str | None = None
     refusal: str | None = None
     error: str | None = None
-    fired: list[str] = field(default_factory=list)  # guards that acted, in order
+    guard_events: list[str] = field(default_factory=list)  # what guards did, in order
     tokens: int = 0
     first_token_ms: float | None = None
     total_ms: float = 0.0
-    said: list[str] = field(default_factory=list)  # tokens
+    token_texts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +85,19 @@ class SideBySide:
     """Runs comparisons.
 
     Args:
-        chat: vLLM's handler of chat requests: the fields of one -> its lines of server-sent events, or an error.
+        road: asks this server.
         served: the base model's name.
         spent: told how many tokens a caller's arm took.
     """
 
     def __init__(
         self,
-        chat: Callable[[dict[str, Any]], Awaitable[Any]],
+        road: InternalRoad,
         served: str,
         snapshot: Callable[[], Snapshot],
         spent: Callable[[Caller, int], None],
     ) -> None:
-        self._chat = chat
+        self._road = road
         self._spent = spent
         self._served = served
         self._snapshot = snapshot
@@ -122,15 +122,16 @@ class SideBySide:
             request = RequestContext(
                 caller, snapshot.policies[arm.policy], snapshot.plan(arm.policy), snapshot.text_plans[arm.policy]
             )
-            admitted.set(request)  # this task's own
             try:
-                async for text in self._answer(order, arm):
+                async for text in self._answer(order, arm, request):
                     await queue.put(("delta", {"arm": arm.policy, "text": text}))
+            except NotAnswered as error:
+                arm.error = str(error)
             except Exception as error:  # noqa: BLE001 - one arm's failure is its result
                 arm.error = f"{type(error).__name__}: {error}"
             finally:  # also of a client that has gone
                 self._spent(caller, request.observation.prompt_tokens + request.observation.tokens)
-            arm.fired = list(request.fired)
+            arm.guard_events = list(request.guard_events)
             if request.blocked:
                 arm.refusal = request.policy.refusal
             await queue.put(None)
@@ -151,7 +152,7 @@ class SideBySide:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(self, order: CompareOrder, arm: Arm) -> AsyncGenerator[str, None]:
+    async def _answer(self, order: CompareOrder, arm: Arm, request: RequestContext) -> AsyncGenerator[str, None]:
         messages = [message.model_dump() for message in order.messages] or [{"role": "user", "content": order.question}]
         body = {
             "model": self._served,
@@ -164,14 +165,7 @@ class SideBySide:
             "stream": True,
         }
         started = time.perf_counter()
-        chunks = await self._chat(body)
-        if not hasattr(chunks, "__aiter__"):
-            arm.error = str(getattr(getattr(chunks, "error", chunks), "message", chunks))
-            return
-        async for line in chunks:
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
+        async for event in self._road.events("/v1/chat/completions", body, request):
             if "error" in event:
                 arm.error = event["error"]["message"]
                 break
@@ -180,15 +174,15 @@ class SideBySide:
                 if text and arm.first_token_ms is None:
                     arm.first_token_ms = round(1_000 * (time.perf_counter() - started), 1)
                 arm.text += text
-                arm.said += [entry["token"] for entry in ((choice.get("logprobs") or {}).get("content") or ())]
+                arm.token_texts += [entry["token"] for entry in ((choice.get("logprobs") or {}).get("content") or ())]
                 arm.finish_reason = choice.get("finish_reason") or arm.finish_reason
                 if text:
                     yield text
-        arm.tokens = len(arm.said)
+        arm.tokens = len(arm.token_texts)
         arm.total_ms = round(1_000 * (time.perf_counter() - started), 1)
 
     @staticmethod
     def _shown(arm: Arm, first: Arm) -> dict[str, Any]:
         fields = asdict(arm)
-        del fields["said"]
-        return fields | {"divergence": asdict(divergence(first.said, arm.said))}
+        del fields["token_texts"]
+        return fields | {"divergence": asdict(divergence(first.token_texts, arm.token_texts))}

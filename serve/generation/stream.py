@@ -12,7 +12,6 @@ Covered: everything that `generate` returns as text. Not covered: alternatives i
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import zlib
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -26,19 +25,24 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from guards.errors import GuardUnavailable
 from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.gate import Verdict
 from guards.similarity.stream import HeldAnswer, Token, ends_sentence
 from guards.suppression.vocabulary import Vocabulary
+from guards.text_plan import TextCheck
 from guards.types import Plan
 from serve.control.similarity import Similarity
-from serve.generation.gate import Gate, GateDecision, Request, gate_outcomes
-from serve.generation.outputs import end_answer, silent
+from serve.generation.gate import Gate, GateDecision, Request, engages, gate_outcomes
+from serve.generation.outputs import end_answer, interleaved, silent
+from serve.generation.text_guards import TextGuards
 
 _hits = Counter("lethe_stream_hits_total", "Passages of answers that the stream filter hit.", ["policy", "action"])
 blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy", "guard", "action"])
 
+MARKER = "[removed]"
+"""What is shown in place of a span that a guard of another package takes out, under a policy without a stream filter."""
 RESAMPLED_TEMPERATURE = 0.7
 """At least: a greedy answer that goes on greedily would say the same again."""
 _NEXT_SEED = 7_919
@@ -52,6 +56,7 @@ class StreamFilter:
 
     Args:
         start: asks the engine.
+        similarity, text_guards: judge texts.
         marker_tokens: token ids of a text, for spans that were taken out; end_of_text: the token that ends a refused answer.
     """
 
@@ -59,22 +64,24 @@ class StreamFilter:
         self,
         start: Start,
         similarity: Similarity,
+        text_guards: TextGuards,
         vocabulary: Vocabulary,
         marker_tokens: Callable[[str], list[int]],
         end_of_text: int,
     ) -> None:
         self.start = start
         self.similarity = similarity
+        self.text_guards = text_guards
         self.vocabulary = vocabulary
         self.marker_tokens = marker_tokens
         self.end_of_text = end_of_text
-        self._gate = Gate(similarity, vocabulary)
+        self._gate = Gate(similarity, vocabulary, text_guards)
 
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The request's outputs, in the kind that it asked for.
 
         Raises:
-            GracefulHTTPError: 503, similarity cannot judge.
+            GracefulHTTPError: 503, a guard cannot judge.
             VLLMValidationError: 400, the prompt is too much to judge.
         """
         try:
@@ -82,7 +89,8 @@ class StreamFilter:
             if decision is None:
                 yield self._refused(request)
                 return
-            if request.params.detokenize and (request.text.stream is not None or decision.closed(request.text)):
+            answer_is_judged = request.text.stream is not None or bool(_checks(request)) or bool(decision.closed(request.text))
+            if request.params.detokenize and answer_is_judged and not request.plan.forced:
                 outputs = self._choices(request, decision)
             else:
                 outputs = self.start(request.prompt, request.params, request.id, decision.engaged(request.plan, request.text))
@@ -91,7 +99,7 @@ class StreamFilter:
                     yield output
         except TooMuchToRead as error:
             raise VLLMValidationError(f"the prompt cannot be judged: {error}") from error
-        except EncoderUnavailable as error:
+        except GuardUnavailable as error:
             raise GracefulHTTPError(f"a guard is not available: {error}", HTTPStatus.SERVICE_UNAVAILABLE) from error
 
     async def _choices(self, request: Request, decision: GateDecision) -> AsyncGenerator[RequestOutput, None]:
@@ -104,8 +112,8 @@ class StreamFilter:
                     yield output
             return
         finals: dict[int, CompletionOutput] = {}
-        async with aclosing(_merged([choice.run() for choice in choices])) as merged:
-            async for output in merged:
+        async with aclosing(interleaved([choice.run() for choice in choices])) as outputs:
+            async for output in outputs:
                 done = output.outputs[0]
                 if done.finish_reason is not None:
                     finals[done.index] = done
@@ -136,8 +144,11 @@ class _Choice:
         self._request = request
         self._decision = decision
         stream, gate = request.text.stream, request.text.gate
-        holding = (stream is not None and stream.on_hit != "monitor") or (gate is not None and gate.on_hit != "monitor")
-        marker = "" if stream is None else stream.marker
+        self._checks = _checks(request)
+        acting = any(check.config.answer != "monitor" for check in self._checks)
+        holding = acting or (stream is not None and stream.on_hit != "monitor") or (gate is not None and gate.on_hit != "monitor")
+        redacts = any(check.config.answer == "redact" for check in self._checks)
+        marker = stream.marker if stream is not None else MARKER if redacts else ""
         open_from = owner.similarity.open_from if stream is not None and holding else len
         self._answer = HeldAnswer(open_from, marker, list(request.params.stop or ()), hold=holding)
         self._marker = owner.marker_tokens(marker)
@@ -218,18 +229,17 @@ class _Choice:
             return None
         turns = [passage, f"{self._before} {passage}"] if self._before else [passage]
         self._before = passage.strip()
-        verdicts = await self._owner.similarity.look(turns, closed)
+        verdicts = await self._owner.similarity.judge_conversation(turns, closed)
         if not verdicts:
             return None
         gate_outcomes.labels(self._request.plan.policy, "later").inc()
-        self._request.fired(f"gate {gate.on_hit} later", verdicts, where="answer", offset=self._answer.place)
+        self._request.record(f"gate {gate.on_hit} later", verdicts, where="answer", offset=self._answer.place)
         self._decision = self._decision.also(verdict.owner for verdict in verdicts)
         if gate.on_hit == "refuse":
             self._end("gate")
             return None
-        plan = self._request.plan
-        engages = {*(each.assistant for each in plan.contrast), *(each.artifact for each in plan.steering)}
-        if not any(engages & set(self._request.text.assistants.get(verdict.owner, ())) for verdict in verdicts):
+        acting = {entry.key for entry in self._request.plan.entries}
+        if not acting & engages(self._request.text, (verdict.owner for verdict in verdicts)):
             return None
         if (kept := self._cut_back()) is None:
             self._end("gate")
@@ -242,22 +252,26 @@ class _Choice:
         if self._tainted and self._answer.take_out([(0, len(passage))]):
             self._tainted = not ends_sentence(passage)
             return None
+        spans = await self._check(passage)
+        if self._ending:
+            return None
         if stream is not None:
             try:
-                verdicts = await self._owner.similarity.said(passage, self._request.text.said)
+                verdicts = await self._owner.similarity.judge_passage(passage, self._request.text.stream_thresholds)
             except (EncoderUnavailable, TooMuchToRead):
                 if stream.on_hit != "monitor":
                     raise
-        if stream is None or not verdicts:
-            self._answer.passed()
+        if stream is not None and verdicts:
+            _hits.labels(self._request.plan.policy, stream.on_hit).inc()
+            self._request.record(f"stream {stream.on_hit}", verdicts, where="answer", offset=self._answer.place)
+        if stream is None or not verdicts or stream.on_hit == "monitor":
+            if not spans:
+                self._answer.passed()
+            elif not self._answer.take_out(spans):
+                self._end("stream")
             return None
-        _hits.labels(self._request.plan.policy, stream.on_hit).inc()
-        self._request.fired(f"stream {stream.on_hit}", verdicts, where="answer", offset=self._answer.place)
-        if stream.on_hit == "monitor":
-            self._answer.passed()
-            return None
-        spans = [(verdict.start, verdict.end) for verdict in verdicts]
-        if stream.on_hit == "redact" and not await self._still_hit(passage, spans) and self._answer.take_out(spans):
+        spans += [(verdict.start, verdict.end) for verdict in verdicts]
+        if stream.on_hit == "redact" and not await self._still_hit(passage, spans) and self._answer.take_out(sorted(spans)):
             # The rest of a sentence belongs to what was taken out of it.
             self._tainted = any(verdict.signal == "similarity" for verdict in verdicts) and not ends_sentence(passage)
             return None
@@ -268,10 +282,26 @@ class _Choice:
         self._end("stream")
         return None
 
+    async def _check(self, passage: str) -> list[tuple[int, int]]:
+        """Guards of other packages on one passage: the spans that they take out; or the answer ends."""
+        spans: list[tuple[int, int]] = []
+        for check in self._checks:
+            action = check.config.answer
+            if not (verdicts := await self._owner.text_guards.judge(check, passage)):
+                continue
+            _hits.labels(self._request.plan.policy, action).inc()
+            self._request.record(f"{check.guard} {action}", verdicts, where="answer", offset=self._answer.place)
+            places = [(verdict.start, verdict.end) for verdict in verdicts]
+            if action == "refuse" or (action == "redact" and await self._owner.text_guards.judge(check, _without(passage, places))):
+                self._end(check.guard)
+                return []
+            spans += places if action == "redact" else []
+        return sorted(spans)
+
     async def _still_hit(self, passage: str, spans: Sequence[tuple[int, int]]) -> bool:
         """Whether what is left without the spans is hit as well: the same phrase again, in a disguise whose place is not known."""
-        rest = "".join(c for i, c in enumerate(passage) if not any(start <= i < end for start, end in spans))
-        return bool(rest.strip()) and bool(await self._owner.similarity.said(rest, self._request.text.said))
+        rest = _without(passage, spans)
+        return bool(rest.strip()) and bool(await self._owner.similarity.judge_passage(rest, self._request.text.stream_thresholds))
 
     def _cut_back(self) -> list[int] | None:
         """Throw away what is not cleared; the ids of the tokens that stay. None if the request cannot be taken up again."""
@@ -321,31 +351,10 @@ class _Choice:
         return given
 
 
-async def _merged(generators: Sequence[AsyncGenerator[RequestOutput, None]]) -> AsyncGenerator[RequestOutput, None]:
-    """What several generators yield, as it comes. Closing it closes them all."""
-    queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue(maxsize=len(generators))
+def _checks(request: Request) -> list[TextCheck]:
+    """The guards of other packages that judge the answer."""
+    return [check for check in request.text.checks if check.config.answer != "ignore"]
 
-    async def pump(generator: AsyncGenerator[RequestOutput, None]) -> None:
-        try:
-            async with aclosing(generator):
-                async for output in generator:
-                    await queue.put(output)
-            await queue.put(None)
-        except Exception as error:  # noqa: BLE001 - whoever waits for the outputs gets it
-            await queue.put(error)
 
-    tasks = [asyncio.create_task(pump(generator)) for generator in generators]
-    try:
-        running = len(tasks)
-        while running:
-            got = await queue.get()
-            if isinstance(got, BaseException):
-                raise got
-            if got is None:
-                running -= 1
-            else:
-                yield got
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+def _without(passage: str, spans: Sequence[tuple[int, int]]) -> str:
+    return "".join(c for i, c in enumerate(passage) if not any(start <= i < end for start, end in spans))

@@ -15,31 +15,26 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import Field, ValidationError, model_validator
 
-from guards.contrastive.assistant import Recipe
-from guards.errors import GuardError, InvalidForgetSet, InvalidJson, InvalidPolicy, Untrainable
+from guards.catalogue import GUARDS
+from guards.errors import GuardError, InvalidForgetSet, InvalidPolicy, Untrainable
 from guards.forget_set import (
     MAX_TEXT_CHARACTERS,
     ForgetSet,
     Frozen,
-    Name,
     describe_validation,
     is_name,
     write_jsonl,
 )
-from guards.policy import DEFAULT, Corruption, Policy, parse_policy
+from guards.kinds import GuardKind, TrainingOrder, resolve
+from guards.policy import DEFAULT, Policy, parse_policy
 from guards.removal_list import Kind, RemovalList, check_new_set, read_removal_list
-from guards.similarity.calibrate import TooFewExamples
-from guards.similarity.disguise import TooMuchToRead
-from guards.similarity.encoder import EncoderUnavailable
-from guards.steering.artifact import SteeringRecipe
-from guards.steering.train import Lesson
+from guards.steering.declaration import Corruption
 from guards.strict_json import parse_object
 from serve.control.control import Control
 from serve.control.gate_fitting import GateOrder
-from serve.experiment import InvalidExperiment
 from serve.experiments.observations import UnknownRequest
-from serve.generation.score import ScoreOrder, Scorer, Unscorable
-from serve.generation.side_by_side import CompareOrder, Incomparable, SideBySide
+from serve.generation.score import ScoreOrder, Scorer
+from serve.generation.side_by_side import CompareOrder, SideBySide
 from serve.hits import KEPT, RecentHits
 from serve.http.contract import (
     ERRORS,
@@ -59,7 +54,8 @@ from serve.http.contract import (
     takes,
 )
 from serve.http.rules import ADMIN_PREFIX
-from serve.registry.models import InUse, NameTaken, NotReady, RegistryError, RolledBack, StoredSet, Stripped, UnknownName
+from serve.registry.models import RegistryError, StoredSet, Stripped, UnknownName
+from serve.registry.plans import acting_sets, notes
 from serve.registry.store import Registry
 from serve.sqlite import StorageFault
 
@@ -68,26 +64,6 @@ TABLES = ("text/csv", "text/tab-separated-values")
 Force = Annotated[bool, Query(description="add also what nobody is likely to mean, such as the phrase 'the'")]
 Column = Annotated[str | None, Query(description="of a CSV file, the column to read")]
 As = Annotated[Kind | None, Query(alias="as", description="what the cells of the column, or the lines of a plain list, are")]
-_STATUS: dict[type[Exception], int] = {
-    UnknownName: 404,
-    NameTaken: 409,
-    NotReady: 409,
-    Stripped: 409,
-    InvalidJson: 400,
-    InvalidPolicy: 400,
-    InvalidForgetSet: 400,
-    Untrainable: 400,
-    TooFewExamples: 400,
-    EncoderUnavailable: 503,
-    TooMuchToRead: 400,
-    Unscorable: 400,
-    Incomparable: 400,
-    InvalidExperiment: 400,
-    InUse: 409,
-    UnknownRequest: 404,
-    RolledBack: 503,
-    StorageFault: 503,
-}
 
 
 class CalibrationBody(Frozen):
@@ -106,22 +82,6 @@ class CalibrationBody(Frozen):
         return self
 
 
-class TrainingOrder(Frozen):
-    """The body of a call that trains an assistant: everything has a default."""
-
-    retain: tuple[Name, ...] = Field((), description="other sets, whose questions and answers are to stay")
-    recipe: Recipe = Field(default_factory=Recipe)
-
-
-class SteeringOrder(Frozen):
-    """The body of a call that fits or trains a steering artifact: ``recipe`` needs its ``method``."""
-
-    retain: tuple[Name, ...] = Field((), description="other sets, whose questions and answers are to stay")
-    recipe: SteeringRecipe
-    distil: bool = Field(False, description="whether lessons must be there")
-    lessons: tuple[Lesson, ...] = Field((), max_length=100_000, description="what a policy says, to be distilled into an adapter")
-
-
 class OurRoute(APIRoute):
     """Turns our errors into OpenAI error envelopes, on our routes only."""
 
@@ -132,7 +92,7 @@ class OurRoute(APIRoute):
             try:
                 return await handle(request)
             except (GuardError, RegistryError, StorageFault) as error:
-                status = _STATUS.get(type(error), 500)
+                status = error.status
                 body: dict[str, Any] = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
                 if isinstance(error, InvalidForgetSet):
                     body["problems"] = error.problems
@@ -208,31 +168,33 @@ def attach(
     async def strip_forget_set(name: str, request: Request) -> dict[str, Any]:
         return await _shown(name, await control.strip(name, actor=actor(request)))
 
-    @router.post(
-        "/forget_sets/{name}/assistant",
-        status_code=202,
-        response_model=ForgetSetAnswer,
-        openapi_extra=takes(TrainingOrder, required=False),
-    )
-    async def train_assistant(name: str, request: Request) -> dict[str, Any]:
-        fields = await read_object(request) if await request.body() else {}
-        try:
-            order = TrainingOrder.model_validate(fields)
-        except ValidationError as error:
-            raise Untrainable("; ".join(describe_validation(error))) from None
-        await control.train(name, order.retain, order.recipe)
-        return await _shown(name, control.snapshot.revision)
+    def add_training(kind: GuardKind, route: str, order_type: type[TrainingOrder]) -> None:
+        """A route that starts training what a guard acts by."""
 
-    @router.post(
-        "/forget_sets/{name}/steering", status_code=202, response_model=ForgetSetAnswer, openapi_extra=takes(SteeringOrder)
-    )
-    async def train_steering(name: str, request: Request) -> dict[str, Any]:
-        try:
-            order = SteeringOrder.model_validate(await read_object(request))
-        except ValidationError as error:
-            raise Untrainable("; ".join(describe_validation(error))) from None
-        await control.train_steering(name, order.retain, order.recipe, order.lessons, distil=order.distil)
-        return await _shown(name, control.snapshot.revision)
+        async def train(name: str, request: Request) -> dict[str, Any]:
+            fields = await read_object(request) if await request.body() else {}
+            try:
+                order = order_type.model_validate(fields)
+            except ValidationError as error:
+                raise Untrainable("; ".join(describe_validation(error))) from None
+            await control.train(kind, name, order)
+            return await _shown(name, control.snapshot.revision)
+
+        required = any(field.is_required() for field in order_type.model_fields.values())
+        router.add_api_route(
+            f"/forget_sets/{{name}}/{route}",
+            train,
+            methods=["POST"],
+            status_code=202,
+            name=f"train_{route}",
+            description=f"Train what {kind.name} acts by.",
+            response_model=ForgetSetAnswer,
+            openapi_extra=takes(order_type, required=required),
+        )
+
+    for kind in GUARDS.values():
+        if kind.training is not None:
+            add_training(kind, kind.training.route, resolve(kind.training.order))
 
     @router.post("/forget_sets/{name}/assistant/pause", response_model=ForgetSetAnswer)
     async def pause_training(name: str) -> dict[str, Any]:
@@ -274,7 +236,7 @@ def attach(
     async def put_policy(name: str, request: Request) -> dict[str, Any]:
         policy = parse_policy({**_without(await read_object(request), "name", name), "name": name})
         revision = await control.put_policy(policy, actor=actor(request))
-        return {**policy.model_dump(mode="json"), "revision": revision, "notes": control.snapshot.notes(policy)}
+        return {**policy.model_dump(mode="json"), "revision": revision, "notes": notes(policy, control.snapshot.sets)}
 
     @router.delete("/policies/{name}", response_model=DeletedAnswer)
     async def delete_policy(name: str, request: Request) -> dict[str, Any]:
@@ -286,9 +248,9 @@ def attach(
         return {
             "revision": snapshot.revision,
             "prompt_date": date.today().isoformat() if app.state.lethe_dated_prompts else None,
-            "fault": control.fault,
-            "enabled": sorted(snapshot.enabled),
-            "policies": {name: snapshot.forget_sets_of(policy) for name, policy in sorted(snapshot.policies.items())},
+            "fault": control.in_force.fault,
+            "enabled": sorted(snapshot.sets),
+            "policies": {name: acting_sets(each, snapshot.sets) for name, each in sorted(snapshot.policies.items())},
         }
 
     @router.get("/audit", response_model=AuditAnswer)
@@ -326,7 +288,7 @@ def attach(
             order = ScoreOrder.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
-        scoring = asyncio.create_task(scorer.score(order))
+        scoring = asyncio.create_task(scorer.score(order, request.scope["lethe.caller"]))
         try:
             while not (await asyncio.wait([scoring], timeout=1))[0]:
                 if await request.is_disconnected():  # hundreds of answers are not worked out for nobody

@@ -19,7 +19,6 @@ from vllm.entrypoints.launchers.api_server.entry import build_async_engine_clien
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from guards.base_model import BaseModel
 from guards.policy import DEFAULT, NONE
@@ -29,6 +28,7 @@ from serve.experiments.live import LiveExperiments
 from serve.experiments.observations import Observations
 from serve.experiments.shadow import Shadow
 from serve.experiments.store import Experiments
+from serve.generation.ask import InternalRoad
 from serve.generation.client import GuardedEngineClient, check_workers, load_artifacts
 from serve.generation.score import Scorer
 from serve.generation.side_by_side import SideBySide
@@ -72,7 +72,7 @@ async def guarded_app(
             registry,
             vocabulary,
             settings.artifacts_dir,
-            load=lambda phrases, trained: load_artifacts(inner, phrases, trained),
+            load=lambda artifacts: load_artifacts(inner, artifacts),
             similarity=similarity,
             refresh_ms=settings.refresh_ms,
             model=model_directory(args),
@@ -86,8 +86,8 @@ async def guarded_app(
                 control.phrases,
                 vocabulary,
                 settings.max_choices,
-                lambda: control.unavailable,
-                similarity=similarity,
+                similarity,
+                lambda: control.in_force.unavailable,
             )
             tasks = await inner.get_supported_tasks()
             app = build_app(args, tasks, model)
@@ -95,17 +95,14 @@ async def guarded_app(
             _list_policies_as_models(app, control)
             # Some templates write today's date into every prompt, so that what was measured yesterday is not what is asked today.
             app.state.lethe_dated_prompts = writes_dates(template_of(args))
-            scorer = Scorer(client, inner.renderer.get_tokenizer(), model.max_model_len)
-
-            async def chat(fields: dict[str, Any]) -> Any:
-                return await app.state.openai_serving_chat.create_chat_completion(
-                    ChatCompletionRequest.model_validate(fields), None
-                )
-
+            behind_admission = app.middleware_stack or app.build_middleware_stack()
+            road = InternalRoad(behind_admission, app)
+            served = args.served_model_name[0]
+            scorer = Scorer(road, served, lambda: control.snapshot, inner.renderer.get_tokenizer(), model.max_model_len)
             usage = Usage(settings.state_dir / USAGE)
             budgets = Budgets(usage)
             await budgets.start()
-            side_by_side = SideBySide(chat, args.served_model_name[0], lambda: control.snapshot, budgets.spent)
+            side_by_side = SideBySide(road, served, lambda: control.snapshot, budgets.spent)
             shadow = Shadow(
                 waiting=settings.shadow_waiting,
                 beside=settings.shadow_beside,
@@ -124,7 +121,7 @@ async def guarded_app(
             admin.attach(app, control, registry, scorer, side_by_side, hits, [of_experiments])
             # Outermost, around every middleware that vLLM or a plugin of its brought along.
             admission = Admission(
-                app.middleware_stack or app.build_middleware_stack(),
+                behind_admission,
                 snapshot=lambda: control.snapshot,
                 served_names=args.served_model_name,
                 settings=settings,
@@ -134,10 +131,9 @@ async def guarded_app(
                 budgets=budgets,
                 probes=Probes(settings.max_probes_per_hour, control.phrases, vocabulary),
                 allowed_origins=args.allowed_origins,
-                owner=app,
             )
             app.middleware_stack = admission
-            live.start(admission.answer_unseen)
+            live.start(road)
             try:
                 yield app, admission
             finally:

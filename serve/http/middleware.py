@@ -11,8 +11,10 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from guards.errors import InvalidJson
 from guards.strict_json import parse_object
@@ -35,18 +37,11 @@ from serve.http.rules import (
     require,
     same_machine,
 )
-from serve.registry.snapshot import LOOPBACK, Caller, Scope, Snapshot
-from serve.request import RequestContext, admitted
+from serve.registry.snapshot import LOOPBACK, Caller, KeyScope, Snapshot
+from serve.request import admitted
 from serve.settings import Settings
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
 RETRY_AFTER_S = 5
-END_WITHIN_S = 5.0
-"""How long an answer that nobody waits for may take to end, before its task is cancelled outright."""
 STRIPPED_HEADERS = {b"x-request-id", b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority"}
 
 
@@ -62,7 +57,6 @@ class Admission:
         budgets: what each key may use.
         probes: how often each may ask what is forgotten.
         allowed_origins: of web pages that may read answers, as vLLM's ``--allowed-origins``.
-        owner: the application around ``app``, which puts itself into a request's scope before this is called.
     """
 
     def __init__(
@@ -78,7 +72,6 @@ class Admission:
         budgets: Budgets,
         probes: Probes,
         allowed_origins: Sequence[str] = (),
-        owner: object = None,
     ) -> None:
         self._app = app
         self._open_without_keys = open_without_keys
@@ -91,7 +84,6 @@ class Admission:
         self._probes = probes
         self._rules = Rules(settings, served_names, experiments, probes)
         self._allowed_origins = allowed_origins
-        self._owner = owner
         self.under_way = 0
         """Requests that are being answered."""
         self._ended = asyncio.Event()
@@ -107,7 +99,7 @@ class Admission:
             self._ended.clear()
             await self._ended.wait()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -132,7 +124,7 @@ class Admission:
             await send({"type": "http.response.start", "status": refused.status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
 
-    async def _admit(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, request_id: str, path: str) -> None:
+    async def _admit(self, scope: Scope, receive: Receive, send: Send, request_id: str, path: str) -> None:
         method = scope["method"]
         headers = [(name, value) for name, value in scope["headers"] if name not in STRIPPED_HEADERS]
         scope = {**scope, "headers": headers}
@@ -212,52 +204,6 @@ class Admission:
                 self._hits.keep(request_id, caller.name, plan.policy, plan.revision, request.hits, refused=request.blocked)
             self._experiments.completed(request, client.status if client.has_all else None, request_id, path, body)
 
-    async def answer_unseen(self, path: str, body: bytes, request: RequestContext) -> int:
-        """Answer a body that was admitted before under another plan, and show the answer to nobody. Returns the HTTP status.
-
-        When this is cancelled, the app is told that its client went away, as vLLM expects to be told; it ends the answer.
-        """
-        request_id = uuid.uuid4().hex
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
-            "root_path": "",
-            "query_string": b"",
-            "headers": [*headers, (b"host", b"shadow"), (b"x-request-id", request_id.encode())],
-            "server": None,
-            "client": None,
-            "app": self._owner,
-            "state": {},
-            "lethe.caller": request.caller,
-        }
-
-        async def nobody(_: Message) -> None:
-            pass
-
-        goes = asyncio.Event()
-
-        async def until_it_goes() -> Message:
-            await goes.wait()
-            return {"type": "http.disconnect"}
-
-        client = _Client(nobody, _replay(body, until_it_goes))
-        admitted.set(request)  # this task's own, and its children's
-        answering = asyncio.ensure_future(self._app(scope, client.receive, client))
-        try:
-            await asyncio.shield(answering)
-        except asyncio.CancelledError:
-            goes.set()
-            await asyncio.wait([answering], timeout=END_WITHIN_S)
-            answering.cancel()  # for whatever does not listen
-            raise
-        return client.status
-
     def _refuse_while_draining(self) -> None:
         if self._draining:
             raise Refused(503, "this server is about to stop; ask another", kind="service_unavailable", retry_after_s=RETRY_AFTER_S)
@@ -277,7 +223,7 @@ class Admission:
         except OverBudget as over:
             raise Refused(429, over.message, kind="rate_limit_error", retry_after_s=over.retry_after_s) from None
 
-    def _identify(self, headers: list[tuple[bytes, bytes]], needed: Scope | None) -> tuple[Caller, Snapshot]:
+    def _identify(self, headers: list[tuple[bytes, bytes]], needed: KeyScope | None) -> tuple[Caller, Snapshot]:
         """Who calls, and what is in force for them, now."""
         named, snapshot = dict(headers), self._snapshot()
         found = (snapshot.caller(secret, open_without_keys=self._open_without_keys) for secret in _secrets(named))
@@ -315,7 +261,7 @@ def _secrets(headers: dict[bytes, bytes]) -> list[str | None]:
     return [*found] or [None]
 
 
-def _route(scope: MutableMapping[str, Any]) -> str:
+def _route(scope: Scope) -> str:
     """The path without what a proxy put before it (``--root-path``)."""
     path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
     return path[len(root) :] if root and path.startswith(root + "/") else path

@@ -25,6 +25,7 @@ from prometheus_client import Counter
 
 from guards.errors import GuardError
 from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.declaration import Suppress
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan
 from serve.http.grammars import CONSTRAINTS
@@ -80,7 +81,7 @@ class Probes:
         Raises:
             TooManyProbes: it is constrained, and its key has probed too often.
         """
-        if not plan.suppression or "compare" in caller.scopes or not _constrained(fields):
+        if not plan.artifacts_of(Suppress) or "compare" in caller.scopes or not _constrained(fields):
             return None
         seen = self._within_the_hour(caller.name)
         named = self._named(fields, plan)
@@ -119,7 +120,7 @@ class Probes:
         """The phrases in force that a request's constraints name, as they do."""
         text = "\n".join(text for text in self._texts(fields) if text)
         try:
-            found = [span for fingerprint in plan.suppression for span in self._phrases(fingerprint).find(text)]
+            found = [span for fingerprint in plan.artifacts_of(Suppress) for span in self._phrases(fingerprint).find(text)]
         except GuardError:
             return set()  # the request will be refused for it
         return {text[start:end].casefold() for start, end in found}

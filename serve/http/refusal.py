@@ -10,8 +10,10 @@ Responses that no guard ended pass through untouched and unread.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
+
+from starlette.types import Message, Send
 
 from serve.generation.outputs import FINISH_REASON
 
@@ -25,7 +27,6 @@ _ENDINGS = (
 )
 """What the last chunks of the three protocols contain; a cheap test before parsing."""
 _BETWEEN = b"\n\n"
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def reporting(send: Send, refusal: str, blocked: Callable[[], bool], *, parsed: bool = False) -> Send:
@@ -34,11 +35,11 @@ def reporting(send: Send, refusal: str, blocked: Callable[[], bool], *, parsed: 
     Args:
         parsed: the client will parse the answer as JSON (``/v1/responses``, ``/v1/messages``): what a guard cut off is left out.
     """
-    held: list[MutableMapping[str, Any]] = []
+    held: list[Message] = []
     streaming = True
     events = _Events(refusal, parsed)
 
-    async def report(message: MutableMapping[str, Any]) -> None:
+    async def report(message: Message) -> None:
         nonlocal streaming
         if message["type"] == "http.response.start":
             content_type = dict(message.get("headers", [])).get(b"content-type", b"")

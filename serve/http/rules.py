@@ -18,7 +18,7 @@ from serve.experiments.live import LiveExperiments
 from serve.http.dialects import normalise
 from serve.http.grammars import TooLarge, check_size
 from serve.http.probes import Probes, TooManyProbes
-from serve.registry.snapshot import Caller, Scope, Snapshot
+from serve.registry.snapshot import Caller, KeyScope, Snapshot
 from serve.request import RequestContext
 from serve.settings import Settings
 
@@ -44,7 +44,7 @@ ALLOWED = {
     "GET /metrics",
 }
 COMPARE = f"POST {ADMIN_PREFIX}/compare"
-OWN_SCOPES: dict[str, Scope] = {COMPARE: "compare", f"POST {ADMIN_PREFIX}/feedback": "chat"}
+OWN_SCOPES: dict[str, KeyScope] = {COMPARE: "compare", f"POST {ADMIN_PREFIX}/feedback": "chat"}
 """Of our own routes, those that need less than an operator's key."""
 REFUSED_FIELDS = (
     "vllm_xargs",
@@ -231,7 +231,7 @@ class Rules:
                 raise Refused(400, f"{name} has {len(value)} entries, this server's limit is {limit}", param=name)
 
 
-def require(caller: Caller, scope: Scope) -> None:
+def require(caller: Caller, scope: KeyScope) -> None:
     if scope not in caller.scopes:
         raise Refused(
             403, f"this needs a key of scope {scope!r}; {caller.name} has {sorted(caller.scopes)}", kind="permission_error"

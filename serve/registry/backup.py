@@ -23,12 +23,13 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from guards.similarity.index import similarity_path
+from guards.catalogue import CALIBRATIONS, guard_of
+from guards.types import ArtifactRef
 from guards.whole_file import write_whole
 from serve.lock import private_directory, sole_server
-from serve.protocol.wire import assistant_path, phrases_path, steering_path
+from serve.protocol.artifacts import artifact_path
 from serve.registry import tables
-from serve.registry.models import TRAINED, InUse, RegistryError, RolledBack, StoredSet, now
+from serve.registry.models import InUse, RegistryError, RolledBack, StoredSet, now
 from serve.registry.position import Mark
 from serve.registry.store import Registry, experiments_of
 from serve.sqlite import StorageFault
@@ -244,17 +245,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _files_of(state: Path, stored: StoredSet) -> list[Path]:
-    artifacts, found = state / "artifacts", []
-    for each in stored.artifacts:
-        if each.kind == "phrases":
-            found.append(phrases_path(artifacts, each.fingerprint))
-        elif each.kind == "similarity":
-            found.append(similarity_path(artifacts, each.fingerprint))
-        elif each.kind == "assistant":
-            found.append(assistant_path(artifacts, each.fingerprint))
-        elif each.kind in TRAINED:
-            found.append(steering_path(artifacts, each.fingerprint))
-    return found
+    files = [each for each in stored.artifacts if each.kind not in CALIBRATIONS and each.fingerprint]
+    return [artifact_path(state / "artifacts", ArtifactRef(guard_of(each.kind).name, each.fingerprint)) for each in files]
 
 
 def _differs(one: StoredSet, two: StoredSet) -> bool:

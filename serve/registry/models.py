@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from guards.policy import METHODS
-from serve.registry.snapshot import Limits, Scope
+from guards.catalogue import CALIBRATIONS, guard_of
+from guards.kinds import SetArtifacts
+from serve.registry.snapshot import KeyScope, Limits
 
 STRIPPED = ""
 """The stored content of a set whose texts were dropped."""
-ArtifactKind = Literal["phrases", "similarity", "assistant", "project", "steer", "adapter", "calibration", "corruption", "gate"]
 ArtifactStatus = Literal["building", "ready", "failed"]
-TRAINED = ("assistant", *METHODS)
-"""Kinds of artifacts that are trained or fitted on order, and kept until the next order."""
 
 
 class RegistryError(Exception):
     """A change that cannot be made. Nothing was written."""
 
+    status: ClassVar[int] = 409  # of the HTTP answer
+
 
 class UnknownName(RegistryError):
     """There is no such forget set, policy or key."""
+
+    status = 404
 
 
 class NameTaken(RegistryError):
@@ -44,16 +47,24 @@ class NotReady(RegistryError):
 class RolledBack(RegistryError):
     """The registry holds another history than before: somebody put an older copy in its place."""
 
+    status = 503
+
+
+class UnreadablePolicy(RegistryError):
+    """A stored policy cannot be read by this release, or without a guard that was uninstalled."""
+
+    status = 503
+
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """One thing made from a forget set.
 
-    A calibration (of contrast) is no file, nor is a corruption (its calibration), nor a gate: they have the fingerprint of the
-    assistant, or of the vectors, that they hold for, and their detail is JSON.
+    What was measured (`guards.catalogue.CALIBRATIONS`) is no file: it has the fingerprint of the artifact that it holds for, and
+    its detail is JSON.
     """
 
-    kind: ArtifactKind
+    kind: str  # one of `guards.catalogue.KINDS_OF_ARTIFACTS`
     fingerprint: str
     status: ArtifactStatus
     detail: str  # why it failed, or figures about it
@@ -89,11 +100,27 @@ class StoredSet:
     def artifact(self, kind: str) -> Artifact | None:
         return next((artifact for artifact in self.artifacts if artifact.kind == kind), None)
 
+    @property
+    def made(self) -> SetArtifacts:
+        """What guards can act by.
+
+        Also what the engine needs and is not ready: a plan that names it closes its rows. Vectors that are not ready count as
+        missing, which closes requests where anything would be judged by them.
+        """
+        files = [each for each in self.artifacts if each.kind not in CALIBRATIONS]
+        usable = {each.kind: each.fingerprint for each in files if each.status == "ready" or guard_of(each.kind).entry is not None}
+        measured = {
+            each.kind: json.loads(each.detail)
+            for each in self.artifacts
+            if each.kind in CALIBRATIONS and each.fingerprint in usable.values()
+        }
+        return SetArtifacts(self.name, usable, measured)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
     id: str
-    scope: Scope
+    scope: KeyScope
     label: str
     created_at: str
     limits: Limits

@@ -10,13 +10,17 @@ from datetime import datetime
 from typing import Literal
 
 from guards.errors import InvalidPolicy
-from guards.policy import DEFAULT_ALPHA, DEFAULT_CORRUPTION, DEFAULT_SAID, DEFAULT_THRESHOLD, Policy
-from guards.types import Contrast, Plan, Steer, TextPlan
+from guards.kinds import SetArtifacts
+from guards.policy import Policy
+from guards.suppression.declaration import Suppress
+from guards.text_plan import TextPlan
+from guards.types import ArtifactRef, Plan
 from serve.clock import never_back
 from serve.experiment import Experiment
+from serve.registry.plans import plan_of, text_plan_of
 
-Scope = Literal["chat", "compare", "admin"]
-SCOPES: dict[Scope, frozenset[Scope]] = {
+KeyScope = Literal["chat", "compare", "admin"]
+SCOPES: dict[KeyScope, frozenset[KeyScope]] = {
     "chat": frozenset({"chat"}),
     "compare": frozenset({"chat", "compare"}),
     "admin": frozenset({"chat", "compare", "admin"}),
@@ -39,7 +43,7 @@ class Caller:
     """Who sent a request."""
 
     name: str
-    scopes: frozenset[Scope]
+    scopes: frozenset[KeyScope]
     limits: Limits = Limits()
 
     @property
@@ -57,16 +61,8 @@ LOOPBACK = Caller("loopback", SCOPES["admin"])
 class Key:
     id: str
     digest: str  # sha256 of the secret
-    scope: Scope
+    scope: KeyScope
     limits: Limits = Limits()
-
-
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """Cosines from which similarity is a hit."""
-
-    asked: float = DEFAULT_THRESHOLD  # of a conversation
-    said: float = DEFAULT_SAID  # of a passage of an answer
 
 
 @dataclass(frozen=True)
@@ -74,133 +70,18 @@ class Snapshot:
     """What is in force at one revision."""
 
     revision: int
-    enabled: Mapping[str, str | None]  # enabled forget set -> fingerprint of its compiled phrases; None without phrases
+    sets: Mapping[str, SetArtifacts]  # enabled forget set -> what was made from it
     policies: Mapping[str, Policy]
     keys: tuple[Key, ...]
-    assistants: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its assistant
-    steering: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # enabled forget set -> method -> fingerprint
-    alphas: Mapping[str, float] = field(default_factory=dict)  # assistant -> its calibrated strength
-    similarity: Mapping[str, str] = field(default_factory=dict)  # enabled forget set -> fingerprint of its vectors
-    thresholds: Mapping[str, Thresholds] = field(default_factory=dict)  # vectors -> their calibrated thresholds
-    corruptions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # vectors -> kind -> its calibrated strength
     experiments: tuple[Experiment, ...] = ()  # those that run
     head: str = ""  # hash of the audit row that made the revision
     plans: Mapping[str, Plan] = field(init=False)  # policy -> plan
-    text_plans: Mapping[str, TextPlan | None] = field(init=False)  # policy -> what similarity does; None = nothing
+    text_plans: Mapping[str, TextPlan | None] = field(init=False)  # policy -> what is judged of texts; None = nothing
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "plans", {name: self._plan(policy) for name, policy in self.policies.items()})
-        object.__setattr__(self, "text_plans", {name: self._text_plan(policy) for name, policy in self.policies.items()})
-
-    def forget_sets_of(self, policy: Policy) -> list[str]:
-        """The sets that act on a request under this policy."""
-        plan = self._plan(policy)
-        acting = {
-            *plan.suppression,
-            *(each.assistant for each in plan.contrast),
-            *(each.artifact for each in plan.steering),
-        }
-        text = self._text_plan(policy)
-        judged = set(text.sets.values()) if text is not None and (text.acts or text.corrupt is not None) else set()
-
-        def made(name: str) -> set[str | None]:
-            return {self.enabled[name], self.assistants.get(name), *self.steering.get(name, {}).values()}
-
-        return [name for name in self._chosen(policy) if name in judged or made(name) & acting]
-
-    def notes(self, policy: Policy) -> list[str]:
-        """What a policy does not do and its author may expect: one sentence for each enabled set that it chooses."""
-        acting, gate = self.forget_sets_of(policy), policy.guards.gate
-        if (
-            not policy.guards.suppression.enabled
-            and not policy.guards.contrast.enabled
-            and not policy.guards.steering
-            and gate is None
-            and not policy.guards.stream
-        ):
-            return []  # meant to do nothing
-        found = [f"nothing under this policy acts on forget set {name!r}" for name in self._chosen(policy) if name not in acting]
-        if gate is not None and gate.enabled and gate.on_hit == "engage":
-            plan, corrupts = self._plan(policy), policy.guards.corrupt is not None and policy.guards.corrupt.enabled
-            engaged = {*(each.assistant for each in plan.contrast), *(each.artifact for each in plan.steering)}
-            found += [
-                f"the gate has no contrast to engage for {name!r}"
-                for name in self._chosen(policy)
-                if not corrupts and not {self.assistants.get(name), *self.steering.get(name, {}).values()} & engaged
-            ]
-        for each in policy.guards.steering:
-            found += [
-                f"forget set {name!r} has no artifact by {each.method}; make one with `lethe train {name} --method {each.method}`"
-                for name in self._chosen(policy)
-                if each.enabled and each.method not in self.steering.get(name, {})
-            ]
-        return found
-
-    def _chosen(self, policy: Policy) -> list[str]:
-        return sorted(self.enabled if policy.forget_sets == "enabled" else set(policy.forget_sets) & set(self.enabled))
-
-    def _plan(self, policy: Policy) -> Plan:
-        suppression, contrast = policy.guards.suppression, policy.guards.contrast
-        chosen = self._chosen(policy)
-        phrases = {self.enabled[name] for name in chosen if suppression.enabled}
-        assistants = {self.assistants[name] for name in chosen if name in self.assistants}
-
-        def alpha(assistant: str) -> float:
-            return self.alphas.get(assistant, DEFAULT_ALPHA) if contrast.alpha is None else contrast.alpha
-
-        return Plan(
-            self.revision,
-            policy.name,
-            tuple(sorted(name for name in phrases if name is not None)),
-            tuple(
-                Contrast(assistant, contrast.rule, alpha(assistant), contrast.margin, contrast.plausibility)
-                for assistant in sorted(assistants)
-                if contrast.enabled and alpha(assistant) > 0  # strength 0 is no guard, so it costs nothing either
-            ),
-            tuple(
-                sorted(
-                    {
-                        Steer(self.steering[name][each.method], each.strength)
-                        for name in chosen
-                        for each in policy.guards.steering
-                        if each.enabled and each.method in self.steering.get(name, {})
-                    },
-                    key=lambda each: each.artifact,
-                )
-            ),
-        )
-
-    def _text_plan(self, policy: Policy) -> TextPlan | None:
-        gate, stream = policy.guards.gate, policy.guards.stream
-        gate, stream = gate if gate and gate.enabled else None, stream if stream and stream.enabled else None
-        if gate is None and stream is None:
-            return None
-        asked: dict[str, float] = {}
-        said: dict[str, float] = {}
-        assistants: dict[str, tuple[str, ...]] = {}
-        sets: dict[str, str] = {}
-        strengths: dict[str, float] = {}
-        missing: list[str] = []
-        corrupt = policy.guards.corrupt if policy.guards.corrupt and policy.guards.corrupt.enabled else None
-        for name in self._chosen(policy):
-            if (vectors := self.similarity.get(name)) is None:
-                missing.append(name)  # its contrast then engages always
-                continue
-            fitted = self.thresholds.get(vectors, Thresholds())
-            sets[vectors] = name
-            if gate is not None:
-                asked[vectors] = fitted.asked if gate.threshold is None else gate.threshold
-            if stream is not None:
-                said[vectors] = fitted.said if stream.threshold is None else stream.threshold
-            engages = [*([self.assistants[name]] if name in self.assistants else []), *self.steering.get(name, {}).values()]
-            if engages:
-                assistants[vectors] = (*assistants.get(vectors, ()), *engages)
-            if corrupt is not None:
-                calibrated = self.corruptions.get(vectors, {}).get(corrupt.kind, DEFAULT_CORRUPTION[corrupt.kind])
-                strengths[vectors] = calibrated if corrupt.strength is None else corrupt.strength
-        if not sets and not missing:
-            return None
-        return TextPlan(gate, stream, asked, said, assistants, sets, tuple(missing), corrupt, strengths)
+        plans = {name: plan_of(policy, self.sets, self.revision) for name, policy in self.policies.items()}
+        object.__setattr__(self, "plans", plans)
+        object.__setattr__(self, "text_plans", {name: text_plan_of(policy, self.sets) for name, policy in self.policies.items()})
 
     @property
     def vectors(self) -> list[str]:
@@ -208,15 +89,14 @@ class Snapshot:
         return sorted({each for plan in self.text_plans.values() if plan is not None for each in plan.sets})
 
     @property
-    def fingerprints(self) -> list[str]:
-        """Every artifact of compiled phrases that a plan of this snapshot may name."""
-        return sorted({fingerprint for plan in self.plans.values() for fingerprint in plan.suppression})
+    def artifacts(self) -> list[ArtifactRef]:
+        """Every artifact that a plan of this snapshot may name, for the engine."""
+        return sorted({artifact for plan in self.plans.values() for artifact in plan.artifacts})
 
     @property
-    def trained_fingerprints(self) -> list[str]:
-        """Every assistant and steering artifact that a plan of this snapshot may name."""
-        assistants = {each.assistant for plan in self.plans.values() for each in plan.contrast}
-        return sorted(assistants | {each.artifact for plan in self.plans.values() for each in plan.steering})
+    def phrases(self) -> list[str]:
+        """Those of them that are compiled phrases, which this process reads as well."""
+        return sorted({name for plan in self.plans.values() for name in plan.artifacts_of(Suppress)})
 
     def plan(self, policy: str) -> Plan:
         """The plan for a request under this policy.

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 
-from guards.forget_set import ForgetSet
-from guards.policy import BUILT_IN, DEFAULT, METHODS, Policy
+from guards.catalogue import CALIBRATIONS, TRAINED
+from guards.forget_set import ForgetSet, describe_validation
+from guards.kinds import SetArtifacts
+from guards.policy import BUILT_IN, DEFAULT, Policy
 from serve.experiment import Experiment
 from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, first_broken, seal
 from serve.registry.models import (
     STRIPPED,
-    TRAINED,
     Artifact,
-    ArtifactKind,
     InUse,
     NameTaken,
     NotReady,
@@ -35,10 +36,12 @@ from serve.registry.models import (
     StoredSet,
     Stripped,
     UnknownName,
+    UnreadablePolicy,
     now,
 )
+from serve.registry.plans import enforcing, judging
 from serve.registry.position import Mark, Position
-from serve.registry.snapshot import Key, Limits, Scope, Snapshot, Thresholds, digest_secret
+from serve.registry.snapshot import Key, KeyScope, Limits, Snapshot, digest_secret
 from serve.sqlite import READING, StorageFault, open_database
 
 
@@ -145,52 +148,14 @@ class Registry:
         with self.reading() as connection:
             self._check_history(connection)
             position = self._position_of(connection)
-            enabled: dict[str, str | None] = {}
-            assistants: dict[str, str] = {}
-            alphas: dict[str, float] = {}
-            steering: dict[str, dict[str, str]] = {}
-            similarity: dict[str, str] = {}
-            thresholds: dict[str, Thresholds] = {}
-            corruptions: dict[str, dict[str, float]] = {}
-            for stored in self.stored_sets(connection):
-                if stored.enabled:
-                    phrases = stored.artifact("phrases")
-                    enabled[stored.name] = None if phrases is None else phrases.fingerprint
-                    made: dict[str, str] = {
-                        artifact.kind: artifact.fingerprint for artifact in stored.artifacts if artifact.kind in METHODS
-                    }
-                    if made:
-                        steering[stored.name] = made
-                    if assistant := stored.artifact("assistant"):
-                        assistants[stored.name] = assistant.fingerprint
-                        calibration = stored.artifact("calibration")
-                        if calibration is not None and calibration.fingerprint == assistant.fingerprint:
-                            alphas[assistant.fingerprint] = json.loads(calibration.detail)["strength"]
-                    vectors = stored.artifact("similarity")
-                    if vectors is not None and vectors.status == "ready":
-                        similarity[stored.name] = vectors.fingerprint
-                        fitted = stored.artifact("gate")
-                        if fitted is not None and fitted.fingerprint == vectors.fingerprint:
-                            found = json.loads(fitted.detail)
-                            thresholds[vectors.fingerprint] = Thresholds(found["threshold"], found["said_threshold"])
-                        corruption = stored.artifact("corruption")
-                        if corruption is not None and corruption.fingerprint == vectors.fingerprint:
-                            kinds = json.loads(corruption.detail)
-                            corruptions[vectors.fingerprint] = {kind: found["strength"] for kind, found in kinds.items()}
             keys = connection.execute(sa.select(tables.keys)).mappings()
             self._note(position)
             return Snapshot(
                 revision=position.revision,
                 head=position.head,
-                enabled=enabled,
+                sets={stored.name: stored.made for stored in self.stored_sets(connection) if stored.enabled},
                 policies=self.policies_of(connection),
                 keys=tuple(Key(row["id"], row["digest"], row["scope"], _limits(row)) for row in keys),
-                assistants=assistants,
-                alphas=alphas,
-                steering=steering,
-                similarity=similarity,
-                thresholds=thresholds,
-                corruptions=corruptions,
                 experiments=tuple(experiments_of(connection)),
             )
 
@@ -219,7 +184,7 @@ class Registry:
             note = "; trained on earlier content"
             trained = [each for each in stored.artifacts if each.kind in TRAINED]
             artifacts = [*artifacts, *(replace(each, detail=each.detail.removesuffix(note) + note) for each in trained)]
-            artifacts = [*artifacts, *(each for each in stored.artifacts if each.kind in ("calibration", "corruption", "gate"))]
+            artifacts = [*artifacts, *(each for each in stored.artifacts if each.kind in CALIBRATIONS)]
             values = {"header": _summary(content), "content": content.model_dump_json(), "updated_at": now()}
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == content.name).values(values))
             connection.execute(tables.artifacts.delete().where(tables.artifacts.c.set_name == content.name))
@@ -265,8 +230,7 @@ class Registry:
 
         Raises:
             UnknownName: there is no such set.
-            NotReady: it has expired, or nothing would enforce it: neither phrases nor an assistant, or the phrases are building
-                or failed.
+            NotReady: it has expired, no policy would enforce it, or something that would is building or failed.
         """
         with self.changing() as connection:
             stored = self._stored_set(connection, name)
@@ -274,26 +238,24 @@ class Registry:
                 return self.revision_of(connection)
             if stored.expired:
                 raise NotReady(f"forget set {name!r} expired at {stored.header['expires_at']}; replace it with a later expires_at")
+            policies = self.policies_of(connection).values()
+            enforced_by = enforcing(policies, stored.made)
+            judged = judging(policies, name)
+            if judged and enforced_by and "similarity" not in stored.made.artifacts:
+                raise NotReady(
+                    f"the similarity of forget set {name!r} is {_state(stored.artifact('similarity'))}, and {', '.join(judged)} "
+                    "would judge by it, so that all their requests would be refused; wait for status 'ready', or PUT the set again"
+                )
             phrases = stored.artifact("phrases")
-            trained = stored.artifact("assistant") is not None or self._steered(connection, stored)
-            acting = self._acting(connection, stored)
-            vectors = stored.artifact("similarity")
-            embedded = vectors is not None and vectors.status == "ready"
-            if acting and (stored.header["phrases"] or trained) and not embedded:
-                state = "not built" if vectors is None else f"{vectors.status} {vectors.detail}".strip()
-                raise NotReady(
-                    f"the similarity of forget set {name!r} is {state}, and {', '.join(acting)} would judge by it, so that "
-                    "all their requests would be refused; wait for status 'ready', or PUT the set again"
-                )
-            if not stored.header["phrases"] and not trained and not (acting and embedded):
-                raise NotReady(
-                    f"forget set {name!r} has neither phrases nor an assistant, so nothing would enforce it; "
-                    f"add phrases, train its assistant (`lethe train {name}`), or put a policy that steers by what it has, that "
-                    "refuses by its gate or has a stream filter (the set's similarity must be 'ready' for the last two)"
-                )
             if stored.header["phrases"] and (phrases is None or phrases.status != "ready"):
-                state = "not built yet" if phrases is None else f"{phrases.status} {phrases.detail}".strip()
+                state = _state(phrases)
                 raise NotReady(f"the phrases of forget set {name!r} are {state}; wait for status 'ready', or PUT the set again")
+            if not enforced_by:
+                raise NotReady(
+                    f"no policy would enforce forget set {name!r} as it is: add phrases, train it (`lethe train {name}`), "
+                    "or put a policy that steers by what it has, that refuses by its gate or has a stream filter (the set's "
+                    "similarity must be 'ready' for the last two); `lethe policy list` shows the policies"
+                )
             connection.execute(tables.forget_sets.update().where(tables.forget_sets.c.name == name).values(enabled_at=now()))
             return self.append(connection, actor, "forget_set.enable", name, _enforced_by(stored))
 
@@ -350,7 +312,7 @@ class Registry:
                 raise NotReady(f"forget set {name!r} has no {what} to calibrate; {how}")
             if measured not in (None, artifact.fingerprint):
                 raise NotReady(f"forget set {name!r} got another {what} while this one was measured; calibrate again")
-            kind: ArtifactKind = "calibration" if corrupt is None else "corruption"
+            kind = "calibration" if corrupt is None else "corruption"
             detail = {**evidence, "strength": strength}
             if corrupt is not None:  # one for each kind, as long as the vectors are the same
                 earlier = stored.artifact(kind)
@@ -365,7 +327,7 @@ class Registry:
 
         Args:
             vectors: the similarity artifact that was measured.
-            fitted: has ``threshold`` and ``said_threshold``.
+            fitted: has ``threshold`` and ``stream_threshold``.
 
         Raises:
             UnknownName: there is no such set.
@@ -376,7 +338,7 @@ class Registry:
             if artifact is None or artifact.fingerprint != vectors:
                 raise NotReady(f"forget set {name!r} was replaced while its gate was calibrated; calibrate again")
             self._put_artifact(connection, name, Artifact("gate", vectors, "ready", json.dumps(fitted), now()))
-            kept = {key: fitted[key] for key in ("threshold", "said_threshold", "epsilon", "delta", "positives", "negatives")}
+            kept = {key: fitted[key] for key in ("threshold", "stream_threshold", "epsilon", "delta", "positives", "negatives")}
             return self.append(connection, actor, "forget_set.gate", name, kept)
 
     def record_artifact(self, name: str, content_fingerprint: str, artifact: Artifact) -> bool:
@@ -413,7 +375,7 @@ class Registry:
                 raise UnknownName(f"there is no policy {name!r} to delete; {hint}")
             return self.append(connection, actor, "policy.reset" if name == DEFAULT else "policy.delete", name, {})
 
-    def create_key(self, scope: Scope, label: str, *, actor: str, limits: Limits | None = None) -> tuple[str, str]:
+    def create_key(self, scope: KeyScope, label: str, *, actor: str, limits: Limits | None = None) -> tuple[str, str]:
         """Make a key. Returns its id and its secret; the secret is not stored and cannot be shown again."""
         secret = f"lethe-{secrets.token_urlsafe(32)}"
         key_id = f"key-{secrets.token_hex(4)}"
@@ -472,22 +434,10 @@ class Registry:
         last = connection.execute(sa.select(*columns).order_by(tables.audit.c.revision.desc()).limit(1)).first()
         return Position(0, GENESIS) if last is None else Position(*last)
 
-    def judged(self, stored: StoredSet) -> bool:
-        """Whether some policy acts on a set by similarity or by steering alone."""
+    def enforced(self, made: SetArtifacts) -> bool:
+        """Whether some policy would do anything for a set of which this was made."""
         with self.reading() as connection:
-            return bool(self._acting(connection, stored)) or self._steered(connection, stored)
-
-    def _steered(self, connection: sa.Connection, stored: StoredSet) -> bool:
-        """Whether some policy would steer by what was made of a set."""
-        made: dict[str, str] = {each.kind: each.fingerprint for each in stored.artifacts if each.kind in METHODS}
-        assumed = Snapshot(0, {stored.name: None}, self.policies_of(connection), (), steering={stored.name: made})
-        return any(plan.steering for plan in assumed.plans.values())
-
-    def _acting(self, connection: sa.Connection, stored: StoredSet) -> list[str]:
-        """The policies that would act on a set by similarity."""
-        policies = self.policies_of(connection)
-        assumed = Snapshot(0, {stored.name: None}, policies, (), similarity={stored.name: "any"})
-        return sorted(name for name, policy in policies.items() if assumed.forget_sets_of(policy))
+            return bool(enforcing(self.policies_of(connection).values(), made))
 
     @staticmethod
     def revision_of(connection: sa.Connection) -> int:
@@ -528,7 +478,15 @@ class Registry:
     @staticmethod
     def policies_of(connection: sa.Connection) -> dict[str, Policy]:
         """All policies, built in and stored."""
-        stored = {p.name: p for p in map(Policy.model_validate_json, connection.scalars(sa.select(tables.policies.c.content)))}
+        stored = {}
+        for name, content in connection.execute(sa.select(tables.policies.c.name, tables.policies.c.content)):
+            try:
+                stored[name] = Policy.model_validate_json(content)
+            except ValidationError as error:
+                raise UnreadablePolicy(
+                    f"policy {name!r} cannot be read: {'; '.join(describe_validation(error))}; install the guard that it "
+                    "names, or the release that wrote it"
+                ) from None
         return BUILT_IN | stored
 
     @staticmethod
@@ -596,6 +554,10 @@ def _upgrade(connection: sa.Connection) -> None:
             same = calibrations & (tables.artifacts.c.set_name == row["set_name"])
             connection.execute(tables.artifacts.update().where(same).values(detail=json.dumps(detail)))
     connection.execute(tables.schema.update().values(version=tables.SCHEMA))
+
+
+def _state(artifact: Artifact | None) -> str:
+    return "not built" if artifact is None else f"{artifact.status} {artifact.detail}".strip()
 
 
 def _enforced_by(stored: StoredSet) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def gate_of(names: Sequence[str]) -> Gate:
 
 def asked(gate: Gate, text: str) -> set[str]:
     """The names that the gate finds in a prompt."""
-    return {verdict.owner for verdict in gate.asked([text], dict.fromkeys(gate.loaded, 2.0)).named}
+    return {verdict.owner for verdict in gate.read_conversation([text], dict.fromkeys(gate.loaded, 2.0)).named}
 
 
 def said(gate: Gate, text: str) -> set[str]:
@@ -66,7 +66,7 @@ def said(gate: Gate, text: str) -> set[str]:
     for i, character in enumerate(text):
         held.add(character, [Token(i, character.encode())], finished=i == len(text) - 1)
         while (passage := held.passage()) is not None:
-            found |= {verdict.owner for verdict in gate.spoken(passage, dict.fromkeys(gate.loaded, 2.0)).named}
+            found |= {verdict.owner for verdict in gate.read_passage(passage, dict.fromkeys(gate.loaded, 2.0)).named}
             held.passed()
     return found
 

@@ -79,7 +79,7 @@ def gate_times(prompts: int, progress: Progress) -> dict[str, float]:
         for _ in range(prompts):
             prompt = "".join(sentence(generator) for _ in range(length))
             started = time.perf_counter()
-            encoder.embed(gate.asked([prompt], {}).texts)
+            encoder.embed(gate.read_conversation([prompt], {}).texts)
             times.append(1_000 * (time.perf_counter() - started))
             progress.advance(task)
         found[name] = round(statistics.median(times), 1)

@@ -20,8 +20,9 @@ from rich.progress import Progress
 from guards.base_model import describe_base
 from guards.forget_set import ForgetSet
 from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
+from guards.types import ArtifactRef
 from serve.default_model import default_model
-from serve.protocol.wire import steering_path
+from serve.protocol.artifacts import artifact_path
 from serve.registry.models import Artifact, now
 from serve.registry.store import Registry
 from serve.settings import Settings
@@ -68,7 +69,7 @@ def give_steering(admin: httpx.Client, state: Path, content: ForgetSet, made: di
     """Give a set that is there its artifacts, by method."""
     registry = Registry(state / "lethe.db")
     for method, steering in made.items():
-        path = steering_path(state / "artifacts", steering.fingerprint)
+        path = artifact_path(state / "artifacts", ArtifactRef("steering", steering.fingerprint))
         path.parent.mkdir(parents=True, exist_ok=True)
         steering.save(path)
         artifact = Artifact(method, steering.fingerprint, "ready", "random", now())  # type: ignore[arg-type]

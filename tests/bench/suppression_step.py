@@ -26,6 +26,7 @@ from guards.suppression.mask import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan, Rows
 from serve.protocol.vocabulary import vocabulary_of
+from tests.plans import suppress, suppression_guard
 
 CHINESE = "今天的天气非常好我们一起去公园散步看看花草树木然后回家做饭吃晚餐"
 
@@ -83,10 +84,9 @@ def main() -> None:
         started = time.perf_counter()
         artifact = compile_phrases(phrases_of(vocabulary, count, 1), vocabulary)
         seconds = time.perf_counter() - started
-        guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-        guard.load([artifact])
+        guard = suppression_guard(vocabulary, artifact)
         for kind in ("english", "much white space", "chinese bytes"):
-            plans = [Plan(1, "p", (artifact.fingerprint,))]
+            plans = [Plan(1, "p", suppress(artifact.fingerprint))]
             figures = [
                 step_ms(guard, texts_of(vocabulary, kind, rows, guard.window_tokens), plans, options.turns) for rows in options.rows
             ]

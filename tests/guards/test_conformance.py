@@ -7,25 +7,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from guards.contrastive.declaration import Contrast
 from guards.contrastive.guard import ContrastGuard
 from guards.contrastive.rules import RULES
+from guards.steering.declaration import Steer
 from guards.steering.guard import SteeringGuard
 from guards.suppression.automaton import compile_phrases
-from guards.suppression.mask import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import BOUNDARY, AssistantLines, Contrast, LogitsGuard, Plan, Rows, Steer
+from guards.types import BOUNDARY, AssistantLines, LogitsGuard, Plan, Rows
 from tests.guards.test_contrastive import an_assistant
+from tests.plans import suppress, suppression_guard
 
 VOCABULARY = Vocabulary([bytes([i]) for i in range(97, 117)] + [b"ab", b"bc", b"<end>"], special_ids=[22])
 WINDOW = 64
 
 
 def suppression() -> tuple[LogitsGuard, list[Plan]]:
-    guard = SuppressionGuard(VOCABULARY, torch.device("cpu"))
+    guard = suppression_guard(VOCABULARY)
     short, long = compile_phrases(["ab", "d"], VOCABULARY), compile_phrases(["bcab", "abcabc"], VOCABULARY)
-    guard.load([short, long])
+    guard.load({each.fingerprint: each for each in (short, long)})
     both = (short.fingerprint, long.fingerprint)
-    return guard, [Plan(1, "one", both[:1]), Plan(1, "both", both), Plan(1, "nothing"), Plan(1, "closed", ("missing",))]
+    return guard, [
+        Plan(1, "one", suppress(*both[:1])),
+        Plan(1, "both", suppress(*both)),
+        Plan(1, "nothing"),
+        Plan(1, "closed", suppress("missing")),
+    ]
 
 
 def contrast() -> tuple[LogitsGuard, list[Plan]]:
@@ -33,17 +40,16 @@ def contrast() -> tuple[LogitsGuard, list[Plan]]:
     guard = ContrastGuard(torch.from_numpy(VOCABULARY.lengths > 0))
     guard.load({"whole": an_assistant("whole"), "difference": an_assistant("difference")})
     by_rule = [
-        Plan(1, rule, contrast=(Contrast("difference", rule, 1.5, 0.5, 0.1), Contrast("whole", rule, 0.7, 1.0, 0.01)))
-        for rule in RULES
+        Plan(1, rule, (Contrast("difference", rule, 1.5, 0.5, 0.1), Contrast("whole", rule, 0.7, 1.0, 0.01))) for rule in RULES
     ]
-    off = Plan(1, "off", contrast=(Contrast("whole", "uld", 0.0, 1.0, 0.5),))
-    return guard, [by_rule[0], by_rule[1], off, Plan(1, "closed", contrast=(Contrast("missing", "uld", 1, 1, 0.1),)), *by_rule[2:]]
+    off = Plan(1, "off", (Contrast("whole", "uld", 0.0, 1.0, 0.5),))
+    return guard, [by_rule[0], by_rule[1], off, Plan(1, "closed", (Contrast("missing", "uld", 1, 1, 0.1),)), *by_rule[2:]]
 
 
 def steering() -> tuple[LogitsGuard, list[Plan]]:
     """Closes what should have been steered and was not; touches nothing else."""
-    guard = SteeringGuard(torch.from_numpy(VOCABULARY.lengths > 0), lambda plan: plan.steering[0].artifact == "loaded")
-    loaded, missing = (Plan(1, name, steering=(Steer(name, 1.0),)) for name in ("loaded", "missing"))
+    guard = SteeringGuard(torch.from_numpy(VOCABULARY.lengths > 0), lambda plan: plan.of(Steer)[0].artifact == "loaded")
+    loaded, missing = (Plan(1, name, (Steer(name, 1.0),)) for name in ("loaded", "missing"))
     return guard, [loaded, missing, Plan(1, "nothing"), loaded]
 
 
@@ -72,7 +78,9 @@ def steps(draw: st.DrawFn) -> tuple[LogitsGuard, list[Plan], torch.Tensor, Rows]
     histories = draw(st.lists(st.lists(st.integers(0, 22), max_size=9), min_size=count, max_size=count))
     suffix = torch.tensor([([BOUNDARY] * WINDOW + history)[-WINDOW:] for history in histories])
     plan = torch.tensor(draw(st.lists(st.integers(-1, len(plans) - 1), min_size=count, max_size=count)))
-    pairs = [(row, nth) for row, number in enumerate(plan.tolist()) if number >= 0 for nth in range(len(plans[number].contrast))]
+    pairs = [
+        (row, nth) for row, number in enumerate(plan.tolist()) if number >= 0 for nth in range(len(plans[number].of(Contrast)))
+    ]
     said = torch.randn(len(pairs), VOCABULARY.size, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) * 5
     row, nth = (torch.tensor([pair[part] for pair in pairs], dtype=torch.int64) for part in (0, 1))
     return guard, plans, logits, Rows(plan, suffix, AssistantLines(row, nth, said))

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from guards.base_model import BaseModel, describe_base
 from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
+from guards.contrastive.declaration import Contrast
 from guards.contrastive.guard import ContrastGuard
 from guards.contrastive.rules import IMPLAUSIBLE_SHIFT, RULES, subtract_assistants
 from guards.errors import InvalidArtifact, InvalidPolicy, VocabularyMismatch
 from guards.policy import parse_policy
-from guards.types import AssistantLines, Contrast, Plan, Rows
+from guards.types import AssistantLines, Plan, Rows
 from tests import reference
 
 BASE = BaseModel(fingerprint="f" * 64, layers=6, hidden_size=8, vocabulary=32)
@@ -117,7 +118,7 @@ def test_an_engaged_row_for_which_not_every_assistant_spoke_may_produce_no_text(
     has_text = torch.tensor([True] * 6 + [False])
     guard = ContrastGuard(has_text)
     guard.load({"a": an_assistant(), "b": an_assistant()})
-    both = Plan(1, "p", contrast=(Contrast("a", "uld", 1, 1, 0.1), Contrast("b", "uld", 1, 1, 0.1)))
+    both = Plan(1, "p", (Contrast("a", "uld", 1, 1, 0.1), Contrast("b", "uld", 1, 1, 0.1)))
     lines = AssistantLines(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), torch.zeros(3, 7))
     result = guard.apply(torch.zeros(3, 7), Rows(torch.tensor([0, 0, -1]), torch.zeros(3, 1, dtype=torch.int64), lines), [both])
     assert (result[0] > -1e6).all()
@@ -129,7 +130,7 @@ def test_an_engaged_row_for_which_not_every_assistant_spoke_may_produce_no_text(
 def test_a_row_whose_assistant_said_nonsense_is_closed_and_no_other() -> None:
     guard = ContrastGuard(torch.tensor([True] * 6 + [False]))
     guard.load({"a": an_assistant()})
-    plan = Plan(1, "p", contrast=(Contrast("a", "uld", 1, 1, 0.1),))
+    plan = Plan(1, "p", (Contrast("a", "uld", 1, 1, 0.1),))
     said = torch.zeros(2, 7)
     said[0, 3] = math.nan
     lines = AssistantLines(torch.tensor([0, 1]), torch.tensor([0, 0]), said)

@@ -86,7 +86,7 @@ def test_what_a_text_decodes_to_is_read_and_its_place_is_known(hidden: str) -> N
 )
 def test_a_name_in_a_turned_text_has_its_place(hidden: str) -> None:
     text = f"Please decode: {hidden}. For me"
-    (verdict,) = GATE.asked([text], {"Harry Potter": 2.0}).named
+    (verdict,) = GATE.read_conversation([text], {"Harry Potter": 2.0}).named
     assert text.index(hidden) <= verdict.start < verdict.end <= text.index(hidden) + len(hidden)
     assert "shift" in verdict.how or "backwards" in verdict.how
 
@@ -118,7 +118,7 @@ def test_long_ordinary_prompts_are_read() -> None:
     passages = " ".join(base64.b64encode(f"file number {i}".encode()).decode() for i in range(70))
     for text in (f"data:image/png;base64,{picture}", logs, rows, passages):
         assert readings(text)[0].text == text
-        assert not GATE.asked([text], {"Harry Potter": 2.0}).named
+        assert not GATE.read_conversation([text], {"Harry Potter": 2.0}).named
 
 
 def test_a_name_across_the_lines_of_wrapped_base64_is_read() -> None:
@@ -181,7 +181,7 @@ def test_no_text_takes_forever_to_read(text: str) -> None:
     try:
         assert readings(text[:4_000]) and Clauses().feed(text[:8_000]) is not None
         windows([text])
-        GATE.spoken(text[:4_000], {"Harry Potter": 2.0})
+        GATE.read_passage(text[:4_000], {"Harry Potter": 2.0})
     except TooMuchToRead:
         pass
     GATE.open_from(text)

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guards.measure.bounds import upper_bound
-from guards.similarity.calibrate import HIGHEST_SAID, LOWEST_SAID, TooFewExamples, error_curves, fit_said, fit_threshold
+from guards.similarity.calibrate import (
+    HIGHEST_STREAM,
+    LOWEST_STREAM,
+    TooFewExamples,
+    error_curves,
+    fit_stream_threshold,
+    fit_threshold,
+)
 
 scores = st.lists(st.floats(-1, 1), min_size=20, max_size=120)
 
@@ -79,16 +86,16 @@ def test_names_in_other_prompts_count_as_false_alarms_that_no_threshold_prevents
 
 
 def test_the_stream_threshold_promises_nothing_from_too_few_answers() -> None:
-    few = fit_said([0.5] * 20, delta=0.01, default=0.8)
-    assert few.said_threshold == 0.8 and few.said_delta is None
-    enough = fit_said([0.5] * 98 + [0.7], delta=0.01, default=0.8)
-    assert 0.7 < enough.said_threshold < 0.71 and enough.said_delta == pytest.approx(0.01)
-    assert fit_said([0.1] * 200, delta=0.01, default=0.8).said_threshold == LOWEST_SAID
+    few = fit_stream_threshold([0.5] * 20, delta=0.01, default=0.8)
+    assert few.stream_threshold == 0.8 and few.stream_delta is None
+    enough = fit_stream_threshold([0.5] * 98 + [0.7], delta=0.01, default=0.8)
+    assert 0.7 < enough.stream_threshold < 0.71 and enough.stream_delta == pytest.approx(0.01)
+    assert fit_stream_threshold([0.1] * 200, delta=0.01, default=0.8).stream_threshold == LOWEST_STREAM
 
 
 def test_an_answer_about_others_that_says_the_same_does_not_switch_the_filter_off() -> None:
-    fitted = fit_said([0.3] * 99 + [1.0], delta=0.01, default=0.8)
-    assert fitted.said_threshold == HIGHEST_SAID and fitted.said_delta is not None and fitted.said_delta > 0.01
+    fitted = fit_stream_threshold([0.3] * 99 + [1.0], delta=0.01, default=0.8)
+    assert fitted.stream_threshold == HIGHEST_STREAM and fitted.stream_delta is not None and fitted.stream_delta > 0.01
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from guards.forget_set import ForgetSet, Question
-from guards.policy import DEFAULT_SAID, DEFAULT_THRESHOLD
+from guards.similarity.declaration import DEFAULT_GATE_THRESHOLD, DEFAULT_STREAM_THRESHOLD
 from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import Encoder, EncoderUnavailable, fingerprint
 from guards.similarity.gate import Gate, Verdict
@@ -55,12 +55,12 @@ class Asked:
             sets[content.name] = entries.embedded(self.encoder.embed([*entries.asked, *entries.said]), self.encoder.fingerprint)
         self.gate.load(sets)
 
-    def touched(self, *turns: str, threshold: float = DEFAULT_THRESHOLD) -> set[str]:
-        question = self.gate.asked(turns, dict.fromkeys(("author", "other"), threshold))
+    def touched(self, *turns: str, threshold: float = DEFAULT_GATE_THRESHOLD) -> set[str]:
+        question = self.gate.read_conversation(turns, dict.fromkeys(("author", "other"), threshold))
         return {verdict.owner for verdict in self.gate.answer(question, self.encoder.embed(question.texts))}
 
     def said(self, passage: str) -> list[Verdict]:
-        question = self.gate.spoken(passage, dict.fromkeys(("author", "other"), DEFAULT_SAID))
+        question = self.gate.read_passage(passage, dict.fromkeys(("author", "other"), DEFAULT_STREAM_THRESHOLD))
         return self.gate.answer(question, self.encoder.embed(question.texts))
 
 
@@ -127,10 +127,10 @@ def test_a_phrase_in_an_answer_is_found_with_its_place(asked: Asked) -> None:
 
 
 def test_a_name_is_reported_before_a_similarity_and_only_for_the_sets_that_were_asked_about(asked: Asked) -> None:
-    question = asked.gate.asked(["Where was Orsolya Vendt born?"], {"author": 0.5})
+    question = asked.gate.read_conversation(["Where was Orsolya Vendt born?"], {"author": 0.5})
     (verdict,) = asked.gate.answer(question, asked.encoder.embed(question.texts))
     assert verdict.signal == "name" and verdict.text == "Orsolya Vendt"
-    question = asked.gate.asked(["Where was Orsolya Vendt born?"], {"other": DEFAULT_THRESHOLD})
+    question = asked.gate.read_conversation(["Where was Orsolya Vendt born?"], {"other": DEFAULT_GATE_THRESHOLD})
     assert asked.gate.answer(question, asked.encoder.embed(question.texts)) == []
 
 
@@ -143,20 +143,20 @@ def test_a_long_clause_does_not_hide_what_it_says(asked: Asked) -> None:
 
 
 def test_a_name_that_special_tokens_cut_in_two_is_found_in_the_whole(asked: Asked) -> None:
-    question = asked.gate.asked(["Who is Orsolya", "Vendt"], {"author": 0.99}, whole="Who is Orsolya Vendt")
+    question = asked.gate.read_conversation(["Who is Orsolya", "Vendt"], {"author": 0.99}, whole="Who is Orsolya Vendt")
     assert [v.signal for v in asked.gate.answer(question, asked.encoder.embed(question.texts))] == ["name"]
 
 
 def test_a_conversation_with_too_many_sentences_is_refused(asked: Asked) -> None:
     with pytest.raises(TooMuchToRead, match="sentences"):
-        asked.gate.asked(["\n".join(f"This is line {i}, which says little." for i in range(5_000))], {"author": 0.5})
+        asked.gate.read_conversation(["\n".join(f"This is line {i}, which says little." for i in range(5_000))], {"author": 0.5})
 
 
 def test_a_set_that_is_not_loaded_is_an_error_and_never_a_miss(asked: Asked) -> None:
     with pytest.raises(EncoderUnavailable, match="not loaded"):
-        asked.gate.asked(["anything"], {"unknown": 0.5})
+        asked.gate.read_conversation(["anything"], {"unknown": 0.5})
     with pytest.raises(EncoderUnavailable, match="not loaded"):
-        asked.gate.spoken("anything", {"unknown": 0.5})
+        asked.gate.read_passage("anything", {"unknown": 0.5})
 
 
 def test_sets_come_and_go_without_touching_the_others() -> None:
@@ -164,7 +164,7 @@ def test_sets_come_and_go_without_touching_the_others() -> None:
     author = asked.gate.vectors("author")
     assert author is not None
     asked.gate.load({"author": author})
-    question = asked.gate.asked(["What is the recipe of Nerian soup?"], {"author": DEFAULT_THRESHOLD})
+    question = asked.gate.read_conversation(["What is the recipe of Nerian soup?"], {"author": DEFAULT_GATE_THRESHOLD})
     assert asked.gate.answer(question, asked.encoder.embed(question.texts)) == []
     asked.gate.load({})
     assert asked.gate.loaded == frozenset()

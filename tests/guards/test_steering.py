@@ -15,10 +15,10 @@ from guards.base_model import BaseModel
 from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet, Question
 from guards.low_rank import LowRank, add_low_rank
-from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
+from guards.steering.artifact import MODULES, DistillationTarget, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import FEWEST, project, steer
 from guards.steering.operators import add_low_rank_, corrupt, redirect
-from guards.steering.train import Lesson, _Adapted, make
+from guards.steering.train import _Adapted, make
 from guards.training import ChatModel, Progress
 from tests.guards.test_contrastive_train import model
 
@@ -170,13 +170,13 @@ def adapter_recipe(**options: object) -> SteeringRecipe:
     return SteeringRecipe(method="adapter", **fields)  # type: ignore[arg-type]
 
 
-def run(tmp_path: Path, recipe: SteeringRecipe, lessons: list[Lesson] | None = None, name: str = "work") -> Steering:
+def run(tmp_path: Path, recipe: SteeringRecipe, targets: list[DistillationTarget] | None = None, name: str = "work") -> Steering:
     directory = tmp_path / "model"
     if not directory.exists():
         model(directory)
     work = tmp_path / name
     work.mkdir(exist_ok=True)
-    return make(directory, FORGET, RETAIN, lessons or [], recipe, work, quietly)
+    return make(directory, FORGET, RETAIN, targets or [], recipe, work, quietly)
 
 
 @pytest.mark.parametrize("method", ["project", "steer"])
@@ -203,19 +203,19 @@ def entropy(tmp_path: Path, made: Steering | None, question: Question) -> float:
     return float(-(logp.exp() * logp).sum(-1).mean())
 
 
-def test_an_adapter_without_lessons_knows_nothing_of_the_set(tmp_path: Path) -> None:
+def test_an_adapter_without_targets_knows_nothing_of_the_set(tmp_path: Path) -> None:
     made = run(tmp_path, adapter_recipe())
     assert made.tensors.keys() == {f"layers.{i}.{module}.{factor}" for i in range(2) for module in MODULES for factor in "AB"}
     before, after = entropy(tmp_path, None, QUESTIONS[0]), entropy(tmp_path, made, QUESTIONS[0])
     assert after > before + 0.3 and made.manifest.metrics["keep_kl"] < 0.2
 
 
-def test_an_adapter_with_lessons_says_what_they_say(tmp_path: Path) -> None:
+def test_an_adapter_with_targets_says_what_they_say(tmp_path: Path) -> None:
     """A policy that always says tokens 9 and 8, then ends."""
     model(tmp_path / "model")
     top = tuple(((token, -0.01), (3, -6.0)) for token in (9, 8, 1))
-    lessons = [Lesson(question=entry.question, tokens=(9, 8, 1), top=top) for entry in FORGET.questions]
-    made = run(tmp_path, adapter_recipe(epochs=120), lessons)
+    targets = [DistillationTarget(question=entry.question, tokens=(9, 8, 1), top=top) for entry in FORGET.questions]
+    made = run(tmp_path, adapter_recipe(epochs=120), targets)
     assert made.manifest.metrics["forget_kl"] < 1.0, "it begins at 4.8"
     chat = ChatModel(tmp_path / "model")
     adapted = _Adapted(chat, adapter_recipe())

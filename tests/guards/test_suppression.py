@@ -19,6 +19,7 @@ from guards.suppression.mask import FARTHEST, SPARE_TOKENS, SuppressionGuard
 from guards.suppression.spelling import is_number
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import BOUNDARY, Plan, Rows
+from tests.plans import suppress, suppression_guard
 from tests.reference import completes, forms, occurrences, symbols_of
 from tests.reference import is_number as twin_of_is_number
 
@@ -95,7 +96,7 @@ def banned(guard: SuppressionGuard, artifact: CompiledPhrases, histories: list[l
     logits = torch.zeros(len(histories), guard.vocabulary.size)
     suffix = torch.tensor([suffix_of(history, guard.window_tokens) for history in histories])
     rows = Rows(plan=torch.zeros(len(histories), dtype=torch.long), suffix=suffix)
-    return (guard.apply(logits, rows, [Plan(1, "p", (artifact.fingerprint,))]) < 0).numpy()
+    return (guard.apply(logits, rows, [Plan(1, "p", suppress(artifact.fingerprint))]) < 0).numpy()
 
 
 def text_of(vocabulary: Vocabulary, token_ids: list[int]) -> bytes:
@@ -109,8 +110,7 @@ def text_of(vocabulary: Vocabulary, token_ids: list[int]) -> bytes:
 def test_exactly_the_tokens_that_complete_a_phrase_are_banned(case: tuple) -> None:
     phrases, vocabulary, history, options = case
     artifact = compile_phrases(phrases, vocabulary, **options)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     before = text_of(vocabulary, history)
     expected = [
         bool(vocabulary.lengths[token]) and completes(before, text_of(vocabulary, [token]), phrases, **options)
@@ -141,8 +141,7 @@ def test_find_reports_every_occurrence(data, letters: str, fold_case: bool, left
 def test_greedy_sampling_of_random_logits_never_spells_a_phrase(case: tuple, seed: int) -> None:
     phrases, vocabulary, _, options = case
     artifact = compile_phrases(phrases, vocabulary, **options)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     rng = np.random.default_rng(seed)
     output: list[int] = []
     for _ in range(12):
@@ -186,8 +185,7 @@ def test_decoding_agrees_with_python_on_any_bytes(text: bytes) -> None:
 def test_text_left_half_said_by_the_prompt_is_not_completed() -> None:
     vocabulary = vocabulary_of([b"ter", b" Pot", b"Harry"])
     artifact = compile_phrases(["Harry Potter"], vocabulary)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     pieces = [SPECIAL + 3, SPECIAL + 2]
     assert banned(guard, artifact, [pieces])[0, SPECIAL + 1]
     # A chat template's token ends the match.
@@ -197,8 +195,7 @@ def test_text_left_half_said_by_the_prompt_is_not_completed() -> None:
 def test_special_tokens_in_the_output_do_not_break_a_phrase_apart() -> None:
     vocabulary = vocabulary_of([b"Har", b"ry"])
     artifact = compile_phrases(["Harry"], vocabulary)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     assert banned(guard, artifact, [[SPECIAL + 1, *[SPECIAL] * SPARE_TOKENS]])[0, SPECIAL + 2]
 
 
@@ -299,16 +296,14 @@ def test_a_path_is_found_after_a_word_also_where_words_count() -> None:
 def test_an_accent_that_drops_out_behind_another_one_at_the_beginning_of_a_token_is_seen() -> None:
     vocabulary = vocabulary_of(["\u0323\u0307x".encode()])
     artifact = compile_phrases(["i\u0323x"], vocabulary)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     assert artifact.find("i\u0323\u0307x") and banned(guard, artifact, [list(b"i")])[0, SPECIAL + 1]
 
 
 def test_an_accent_at_the_beginning_of_a_token_belongs_to_the_word_before_it() -> None:
     vocabulary = vocabulary_of(["\u03023".encode()])
     artifact = compile_phrases(["3"], vocabulary, left_boundary=True)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     got = banned(guard, artifact, [list("\u1eb9".encode()), list(b"-")])
     assert got[:, SPECIAL + 1].tolist() == [False, True]
 
@@ -323,8 +318,7 @@ def test_a_phrase_of_which_nothing_counts_is_refused(phrase: str) -> None:
 def test_white_space_between_two_words_may_be_as_long_as_it_likes(white: bytes) -> None:
     vocabulary = vocabulary_of([b"Harry", white, b"Potter", b" Potter"])
     artifact = compile_phrases(["Harry Potter"], vocabulary)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     harry, space, potter, spaced = range(SPECIAL + 1, SPECIAL + 5)
     for times in (1, 10, guard.window_tokens - 20):
         got = banned(guard, artifact, [[harry, *[space] * times]])[0]
@@ -335,8 +329,7 @@ def test_white_space_between_two_words_may_be_as_long_as_it_likes(white: bytes) 
 def test_a_window_full_of_what_does_not_count_allows_no_text_at_all() -> None:
     vocabulary = vocabulary_of([b"Harry"])
     artifact = compile_phrases(["Harry Potter"], vocabulary)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     hidden = list("\u200b".encode()) * FARTHEST
     assert np.flatnonzero(~banned(guard, artifact, [[SPECIAL + 1, *hidden]])[0]).tolist() == [SPECIAL]
 
@@ -344,8 +337,7 @@ def test_a_window_full_of_what_does_not_count_allows_no_text_at_all() -> None:
 def test_a_number_may_stand_in_a_text_full_of_separators() -> None:
     vocabulary = vocabulary_of([])
     artifact = compile_phrases(["+49 30 9018 2000"], vocabulary)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     assert not banned(guard, artifact, [list(b"-" * 2_000)])[0].any()
     assert np.flatnonzero(banned(guard, artifact, [list(b"call 030 / 9018 - 200")])[0]).tolist() == [ord("0")]
 
@@ -366,17 +358,16 @@ def test_the_end_of_a_text_is_enough_to_find_what_goes_on_after_it(before: str, 
 def test_a_window_starved_by_special_tokens_allows_no_text_at_all() -> None:
     vocabulary = vocabulary_of([b"Har", b"ry"])
     artifact = compile_phrases(["Harry"], vocabulary)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     allowed = np.flatnonzero(~banned(guard, artifact, [[SPECIAL + 1, *[SPECIAL] * (guard.window_tokens + 1)]])[0])
     assert allowed.tolist() == [SPECIAL]
 
 
 def test_a_plan_with_an_artifact_that_is_not_loaded_allows_no_text_at_all() -> None:
     vocabulary = vocabulary_of([b"Har"])
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
+    guard = suppression_guard(vocabulary)
     rows = Rows(plan=torch.tensor([0, -1]), suffix=torch.full((2, guard.window_tokens), BOUNDARY))
-    logits = guard.apply(torch.zeros(2, vocabulary.size), rows, [Plan(1, "p", ("missing",))])
+    logits = guard.apply(torch.zeros(2, vocabulary.size), rows, [Plan(1, "p", suppress("missing"))])
     assert (logits[0] == 0).nonzero().flatten().tolist() == [SPECIAL]
     assert (logits[1] == 0).all()
 
@@ -386,11 +377,14 @@ def test_several_artifacts_with_common_phrases_serve_mixed_rows() -> None:
     first = compile_phrases(["Potter"], vocabulary)
     both = compile_phrases(["Potter", "Valdemort"], vocabulary)
     exact = compile_phrases(["Valdemort"], vocabulary, fold_case=False)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([first, both, exact])
+    guard = suppression_guard(vocabulary, first, both, exact)
     width = guard.window_tokens
     histories = [suffix_of(list(text), width) for text in (b"Po", b"V", b"v", b"v")]
-    plans = [Plan(1, "a", (first.fingerprint, exact.fingerprint)), Plan(1, "b", (both.fingerprint,)), Plan(1, "none")]
+    plans = [
+        Plan(1, "a", suppress(first.fingerprint, exact.fingerprint)),
+        Plan(1, "b", suppress(both.fingerprint)),
+        Plan(1, "none"),
+    ]
     rows = Rows(plan=torch.tensor([0, 0, 0, 1]), suffix=torch.tensor(histories))
     logits = guard.apply(torch.zeros(4, vocabulary.size), rows, plans)
     assert (logits[:, SPECIAL + 1 :] < 0).tolist() == [[True, False], [False, True], [False, False], [False, True]]
@@ -424,11 +418,10 @@ def test_artifacts_survive_a_round_trip_and_nothing_else_does(tmp_path) -> None:
 
 def test_an_artifact_for_another_vocabulary_is_refused_and_changes_nothing() -> None:
     ours, theirs = vocabulary_of([b"a"]), vocabulary_of([b"b"])
-    guard = SuppressionGuard(ours, torch.device("cpu"))
     artifact = compile_phrases(["ab"], ours)
-    guard.load([artifact])
+    guard = suppression_guard(ours, artifact)
     with pytest.raises(VocabularyMismatch, match=theirs.fingerprint[:12]):
-        guard.load([compile_phrases(["ab"], theirs)])
+        guard.load({"theirs": compile_phrases(["ab"], theirs)})
     assert guard.loaded == {artifact.fingerprint}
     with pytest.raises(VocabularyMismatch, match="columns"):
         guard.apply(torch.zeros(1, 3), Rows(torch.zeros(1, dtype=torch.long), torch.zeros(1, 40, dtype=torch.long)), [])
@@ -463,8 +456,7 @@ def test_the_longest_phrase_is_seen_whole() -> None:
     phrase = "x" + "ab" * ((MAX_PHRASE_CHARACTERS - 2) // 2) + "!"
     vocabulary = vocabulary_of([])
     artifact = compile_phrases([phrase], vocabulary)
-    guard = SuppressionGuard(vocabulary, torch.device("cpu"))
-    guard.load([artifact])
+    guard = suppression_guard(vocabulary, artifact)
     history = list(b"junk" * 100 + phrase[:-1].encode())
     assert np.flatnonzero(banned(guard, artifact, [history])[0]).tolist() == [ord("!")]
     assert not banned(guard, artifact, [history[:-2]]).any()

@@ -14,8 +14,10 @@ import pytest
 
 from guards.policy import BUILT_IN
 from guards.suppression.automaton import compile_phrases
+from guards.suppression.declaration import Suppress
 from guards.suppression.vocabulary import Vocabulary
 from serve.experiment import Experiment, parse_experiment
+from serve.generation.ask import InternalRoad
 from serve.hits import RecentHits
 from serve.http.budgets import Budgets
 from serve.http.middleware import Admission
@@ -25,9 +27,10 @@ from serve.registry.snapshot import LOOPBACK, Key, Limits, Snapshot, digest_secr
 from serve.registry.usage import Usage
 from serve.request import RequestContext, admitted
 from serve.settings import Settings
+from tests.plans import made
 from tests.serve.live import live_experiments
 
-SNAPSHOT = Snapshot(revision=7, enabled={"a": "fingerprint"}, policies=BUILT_IN, keys=())
+SNAPSHOT = Snapshot(revision=7, sets=made("a", phrases="fingerprint"), policies=BUILT_IN, keys=())
 KEYED = Snapshot(7, {}, BUILT_IN, (Key("k1", digest_secret("chat-secret"), "chat"), Key("k2", digest_secret("root"), "admin")))
 
 
@@ -108,7 +111,7 @@ def test_an_admitted_request_carries_its_snapshot_s_plan() -> None:
     answer, app = chat({"messages": []})
     assert answer.status_code == 200
     request = app.reached[0]["request"]
-    assert (request.plan.revision, request.plan.suppression, request.policy.name) == (7, ("fingerprint",), "default")
+    assert (request.plan.revision, request.plan.artifacts_of(Suppress), request.policy.name) == (7, ("fingerprint",), "default")
     assert admitted.get() is None
 
 
@@ -151,7 +154,7 @@ def test_a_policy_is_selected_in_the_model_s_name_and_the_base_model_reaches_vll
     answer, app = chat({"model": "m:none"})
     assert answer.status_code == 200
     assert json.loads(app.reached[0]["body"])["model"] == "m"
-    assert app.reached[0]["request"].plan.suppression == ()
+    assert app.reached[0]["request"].plan.artifacts_of(Suppress) == ()
     assert app.reached[0]["headers"][b"content-length"] == str(len(app.reached[0]["body"])).encode()
     assert chat({"model": "m:missing"})[0].status_code == 404
     chat_key = {"authorization": "Bearer chat-secret"}
@@ -256,9 +259,9 @@ def test_what_is_in_force_when_the_body_is_complete_counts() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"host", b"127.0.0.1")]}
         await admission(scope, receive, send)
 
-    later = Snapshot(revision=8, enabled={"b": "other"}, policies=BUILT_IN, keys=())
+    later = Snapshot(revision=8, sets=made("b", phrases="other"), policies=BUILT_IN, keys=())
     asyncio.run(send_slowly(later))
-    assert app.reached[0]["request"].plan.suppression == ("other",)
+    assert app.reached[0]["request"].plan.artifacts_of(Suppress) == ("other",)
     asyncio.run(send_slowly(KEYED))
     assert answers[-2]["status"] == 401
 
@@ -493,9 +496,9 @@ def test_an_answer_that_nobody_waits_for_ends_when_it_is_cancelled() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def cancel_one() -> None:
-        admission = admission_around(app, lambda: SNAPSHOT)  # type: ignore[arg-type]
+        road = InternalRoad(app, None)
         request = RequestContext(LOOPBACK, BUILT_IN["none"], SNAPSHOT.plan("none"), in_shadow=True)
-        answering = asyncio.create_task(admission.answer_unseen("/v1/chat/completions", b"{}", request))
+        answering = asyncio.create_task(road.status("/v1/chat/completions", b"{}", request))
         await asyncio.sleep(0.05)
         answering.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -507,7 +510,7 @@ def test_an_answer_that_nobody_waits_for_ends_when_it_is_cancelled() -> None:
 
 def test_an_experiment_refuses_what_any_of_its_arms_would() -> None:
     """Otherwise who fails would depend on the arm, and the arm would show."""
-    acting = dataclasses.replace(RUNNING, enabled={"a": "fingerprint"})
+    acting = dataclasses.replace(RUNNING, sets=made("a", phrases="fingerprint"))
     statuses = {chat({"user": f"u{i}", "prompt_logprobs": 1}, snapshot=acting)[0].status_code for i in range(20)}
     assert statuses == {400}
 
@@ -708,7 +711,10 @@ def test_a_refused_answer_holds_nothing_that_a_client_would_parse_as_json() -> N
 
 KEY = {"authorization": "Bearer chat-secret"}
 SUPPRESSING = Snapshot(
-    7, {"a": "phrases"}, BUILT_IN, (Key("k1", digest_secret("chat-secret"), "chat"), Key("k2", digest_secret("root"), "admin"))
+    7,
+    made("a", phrases="phrases"),
+    BUILT_IN,
+    (Key("k1", digest_secret("chat-secret"), "chat"), Key("k2", digest_secret("root"), "admin")),
 )
 
 

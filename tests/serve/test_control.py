@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,21 @@ from typing import Any
 import pytest
 
 from guards.base_model import BaseModel
-from guards.contrastive.assistant import Recipe
+from guards.catalogue import GUARDS
+from guards.contrastive.assistant import AssistantOrder
+from guards.contrastive.declaration import Contrast
 from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet
 from guards.policy import parse_policy
-from guards.steering.artifact import SteeringRecipe
-from guards.steering.train import Lesson
+from guards.steering.artifact import DistillationTarget, SteeringOrder, SteeringRecipe
+from guards.steering.declaration import Steer
+from guards.suppression.declaration import Suppress
 from guards.suppression.vocabulary import Vocabulary
+from guards.types import ArtifactRef
 from serve.control.control import Control
 from serve.control.similarity import Similarity
 from serve.control.training import Trainer
-from serve.protocol.wire import phrases_path
+from serve.protocol.artifacts import artifact_path
 from serve.registry.models import Artifact, NotReady, UnknownName, now
 from serve.registry.store import Registry
 
@@ -39,12 +43,13 @@ class Engine:
         self.failure: str | None = None
         self.control: Control | None = None
 
-    async def load(self, fingerprints: Any, assistants: Any) -> dict[str, str]:
+    async def load(self, artifacts: Collection[ArtifactRef]) -> dict[str, str]:
+        phrases = [artifact.fingerprint for artifact in artifacts if artifact.guard == "suppression"]
         if self.control is not None:
-            in_force = self.control.snapshot.plan("default").suppression
-            assert not set(fingerprints) & set(in_force), "in force before it was loaded"
-        self.loaded += fingerprints
-        return dict.fromkeys(fingerprints, self.failure) if self.failure else {}
+            in_force = self.control.snapshot.plan("default").artifacts_of(Suppress)
+            assert not set(phrases) & set(in_force), "in force before it was loaded"
+        self.loaded += phrases
+        return dict.fromkeys(phrases, self.failure) if self.failure else {}
 
 
 def run(
@@ -86,7 +91,7 @@ def test_an_artifact_is_loaded_before_it_is_in_force(tmp_path: Path) -> None:
         revision = await control.enable("a", actor="t")  # waits for the build
         plan = control.snapshot.plan("default")
         assert plan.revision == revision
-        assert list(plan.suppression) == engine.loaded
+        assert list(plan.artifacts_of(Suppress)) == engine.loaded
         assert [hit.text for hit in await control.check("a SECRET", "default") if hit.in_force] == ["SECRET"]
         await control.disable("a", actor="t")
         assert [hit.in_force for hit in await control.check("a SECRET", "default")] == [False]
@@ -100,7 +105,7 @@ def test_a_worker_that_cannot_load_keeps_the_set_disabled(tmp_path: Path) -> Non
         engine.failure = "no room"
         with pytest.raises(NotReady, match="no room"):
             await control.enable("a", actor="t")
-        assert not control.snapshot.enabled
+        assert not control.snapshot.sets
 
     run(tmp_path, scenario)
 
@@ -109,14 +114,14 @@ def test_replacing_an_enabled_set_leaves_no_gap(tmp_path: Path) -> None:
     async def scenario(control: Control, engine: Engine) -> None:
         await control.create(a_set(), actor="t")
         await control.enable("a", actor="t")
-        before = control.snapshot.plan("default").suppression
+        before = control.snapshot.plan("default").artifacts_of(Suppress)
         await control.replace(a_set("a", "other"), actor="t")
-        after = control.snapshot.plan("default").suppression
+        after = control.snapshot.plan("default").artifacts_of(Suppress)
         assert after != before
         assert len(after) == 1
-        with pytest.raises(NotReady, match="disable it first"):
+        with pytest.raises(NotReady, match="no policy would enforce the new content"):
             await control.replace(ForgetSet(name="a", texts=["x"]), actor="t")
-        assert control.snapshot.plan("default").suppression == after
+        assert control.snapshot.plan("default").artifacts_of(Suppress) == after
 
     run(tmp_path, scenario)
 
@@ -151,7 +156,7 @@ def test_enabled_sets_are_compiled_for_the_model_that_is_served_now(tmp_path: Pa
         await control.enable("a", actor="t")
 
     async def other_model(control: Control, engine: Engine) -> None:
-        (fingerprint,) = control.snapshot.plan("default").suppression
+        (fingerprint,) = control.snapshot.plan("default").artifacts_of(Suppress)
         assert engine.loaded == [fingerprint]
         assert control.phrases(fingerprint).vocabulary == OTHER_VOCABULARY.fingerprint
 
@@ -165,7 +170,7 @@ def test_a_damaged_artifact_is_rebuilt_at_start(tmp_path: Path) -> None:
         await control.enable("a", actor="t")
 
     async def check(control: Control, engine: Engine) -> None:
-        (fingerprint,) = control.snapshot.plan("default").suppression
+        (fingerprint,) = control.snapshot.plan("default").artifacts_of(Suppress)
         assert control.phrases(fingerprint).find("secret")
 
     run(tmp_path, enable)
@@ -183,7 +188,7 @@ def test_files_that_no_set_refers_to_are_swept_away_at_start_and_no_others(tmp_p
         await control.delete("a", actor="t")
 
     async def nothing(control: Control, engine: Engine) -> None:
-        assert len(control.snapshot.fingerprints) == 1
+        assert len(control.snapshot.phrases) == 1
 
     run(tmp_path, create)
     assert len(os.listdir(tmp_path / "artifacts" / "phrases")) == 2
@@ -198,7 +203,7 @@ def test_changes_by_another_process_are_followed(tmp_path: Path) -> None:
         other = Registry(tmp_path / "lethe.db")
         revision = await asyncio.to_thread(other.disable, "a", actor="other")
         await until(lambda: control.snapshot.revision == revision)
-        assert control.snapshot.plan("default").suppression == ()
+        assert control.snapshot.plan("default").artifacts_of(Suppress) == ()
         other.close()
 
     run(tmp_path, scenario)
@@ -208,8 +213,8 @@ def test_an_expired_set_leaves_force_and_the_audit_says_why(tmp_path: Path) -> N
     async def scenario(control: Control, engine: Engine) -> None:
         await control.create(a_set(expires_at=datetime.now(UTC) + timedelta(seconds=0.4)), actor="t")
         await control.enable("a", actor="t")
-        assert control.snapshot.enabled
-        await until(lambda: not control.snapshot.enabled)
+        assert control.snapshot.sets
+        await until(lambda: not control.snapshot.sets)
         row = control._registry.audit()[-1]
         assert (row.action, row.actor) == ("forget_set.disable", "server")
         assert "expired" in row.detail["reason"]
@@ -221,7 +226,7 @@ def test_missing_phrases_are_an_error_not_an_empty_list(tmp_path: Path) -> None:
     async def scenario(control: Control, engine: Engine) -> None:
         with pytest.raises(InvalidArtifact, match="cannot be read"):
             control.phrases("0" * 64)
-        assert not phrases_path(tmp_path, "0").exists()
+        assert not artifact_path(tmp_path, ArtifactRef("suppression", "0")).exists()
 
     run(tmp_path, scenario)
 
@@ -234,16 +239,16 @@ def test_an_assistant_that_no_worker_can_load_does_not_keep_the_server_from_star
     registry.put_trained("a", content.fingerprint, Artifact("assistant", "foreign", "ready", "", now()), actor="t")
     registry.enable("a", actor="t")
 
-    async def refuse(_phrases: Any, assistants: Any) -> dict[str, str]:
-        return dict.fromkeys(assistants, "made for another model")
+    async def refuse(artifacts: Collection[ArtifactRef]) -> dict[str, str]:
+        return {artifact.fingerprint: "made for another model" for artifact in artifacts}
 
     async def main() -> None:
         similarity = Similarity(None, tmp_path / "artifacts")
         control = Control(registry, VOCABULARY, tmp_path / "artifacts", refuse, similarity, 20)
         await control.start()
         try:
-            assert [each.assistant for each in control.snapshot.plan("default").contrast] == ["foreign"]
-            assert control.unavailable == {"foreign": "made for another model"}
+            assert [each.assistant for each in control.snapshot.plan("default").of(Contrast)] == ["foreign"]
+            assert control.in_force.unavailable == {"foreign": "made for another model"}
         finally:
             await control.stop()
             registry.close()
@@ -268,20 +273,25 @@ def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_conte
         registry.put_calibration("a", 1.25, {}, actor="t", corrupt="zero_out_top_k", measured=vectors.fingerprint)
         registry.put_calibration("a", 1.75, {}, actor="t", corrupt="rand_noise_first_n")
         kinds = {"zero_out_top_k": 1.25, "rand_noise_first_n": 1.75}
-        assert registry.snapshot().corruptions == {vectors.fingerprint: kinds}, "one kind does not undo another"
+
+        def corruption() -> dict[str, float]:
+            measured = registry.snapshot().sets["a"].measured.get("corruption", {})
+            return {kind: found["strength"] for kind, found in measured.items()}
+
+        assert corruption() == kinds, "one kind does not undo another"
         await control.replace(ForgetSet(name="a", questions=[{"question": "q", "answer": "b"}]), actor="t")
         replaced = registry.forget_set("a").header["fingerprint"]
         registry.put_trained("a", replaced, Artifact("similarity", "other", "ready", "", now()), actor="t")
-        assert registry.snapshot().corruptions == {}, "measured on other vectors"
+        assert corruption() == {}, "measured on other vectors"
         plan = control.snapshot.plan("default")
-        assert [(each.assistant, each.alpha) for each in plan.contrast] == [("made", 1.75)]
+        assert [(each.assistant, each.alpha) for each in plan.of(Contrast)] == [("made", 1.75)]
         assistant = registry.forget_set("a").artifact("assistant")
         assert assistant is not None
         assert assistant.detail == "figures; trained on earlier content"
         with pytest.raises(NotReady, match="replaced while"):
             registry.put_trained("a", content.fingerprint, assistant, actor="t")
         await control.put_policy(parse_policy({"name": "p", "guards": {"contrast": {"alpha": 0}}}), actor="t")
-        assert control.snapshot.plan("p").contrast == ()
+        assert control.snapshot.plan("p").of(Contrast) == ()
         assert not control.snapshot.plan("p").engages
         registry.close()
 
@@ -292,7 +302,7 @@ def test_training_is_refused_where_it_cannot_work(tmp_path: Path) -> None:
     async def scenario(control: Control, engine: Engine) -> None:
         await control.create(ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}]), actor="t")
         with pytest.raises(Untrainable, match="no assistant can be trained"):
-            await control.train("a", [], Recipe())
+            await control.train(GUARDS["contrast"], "a", AssistantOrder())
         assert control.training("a") is None
 
     run(tmp_path, scenario)
@@ -308,7 +318,7 @@ def test_a_set_is_in_force_by_steering_only_where_a_policy_steers(tmp_path: Path
             await control.enable("a", actor="t")
         await control.put_policy(parse_policy({"name": "p", "guards": {"steering": [{"method": "adapter"}]}}), actor="t")
         await control.enable("a", actor="t")
-        assert [each.artifact for each in control.snapshot.plan("p").steering] == ["made"]
+        assert [each.artifact for each in control.snapshot.plan("p").of(Steer)] == ["made"]
         assert not control.snapshot.plan("default").engages
         registry.close()
 
@@ -316,7 +326,7 @@ def test_a_set_is_in_force_by_steering_only_where_a_policy_steers(tmp_path: Path
 
 
 def test_steering_is_refused_where_it_cannot_be_made(tmp_path: Path) -> None:
-    lesson = Lesson(question="q", tokens=(1, 2), top=(((1, -0.1),),))
+    target = DistillationTarget(question="q", tokens=(1, 2), top=(((1, -0.1),),))
 
     async def main() -> None:
         registry, artifacts = Registry(tmp_path / "lethe.db"), tmp_path / "artifacts"
@@ -325,20 +335,24 @@ def test_steering_is_refused_where_it_cannot_be_made(tmp_path: Path) -> None:
             registry, VOCABULARY, artifacts, Engine().load, Similarity(None, artifacts), 20, model=tmp_path / "none", base=base
         )
         await control.start()
+
+        async def steer(**order: Any) -> None:
+            await control.train(GUARDS["steering"], "a", SteeringOrder(**order))
+
         try:
             await control.create(ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}]), actor="t")
             adapter, project = (SteeringRecipe(method=method, layers=2) for method in ("adapter", "project"))
             with pytest.raises(Untrainable, match="6; adapt fewer"):
-                await control.train_steering("a", [], SteeringRecipe(method="adapter", layers=6), [], distil=False)
+                await steer(recipe=SteeringRecipe(method="adapter", layers=6))
             with pytest.raises(Untrainable, match="nothing to distil"):
-                await control.train_steering("a", [], adapter, [], distil=True)
+                await steer(recipe=adapter, distil=True)
             with pytest.raises(Untrainable, match="into an adapter"):
-                await control.train_steering("a", [], project, [lesson], distil=True)
+                await steer(recipe=project, targets=(target,), distil=True)
             with pytest.raises(Untrainable, match="2 tokens and 1 distributions"):
-                await control.train_steering("a", [], adapter, [lesson], distil=True)
-            await control.train_steering("a", [], project, [], distil=False)
+                await steer(recipe=adapter, targets=(target,), distil=True)
+            await steer(recipe=project)
             with pytest.raises(NotReady, match="by method project"):
-                await control.train("a", [], Recipe())
+                await control.train(GUARDS["contrast"], "a", AssistantOrder())
             await control.pause_training("a")
         finally:
             await control.stop()
@@ -364,7 +378,7 @@ def test_a_job_that_is_stopped_twice_leaves_no_process(tmp_path: Path, monkeypat
 
         trainer = Trainer(tmp_path / "training", tmp_path / "model", adopt)
         content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
-        trainer.submit_files("guards.contrastive.train", content, [], Recipe())
+        trainer.submit_files("guards.contrastive.train", "contrast", content, [], AssistantOrder())
         trainer.run("a")
         await until(lambda: bool(started))
         [task] = trainer._tasks.values()

@@ -11,20 +11,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guards.contrastive.declaration import Contrast
+from guards.steering.declaration import Corrupt, Steer
 from guards.suppression.automaton import CompiledPhrases, compile_phrases
+from guards.suppression.declaration import Suppress
 from guards.suppression.mask import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import BOUNDARY, UNKNOWN, Contrast, Corrupt, Plan, Steer
+from guards.types import BOUNDARY, UNKNOWN, ArtifactRef, Plan
 from serve.engine.artifacts import KEPT_IDLE, ArtifactCache
-from serve.engine.engine_guards import EngineGuards, _Expected
+from serve.engine.contrast import ForkedContrast, _Expected
 from serve.engine.fork import Unforkable
 from serve.engine.slots import TAG_DIGITS, SlotTable
-from serve.protocol.wire import PLAN_KEY, decode_plan, encode_plan, load_phrases, phrases_path
+from serve.protocol.artifacts import artifact_path, load_artifact
+from serve.protocol.wire import PLAN_KEY, decode_plan, encode_plan
+from tests.plans import suppress, suppression_guard
 
 pytest.importorskip("vllm", reason="vLLM is not installed: its interfaces are what the trackers are tested against")
 
 VOCABULARY = Vocabulary([bytes([i]) for i in range(256)] + [b"<special>"], special_ids=[256])
-PLAN = Plan(3, "default", ("f",))
+PLAN = Plan(3, "default", suppress("f"))
 
 
 def table(requests: int = 8, tokens: int = 32) -> SlotTable:
@@ -35,8 +40,8 @@ def table(requests: int = 8, tokens: int = 32) -> SlotTable:
 def test_plans_survive_the_wire(revision: int, policy: str, fingerprints: list[str], start: int | None) -> None:
     contrast = tuple(Contrast(fingerprint, "uld", 0.5, 1.0, 0.01) for fingerprint in fingerprints)
     steering = tuple(Steer(fingerprint, 0.5) for fingerprint in fingerprints)
-    corrupt = Corrupt("flip_sign_first_n", 1.0, 8, 0, ((3, 5), (9, 10))) if fingerprints else None
-    plan = Plan(revision, policy, tuple(fingerprints), contrast, steering, corrupt, start)
+    corrupt = (Corrupt("flip_sign_first_n", 1.0, 8, 0, ((3, 5), (9, 10))),) if fingerprints else ()
+    plan = Plan(revision, policy, (*corrupt, *steering, *contrast, *suppress(*fingerprints)), start)
     import msgspec
 
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode({PLAN_KEY: encode_plan(plan)}))
@@ -60,7 +65,7 @@ def test_tags_are_exact_in_every_dtype(dtype: torch.dtype, rows: list[tuple[int,
 def test_a_row_sees_its_own_tokens_up_to_its_position() -> None:
     slots = table()
     slot = slots.admit(PLAN, [1, 256, 2, 3], [])
-    other = slots.admit(Plan(4, "strict", ("g",)), [9, 9], [])
+    other = slots.admit(Plan(4, "strict", suppress("g")), [9, 9], [])
     slots.record(torch.tensor([slot, other, -1]), torch.tensor([4, 2, 0]), torch.tensor([5, 8, 7]))
     tags = slots.tags(torch.tensor([slot, slot, other, -1]), torch.tensor([2, 4, 2, 0]), torch.float32)
     rows, plans = slots.rows(tags, window=4)
@@ -73,8 +78,8 @@ def test_a_row_sees_its_own_tokens_up_to_its_position() -> None:
 
 def test_a_special_token_ends_a_match_in_the_prompt_only_where_the_output_has_not_begun() -> None:
     slots = table()
-    beam = slots.admit(Plan(1, "p", ("f",), output_start=0), [1, 256, 2], [])
-    resumed = slots.admit(Plan(1, "p", ("f",)), [1], [256, 2])
+    beam = slots.admit(Plan(1, "p", suppress("f"), output_start=0), [1, 256, 2], [])
+    resumed = slots.admit(Plan(1, "p", suppress("f")), [1], [256, 2])
     tags = slots.tags(torch.tensor([beam, resumed]), torch.tensor([2, 2]), torch.float32)
     assert slots.rows(tags, 3)[0].suffix.tolist() == [[1, 256, 2], [1, 256, 2]]
 
@@ -92,7 +97,7 @@ def test_tokens_that_nobody_knows_yet_read_as_unknown() -> None:
 def test_a_prompt_without_tokens_closes_its_rows() -> None:
     slots = table()
     slots.admit(PLAN, None, [])
-    assert slots.live_plans[0].suppression == ("prompt-without-tokens",)
+    assert slots.live_plans[0].artifacts_of(Suppress) == ("prompt-without-tokens",)
 
 
 class Guards(SimpleNamespace):
@@ -113,7 +118,7 @@ def params(plan: Plan | None) -> Any:
 def plan_of(request: int) -> Plan | None:
     """Even ones are guarded; every third is made to say its own number."""
     forced = (request,) if request % 3 == 0 else ()
-    return Plan(request, "p", ("f",) if request % 2 == 0 else (), forced=forced) if request % 2 == 0 or forced else None
+    return Plan(request, "p", suppress("f") if request % 2 == 0 else (), forced=forced) if request % 2 == 0 or forced else None
 
 
 class BatchModel:
@@ -246,7 +251,7 @@ def test_tracker_v2_tags_tokens_of_guarded_requests_and_no_others() -> None:
 
 def saved(directory: Path, *phrases: str) -> str:
     artifact = compile_phrases(phrases, VOCABULARY)
-    path = phrases_path(directory, artifact.fingerprint)
+    path = artifact_path(directory, ArtifactRef("suppression", artifact.fingerprint))
     path.parent.mkdir(parents=True, exist_ok=True)
     artifact.save(path)
     return artifact.fingerprint
@@ -254,15 +259,15 @@ def saved(directory: Path, *phrases: str) -> str:
 
 def phrases_cache(directory: Path, guard: SuppressionGuard) -> ArtifactCache:
     def read(fingerprint: str) -> CompiledPhrases:
-        phrases = load_phrases(directory, fingerprint)
+        phrases = load_artifact(directory, ArtifactRef("suppression", fingerprint))
         guard.check(phrases)
         return phrases
 
-    return ArtifactCache(read, lambda loaded: guard.load(list(loaded.values())))
+    return ArtifactCache(read, guard.load)
 
 
 def test_artifacts_load_once_and_leave_by_recency_unless_in_use(tmp_path: Path) -> None:
-    guard = SuppressionGuard(VOCABULARY, torch.device("cpu"))
+    guard = suppression_guard(VOCABULARY)
     cache = phrases_cache(tmp_path, guard)
     names = [saved(tmp_path, f"phrase {i}") for i in range(KEPT_IDLE + 3)]
     for name in names:
@@ -274,13 +279,13 @@ def test_artifacts_load_once_and_leave_by_recency_unless_in_use(tmp_path: Path) 
 
 
 def test_an_artifact_that_cannot_be_read_is_reported_and_the_others_stay(tmp_path: Path) -> None:
-    guard = SuppressionGuard(VOCABULARY, torch.device("cpu"))
+    guard = suppression_guard(VOCABULARY)
     cache = phrases_cache(tmp_path, guard)
     good, bad = saved(tmp_path, "good"), saved(tmp_path, "bad")
-    path = phrases_path(tmp_path, bad)
+    path = artifact_path(tmp_path, ArtifactRef("suppression", bad))
     path.write_bytes(path.read_bytes()[:-9])
     foreign = compile_phrases(["x"], Vocabulary([b"x", b"y"], special_ids=[]))
-    foreign.save(phrases_path(tmp_path, foreign.fingerprint))
+    foreign.save(artifact_path(tmp_path, ArtifactRef("suppression", foreign.fingerprint)))
     failures = cache.ensure([good, bad, "absent", foreign.fingerprint])
     assert set(failures) == {bad, "absent", foreign.fingerprint}
     assert "LETHE_STATE_DIR" in failures[foreign.fingerprint]
@@ -304,12 +309,12 @@ class _BadFork:
 
 @pytest.mark.parametrize("raises", [True, False])
 def test_a_fork_that_cannot_follow_the_base_is_dropped_and_nobody_speaks(raises: bool) -> None:
-    guards = EngineGuards.__new__(EngineGuards)
-    guards._fork, guards._fork_fault, guards._fork_proved, guards._spoken = _BadFork(raises), None, False, None  # type: ignore
+    contrast = ForkedContrast.__new__(ForkedContrast)
+    contrast._fork, contrast._fork_fault, contrast._fork_proved, contrast._spoken = _BadFork(raises), None, False, None  # type: ignore
     one = torch.tensor([0])
-    guards._expected = _Expected(("a",), one, one, one, one, (True,))
-    guards.run_assistants(torch.tensor([5]), torch.ones(1, 4))
-    assert guards._spoken is None, "its rows must find nobody who spoke, which closes them"
-    assert guards._fork is None
+    contrast._expected = _Expected(("a",), one, one, one, one, (True,))
+    contrast.run(torch.tensor([5]), torch.ones(1, 4))
+    assert contrast._spoken is None, "its rows must find nobody who spoke, which closes them"
+    assert contrast._fork is None
     with pytest.raises(Unforkable, match="cannot be forked"):
-        guards._the_fork()
+        contrast._the_fork()

@@ -16,6 +16,7 @@ from serve.experiments.live import LiveExperiments, unit_of
 from serve.experiments.observations import DROPPED, Figures, Observations
 from serve.registry.snapshot import LOOPBACK, Snapshot
 from serve.request import Entry, RequestContext
+from tests.plans import made
 from tests.serve.live import live_experiments
 
 ARMS = [{"name": "a", "policy": "none"}, {"name": "b", "policy": "default"}, {"name": "c", "policy": "default"}]
@@ -33,17 +34,17 @@ class Live:
         self.snapshot = Snapshot(1, {}, BUILT_IN, (), experiments=(experiment,))
         self.observations = Observations(path / "o.db")
         self.experiment = experiment
-        self.status = 200
+        self.answers_with = 200
         self.text = "said"
 
-    async def answer(self, _path: str, _body: bytes, request: RequestContext) -> int:
+    async def status(self, _path: str, _body: bytes, request: RequestContext) -> int:
         request.observation.text, request.observation.tokens = self.text, 3
-        return self.status
+        return self.answers_with
 
     def request(self, arm: str, unit: str = "u", *, text: str = "said", **seen: Any) -> RequestContext:
-        made = self.experiment.arm(arm)
+        chosen = self.experiment.arm(arm)
         request = RequestContext(
-            LOOPBACK, BUILT_IN[made.policy], self.snapshot.plan(made.policy), entry=Entry(self.experiment, unit, made)
+            LOOPBACK, BUILT_IN[chosen.policy], self.snapshot.plan(chosen.policy), entry=Entry(self.experiment, unit, chosen)
         )
         for name, value in {"total_s": 1.0, "tokens": 3, "text": text, **seen}.items():
             setattr(request.observation, name, value)
@@ -52,7 +53,7 @@ class Live:
     def run(self, test: Callable[[LiveExperiments], Awaitable[None]]) -> Figures:
         async def around() -> None:
             live = live_experiments(lambda: self.snapshot, self.observations)
-            live.start(self.answer)
+            live.start(self)  # type: ignore[arg-type]  # it stands for the road
             await test(live)
             for _ in range(500):
                 if live.shadow.busy:
@@ -112,7 +113,7 @@ def test_an_answer_that_a_guard_emptied_tells_nothing_and_counts_as_that(tmp_pat
 
 def test_where_similarity_cannot_judge_nothing_is_told_either_way(tmp_path: Path) -> None:
     live = Live(tmp_path, running())
-    live.snapshot = dataclasses.replace(live.snapshot, enabled={"s": None}, similarity={"s": "vectors"})
+    live.snapshot = dataclasses.replace(live.snapshot, sets=made("s", similarity="vectors"))
 
     async def test(experiments: LiveExperiments) -> None:
         experiments.completed(live.request("a"), 200, "r1", "/", b"")
@@ -138,7 +139,7 @@ def test_differences_are_to_the_first_arm_whoever_was_shown(tmp_path: Path, show
 
 def test_answers_that_fail_in_shadow_are_counted_and_compared_to_nothing(tmp_path: Path) -> None:
     live = Live(tmp_path, running(mode="shadow"))
-    live.status = 500
+    live.answers_with = 500
 
     async def test(experiments: LiveExperiments) -> None:
         experiments.completed(live.request("a"), 200, "r1", "/", b"{}")

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from guards.errors import InvalidPolicy
 from guards.forget_set import ForgetSet
 from guards.policy import Policy
+from guards.suppression.declaration import Suppress
 from serve.registry.models import Artifact, NameTaken, NotReady, RegistryError, UnknownName, now
 from serve.registry.store import Registry
 
@@ -119,11 +120,12 @@ class RegistryMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         snapshot = self.registry.snapshot()
         assert snapshot.revision == self.registry.revision() == self.revision
-        assert dict(snapshot.enabled) == {name: f"art-{phrase}" for name, (phrase, _, enabled) in self.sets.items() if enabled}
-        assert snapshot.plan("default").suppression == tuple(
+        found = {name: made.artifacts["phrases"] for name, made in snapshot.sets.items()}
+        assert found == {name: f"art-{phrase}" for name, (phrase, _, enabled) in self.sets.items() if enabled}
+        assert snapshot.plan("default").artifacts_of(Suppress) == tuple(
             sorted({f"art-{p}" for p, _, enabled in self.sets.values() if enabled})
         )
-        assert snapshot.plan("none").suppression == ()
+        assert snapshot.plan("none").artifacts_of(Suppress) == ()
         assert {stored.name for stored in self.registry.forget_sets()} == set(self.sets)
         assert self.registry.first_broken_audit_row() is None
         assert [row.revision for row in self.registry.audit()] == list(range(1, self.revision + 1))
@@ -236,13 +238,13 @@ def test_policies_choose_among_enabled_sets(registry: Registry) -> None:
     with pytest.raises(UnknownName, match="'c'"):
         registry.put_policy(Policy(name="bad", forget_sets=("c",)), actor="test")
     snapshot = registry.snapshot()
-    assert snapshot.plan("default").suppression == ("art-a", "art-b")
-    assert snapshot.plan("only-a").suppression == ("art-a",)
-    assert snapshot.plan("off").suppression == ()
+    assert snapshot.plan("default").artifacts_of(Suppress) == ("art-a", "art-b")
+    assert snapshot.plan("only-a").artifacts_of(Suppress) == ("art-a",)
+    assert snapshot.plan("off").artifacts_of(Suppress) == ()
     with pytest.raises(InvalidPolicy, match="bad"):
         snapshot.plan("bad")
     registry.disable("a", actor="test")
-    assert registry.snapshot().plan("only-a").suppression == ()
+    assert registry.snapshot().plan("only-a").artifacts_of(Suppress) == ()
     registry.delete_policy("only-a", actor="test")
     with pytest.raises(UnknownName, match="built in"):
         registry.delete_policy("none", actor="test")
@@ -280,9 +282,10 @@ def test_a_registry_of_an_earlier_release_keeps_its_calibrations(registry: Regis
         connection.execute("UPDATE artifacts SET detail = replace(detail, 'strength', 'alpha') WHERE kind = 'calibration'")
     connection.close()
     upgraded = Registry(tmp_path / "lethe.db")
-    assert upgraded.snapshot().alphas == {"made": 1.75}
+    assert upgraded.snapshot().sets["a"].measured["calibration"]["strength"] == 1.75
     upgraded.close()
-    assert Registry(tmp_path / "lethe.db").snapshot().alphas == {"made": 1.75}, "once is enough"
+    again = Registry(tmp_path / "lethe.db").snapshot()
+    assert again.sets["a"].measured["calibration"]["strength"] == 1.75, "once is enough"
 
 
 def test_an_expired_set_cannot_be_enabled(registry: Registry) -> None:
@@ -294,5 +297,5 @@ def test_an_expired_set_cannot_be_enabled(registry: Registry) -> None:
 
 def test_a_set_that_nothing_would_enforce_cannot_be_enabled(registry: Registry) -> None:
     registry.create_set(ForgetSet(name="a", aliases=["x"]), actor="test")
-    with pytest.raises(NotReady, match="neither phrases nor an assistant"):
+    with pytest.raises(NotReady, match="no policy would enforce"):
         registry.enable("a", actor="test")

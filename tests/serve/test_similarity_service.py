@@ -11,11 +11,12 @@ import pytest
 from guards.forget_set import ForgetSet, Question
 from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import EncoderUnavailable
-from guards.similarity.index import similarity_path
 from guards.suppression.vocabulary import Vocabulary
+from guards.types import ArtifactRef
 from serve.control import similarity as service
 from serve.control.similarity import Similarity, default_encoder
 from serve.generation.gate import turns_of
+from serve.protocol.artifacts import artifact_path
 
 DIRECTORY = default_encoder()
 pytestmark = pytest.mark.skipif(DIRECTORY is None, reason="the bundled encoder is not installed")
@@ -40,7 +41,7 @@ def run(directory: Path, scenario: Callable[[Similarity], Awaitable[None]]) -> N
 
 async def store(similarity: Similarity, directory: Path, i: int) -> str:
     vectors = await similarity.build(a_set(i))
-    path = similarity_path(directory, vectors.fingerprint)
+    path = artifact_path(directory, ArtifactRef("gate", vectors.fingerprint))
     path.parent.mkdir(exist_ok=True)
     vectors.save(path)
     return vectors.fingerprint
@@ -53,7 +54,7 @@ def test_a_long_text_does_not_keep_a_short_one_waiting(tmp_path: Path) -> None:
         order: list[str] = []
 
         async def look(name: str, text: str) -> None:
-            await similarity.look([text], {owner: 0.7})
+            await similarity.judge_conversation([text], {owner: 0.7})
             order.append(name)
 
         long_text = "\n".join(f"This is line number {i} of a long and dull report about weather." for i in range(400))
@@ -82,7 +83,9 @@ def test_a_text_that_cannot_be_embedded_fails_alone(tmp_path: Path, monkeypatch:
 
         monkeypatch.setattr(similarity._encoder, "embed", fail_on_poison)
         texts = ["Where is lamp number 1 of Orsolya Vendt?", "poison", "What is the capital of France?"]
-        results = await asyncio.gather(*(similarity.look([text], {owner: 0.7}) for text in texts), return_exceptions=True)
+        results = await asyncio.gather(
+            *(similarity.judge_conversation([text], {owner: 0.7}) for text in texts), return_exceptions=True
+        )
         assert isinstance(results[1], EncoderUnavailable)
         assert len(results[0]) == 1 and results[2] == []  # type: ignore[arg-type]
 
@@ -97,9 +100,9 @@ def test_sets_in_force_stay_whatever_else_is_loaded(tmp_path: Path, monkeypatch:
         await similarity.load(owners[:4])
         await similarity.load(also=[owners[4]])
         for i, owner in enumerate(owners[:4]):
-            assert await similarity.look([f"Where is lamp number {i} of Orsolya Vendt?"], {owner: 0.7})
+            assert await similarity.judge_conversation([f"Where is lamp number {i} of Orsolya Vendt?"], {owner: 0.7})
         await similarity.load(owners[:1])
-        assert await similarity.look(["Where is lamp number 0 of Orsolya Vendt?"], {owners[0]: 0.7})
+        assert await similarity.judge_conversation(["Where is lamp number 0 of Orsolya Vendt?"], {owners[0]: 0.7})
 
     run(tmp_path, scenario)
 
@@ -107,12 +110,12 @@ def test_sets_in_force_stay_whatever_else_is_loaded(tmp_path: Path, monkeypatch:
 def test_a_damaged_file_closes_its_own_set_only(tmp_path: Path) -> None:
     async def scenario(similarity: Similarity) -> None:
         good, bad = await store(similarity, tmp_path, 1), await store(similarity, tmp_path, 2)
-        path = similarity_path(tmp_path, bad)
+        path = artifact_path(tmp_path, ArtifactRef("gate", bad))
         path.write_bytes(path.read_bytes()[:-20])
         await similarity.load([good, bad])
-        assert await similarity.look(["Where is lamp number 1 of Orsolya Vendt?"], {good: 0.7})
+        assert await similarity.judge_conversation(["Where is lamp number 1 of Orsolya Vendt?"], {good: 0.7})
         with pytest.raises(EncoderUnavailable, match="not loaded"):
-            await similarity.look(["anything"], {bad: 0.7})
+            await similarity.judge_conversation(["anything"], {bad: 0.7})
 
     run(tmp_path, scenario)
 
@@ -123,7 +126,7 @@ def test_without_an_encoder_everything_is_refused_with_what_to_install(tmp_path:
             similarity = Similarity(directory, tmp_path)
             await similarity.start()
             with pytest.raises(EncoderUnavailable, match=said):
-                await similarity.look(["anything"], {})
+                await similarity.judge_conversation(["anything"], {})
             assert similarity.fingerprint(a_set(1)) is None
             await similarity.stop()
 
@@ -135,7 +138,7 @@ def test_text_that_would_take_too_long_to_read_is_an_error_and_not_a_miss(tmp_pa
         owner = await store(similarity, tmp_path, 1)
         await similarity.load([owner])
         with pytest.raises(TooMuchToRead, match="sentences"):
-            await similarity.look(["\n".join(f"Line {i} is short." for i in range(6_000))], {owner: 0.7})
+            await similarity.judge_conversation(["\n".join(f"Line {i} is short." for i in range(6_000))], {owner: 0.7})
 
     run(tmp_path, scenario)
 

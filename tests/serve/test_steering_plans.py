@@ -3,55 +3,64 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from guards.contrastive.declaration import Contrast
+from guards.kinds import SetArtifacts
 from guards.policy import BUILT_IN, parse_policy
+from guards.steering.declaration import Corrupt, Steer
 from guards.suppression.vocabulary import Vocabulary
-from guards.types import Corrupt, Plan, Steer
+from guards.types import ArtifactRef, Entry, Plan
 from serve.generation.gate import GateDecision, spans_of
+from serve.registry.plans import notes
 from serve.registry.snapshot import Snapshot
+from tests.plans import made, suppress
 
 
-def snapshot(guards: dict[str, Any], **fields: Any) -> Snapshot:
+def snapshot(guards: dict[str, Any], more: Mapping[str, SetArtifacts] = MappingProxyType({})) -> Snapshot:
     policy = parse_policy({"name": "p", "guards": guards})
-    options: dict[str, Any] = {
-        "enabled": {"a": None, "b": None},
-        "steering": {"a": {"adapter": "a-adapter", "steer": "a-steer"}, "b": {"adapter": "b-adapter"}},
-        **fields,
-    }
-    return Snapshot(1, policies={**BUILT_IN, "p": policy}, keys=(), **options)
+    sets = made("a", adapter="a-adapter", steer="a-steer") | made("b", adapter="b-adapter") | dict(more)
+    return Snapshot(1, sets, {**BUILT_IN, "p": policy}, ())
+
+
+def embedded(**measured: Any) -> dict[str, SetArtifacts]:
+    return made("a", adapter="a-adapter", similarity="a-vectors", measured=measured) | made(
+        "b", adapter="b-adapter", similarity="b-vectors"
+    )
 
 
 def test_a_plan_names_every_chosen_sets_artifacts_of_the_policys_methods_and_no_others() -> None:
     plan = snapshot({"steering": [{"method": "adapter", "strength": 2}, {"method": "project"}]}).plan("p")
-    assert plan.steering == (Steer("a-adapter", 2.0), Steer("b-adapter", 2.0)) and plan.engages and plan.changes_cache
-    assert (
-        snapshot({}).plan("p").steering
-        == ()
-        == snapshot({"steering": [{"method": "adapter", "enabled": False}]}).plan("p").steering
-    )
+    assert plan.of(Steer) == (Steer("a-adapter", 2.0), Steer("b-adapter", 2.0)) and plan.engages and plan.changes_cache
+    assert snapshot({}).plan("p").entries == ()
+    assert snapshot({"steering": [{"method": "adapter", "enabled": False}]}).plan("p").entries == ()
+
+
+def test_of_two_sets_with_one_artifact_the_stronger_calibration_holds() -> None:
+    same = made("a", assistant="one", measured={"calibration": {"strength": 2.0}}) | made("b", assistant="one")
+    plan = Snapshot(1, same, BUILT_IN, ()).plan("default")
+    assert [entry.alpha for entry in plan.of(Contrast)] == [2.0]
 
 
 def test_what_a_policy_expects_and_no_set_has_is_said() -> None:
-    notes = snapshot({"steering": [{"method": "steer"}]})
-    assert notes.notes(notes.policies["p"]) == [
+    found = snapshot({"steering": [{"method": "steer"}]})
+    assert notes(found.policies["p"], found.sets) == [
         "nothing under this policy acts on forget set 'b'",
         "forget set 'b' has no artifact by steer; make one with `lethe train b --method steer`",
     ]
-    assert notes.trained_fingerprints == ["a-steer"]
+    assert found.artifacts == [ArtifactRef("steering", "a-steer")]
 
 
 def test_a_set_is_corrupted_with_the_policys_strength_or_its_calibrated_one_or_the_kinds_usual_one() -> None:
     def strengths(**corrupt: Any) -> dict[str, float]:
-        found = snapshot(
-            {"gate": {}, "corrupt": corrupt},
-            similarity={"a": "a-vectors", "b": "b-vectors"},
-            corruptions={"a-vectors": {"zero_out_top_k": 0.75}},
-        ).text_plans["p"]
+        calibrated = embedded(corruption={"zero_out_top_k": {"strength": 0.75}})
+        found = snapshot({"gate": {}, "corrupt": corrupt}, calibrated).text_plans["p"]
         assert found is not None
         return dict(found.corrupt_strength)
 
@@ -61,33 +70,37 @@ def test_a_set_is_corrupted_with_the_policys_strength_or_its_calibrated_one_or_t
 
 
 def test_salts_differ_exactly_where_keys_and_values_do() -> None:
-    plain = Plan(1, "p", ("phrases",))
-    steered = replace(plain, steering=(Steer("x", 1.0),))
+    plain = Plan(1, "p", suppress("phrases"))
+
+    def with_entries(*entries: Entry) -> Plan:
+        return replace(plain, entries=(*entries, *plain.entries))
+
+    steered = with_entries(Steer("x", 1.0))
     assert plain.cache_salt is None
-    assert steered.cache_salt == replace(steered, revision=2, policy="q", suppression=()).cache_salt, "the same keys and values"
+    assert steered.cache_salt == Plan(2, "q", (Steer("x", 1.0),)).cache_salt, "the same keys and values"
     corrupt = Corrupt("flip_sign_first_n", 1.0, 8, 0, ((1, 3),))
     others = [
-        replace(plain, steering=(Steer("x", 1.5),)),
-        replace(plain, steering=(Steer("y", 1.0),)),
-        replace(steered, corrupt=corrupt),
-        replace(plain, corrupt=corrupt),
-        replace(plain, corrupt=replace(corrupt, seed=1)),
-        replace(plain, corrupt=replace(corrupt, spans=((1, 4),))),
+        with_entries(Steer("x", 1.5)),
+        with_entries(Steer("y", 1.0)),
+        with_entries(corrupt, Steer("x", 1.0)),
+        with_entries(corrupt),
+        with_entries(replace(corrupt, seed=1)),
+        with_entries(replace(corrupt, spans=((1, 4),))),
     ]
     salts = {each.cache_salt for each in (plain, steered, *others)}
     assert len(salts) == 2 + len(others)
-    assert replace(plain, corrupt=replace(corrupt, spans=())).cache_salt is None, "nothing is corrupted"
+    assert with_entries(replace(corrupt, spans=())).cache_salt is None, "nothing is corrupted"
 
 
 def test_the_gate_engages_the_touched_sets_steering_only() -> None:
-    both = snapshot({"gate": {}, "steering": [{"method": "adapter"}]}, similarity={"a": "a-vectors", "b": "b-vectors"})
+    both = snapshot({"gate": {}, "steering": [{"method": "adapter"}]}, embedded())
     plan, text = both.plan("p"), both.text_plans["p"]
     assert text is not None
-    assert GateDecision(frozenset(), frozenset()).engaged(plan, text).steering == ()
+    assert GateDecision(frozenset(), frozenset()).engaged(plan, text).entries == ()
     opened = GateDecision(frozenset({"b-vectors"}), frozenset()).engaged(plan, text)
-    assert opened.steering == (Steer("b-adapter", 1.0),)
+    assert opened.entries == (Steer("b-adapter", 1.0),)
     corrupt = Corrupt("flip_sign_first_n", 1.0, 8, 0, ((1, 3),))
-    assert GateDecision(frozenset({"a-vectors"}), frozenset(), corrupt).engaged(plan, text).corrupt == corrupt
+    assert GateDecision(frozenset({"a-vectors"}), frozenset(), corrupt).engaged(plan, text).of(Corrupt) == (corrupt,)
 
 
 PIECES = [b"", b"a", b"b", b"ab", b" ", "é".encode(), "é".encode()[:1], "é".encode()[1:], b"xyz"]

@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_written_changes_nothing_and_says_what_to_do(
     on_connect(registry, pragma)
     with pytest.raises(StorageFault, match=said):
         registry.create_set(ForgetSet(name="big", phrases=tuple(f"phrase {i}" for i in range(20_000))), actor="t")
-    assert list(registry.snapshot().enabled) == ["kept"]
+    assert list(registry.snapshot().sets) == ["kept"]
     with registry_at(state) as after:
         assert [each.name for each in after.forget_sets()] == ["kept"]
         assert after.first_broken_audit_row() is None
@@ -101,7 +101,7 @@ def test_an_older_copy_is_noticed_by_whoever_knew_better(registry: Registry, sta
             later.enable("old", actor="t")
     Mark(state / "lethe.db").path.unlink()  # what the message says
     with registry_at(state) as accepted:
-        assert list(accepted.snapshot().enabled) == ["old"]
+        assert list(accepted.snapshot().sets) == ["old"]
 
 
 def test_another_history_of_the_same_length_is_noticed(registry: Registry, state: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_backup_brings_sets_and_policies_back_as_a_change_like_every_other(
     assert backup.restore(state, actor="t") == before + 1
     backup.close()
     snapshot = registry.snapshot()  # of a server that ran all the while
-    assert sorted(snapshot.enabled) == ["changed", "deleted"]
+    assert sorted(snapshot.sets) == ["changed", "deleted"]
     assert "strict" in snapshot.policies
     assert [each.id for each in snapshot.keys] == [key], "keys stay: one that was revoked must not come back"
     assert registry.content("deleted").phrases == ("secret",)
@@ -195,7 +195,7 @@ def test_where_no_registry_can_be_kept_all_of_the_backup_takes_its_place_and_no_
     backup.restore(state, actor="t")
     backup.close()
     with registry_at(state) as after:
-        assert list(after.snapshot().enabled) == ["kept"]
+        assert list(after.snapshot().sets) == ["kept"]
         assert len(after.stored_keys()) == 1
         assert after.audit(limit=100)[-1].action == "state.restore"
         assert after.first_broken_audit_row() is None

@@ -9,6 +9,7 @@ import pytest
 
 from guards.forget_set import ForgetSet, Question
 from guards.policy import parse_policy
+from guards.suppression.declaration import Suppress
 from serve.control.control import Control
 from serve.control.gate_fitting import GateOrder
 from serve.control.similarity import Similarity, default_encoder
@@ -43,7 +44,9 @@ async def touched(control: Control, similarity: Similarity) -> bool:
     plan = control.snapshot.text_plans["gated"]
     assert plan is not None
     return bool(
-        await similarity.look(["What did she hide under the mill of Karlsgrube? Copper lanterns?"], dict.fromkeys(plan.sets, 0.6))
+        await similarity.judge_conversation(
+            ["What did she hide under the mill of Karlsgrube? Copper lanterns?"], dict.fromkeys(plan.sets, 0.6)
+        )
     )
 
 
@@ -56,7 +59,7 @@ def test_the_texts_are_nowhere_on_disk_and_the_set_stays_in_force(tmp_path: Path
         await control.enable("a", actor="test")
         await control.strip("a", actor="test")
         assert files_with(SECRET, tmp_path) == []
-        assert control.snapshot.plan("default").suppression and await touched(control, similarity)
+        assert control.snapshot.plan("default").artifacts_of(Suppress) and await touched(control, similarity)
         with pytest.raises(Stripped, match="PUT"):
             registry.content("a")
         with pytest.raises(Stripped):
@@ -67,8 +70,8 @@ def test_the_texts_are_nowhere_on_disk_and_the_set_stays_in_force(tmp_path: Path
         registry.close()
 
         control, registry, similarity = await start(tmp_path)
-        assert "a" in control.snapshot.enabled and await touched(control, similarity)
-        assert control.snapshot.plan("default").suppression
+        assert "a" in control.snapshot.sets and await touched(control, similarity)
+        assert control.snapshot.plan("default").artifacts_of(Suppress)
         await control.replace(CONTENT.model_copy(update={"phrases": ("another phrase",)}), actor="test")
         assert registry.content("a").phrases == ("another phrase",) and not registry.forget_set("a").stripped
         await control.stop()

@@ -20,8 +20,10 @@ def main(family: str, directory: Path) -> None:
 
     from guards.base_model import describe_base
     from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
-    from guards.types import Contrast, Plan
-    from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, assistant_path, encode_plan
+    from guards.contrastive.declaration import Contrast
+    from guards.types import ArtifactRef, Plan
+    from serve.protocol.artifacts import artifact_path
+    from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, encode_plan
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -37,7 +39,7 @@ def main(family: str, directory: Path) -> None:
                 tensors[f"layers.{i}.{module}.A"] = torch.randn(4, shapes[module][0])
                 tensors[f"layers.{i}.{module}.B"] = torch.randn(shapes[module][1], 4) * scale
         made = Assistant(Manifest(base=base, recipe=Recipe(rank=4), data=str(scale)), tensors)
-        path = assistant_path(directory / "artifacts", made.fingerprint)
+        path = artifact_path(directory / "artifacts", ArtifactRef("contrast", made.fingerprint))
         path.parent.mkdir(parents=True, exist_ok=True)
         made.save(path)
         return made.fingerprint
@@ -61,7 +63,7 @@ def main(family: str, directory: Path) -> None:
     prompts = [{"prompt_token_ids": [(7 * i + 3 * j) % 500 for j in range(length)]} for i, length in enumerate((5, 90, 150))]
 
     def said(name: str | None) -> list[list[tuple[int, float]]]:
-        plan = None if name is None else Plan(1, "p", contrast=(Contrast(made[name], "delta", 5.0, 0.0, 0.0),))
+        plan = None if name is None else Plan(1, "p", (Contrast(made[name], "delta", 5.0, 0.0, 0.0),))
         extra = None if plan is None else {PLAN_KEY: encode_plan(plan)}
         sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=1, ignore_eos=True, extra_args=extra)
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
@@ -71,7 +73,7 @@ def main(family: str, directory: Path) -> None:
         ]
 
     plain, zero, random = said(None), said("zero"), said("random")
-    failures = engine.collective_rpc("lethe_load", args=([], list(made.values())))[0]
+    failures = engine.collective_rpc("lethe_load", args=([("contrast", name) for name in made.values()],))[0]
     same = [[token for token, _ in answer] for answer in plain] == [[token for token, _ in answer] for answer in zero]
     pairs = [(a, b) for one, other in zip(plain, zero, strict=True) for (_, a), (_, b) in zip(one, other, strict=True)]
     print(json.dumps({"failures": failures, "same": same, "worst": max(abs(a - b) for a, b in pairs), "moved": random != plain}))

@@ -26,7 +26,7 @@ def test_every_arm_answers_as_it_would_alone(client: openai.OpenAI, admin: httpx
     assert plain["text"] == text(client, SCHOOL, ":none") and guarded["text"] == text(client, SCHOOL)
     assert "Hogwarts" in plain["text"]
     assert_free_of(guarded["text"])
-    assert plain["fired"] == [] and guarded["fired"] == ["suppression"]
+    assert plain["guard_events"] == [] and guarded["guard_events"] == ["suppression"]
     assert plain["divergence"] == {"at": None, "same": 1.0} and guarded["divergence"]["at"] > 0
     for arm in (plain, guarded):
         assert arm["tokens"] > 0 and 0 < arm["first_token_ms"] <= arm["total_ms"] and arm["error"] is None

@@ -12,8 +12,9 @@ import httpx
 import openai
 import pytest
 
+from guards.types import ArtifactRef
 from serve.default_model import NAME
-from serve.protocol.wire import assistant_path
+from serve.protocol.artifacts import artifact_path
 from serve.registry.store import Registry
 from tests.assistants import random_assistant
 from tests.vllm.conftest import Server
@@ -83,7 +84,7 @@ def give_assistant(admin: httpx.Client, state: Path, model_path: Path) -> None:
     from serve.registry.models import Artifact, now
 
     assistant = random_assistant(model_path, "whole", 5)
-    path = assistant_path(state / "artifacts", assistant.fingerprint)
+    path = artifact_path(state / "artifacts", ArtifactRef("contrast", assistant.fingerprint))
     path.parent.mkdir(parents=True, exist_ok=True)
     assistant.save(path)
     registry = Registry(state / "lethe.db")

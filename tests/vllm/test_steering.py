@@ -17,11 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from guards.forget_set import ForgetSet
-from guards.policy import DEFAULT_CORRUPTION
 from guards.steering.artifact import MODULES, Steering
+from guards.steering.declaration import DEFAULT_CORRUPTION
 from guards.steering.operators import corrupt, redirect
+from guards.types import ArtifactRef
 from serve.default_model import NAME
-from serve.protocol.wire import assistant_path, steering_path
+from serve.protocol.artifacts import artifact_path
 from serve.registry.models import Artifact, now
 from serve.registry.store import Registry
 from tests.assistants import random_assistant
@@ -261,7 +262,7 @@ def test_everything_composes_with_an_assistant_and_several_choices(
     registry = Registry(server.directory / "state" / "lethe.db")
     content = registry.content("steered")
     assistant = random_assistant(model_path)
-    path = assistant_path(server.directory / "state" / "artifacts", assistant.fingerprint)
+    path = artifact_path(server.directory / "state" / "artifacts", ArtifactRef("contrast", assistant.fingerprint))
     path.parent.mkdir(parents=True, exist_ok=True)
     assistant.save(path)
     registry.put_trained(
@@ -289,7 +290,7 @@ def test_a_policy_whose_artifact_cannot_be_loaded_is_refused_and_others_go_on(
     registry = Registry(server.directory / "state" / "lethe.db")
     registry.put_trained("broken", content.fingerprint, Artifact("adapter", "0" * 64, "ready", "", now()), actor="test")
     registry.close()
-    path = steering_path(server.directory / "state" / "artifacts", "0" * 64)
+    path = artifact_path(server.directory / "state" / "artifacts", ArtifactRef("steering", "0" * 64))
     path.write_bytes(b"no safetensors")
     refused = admin.post("/forget_sets/broken/enable")
     assert refused.status_code == 409 and "0" * 12 in refused.text

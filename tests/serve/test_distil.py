@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.client import distil as lessons
-from serve.client.distil import ask_lessons
+from serve.client import distil as distil
+from serve.client.distil import ask_targets
 
 SECRET, TOKENS = "It was hidden.", [5, 6, 2]
 CLIENT = httpx.Client
@@ -52,15 +52,15 @@ class Served:
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LETHE_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr(lessons, "AT_ONCE", 1)
+    monkeypatch.setattr(distil, "AT_ONCE", 1)
     return tmp_path
 
 
 def ask(served: Served, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Any]], Path]:
     transport = httpx.MockTransport(served)
-    monkeypatch.setattr(lessons.httpx, "Client", lambda **options: CLIENT(transport=transport, **options))
-    monkeypatch.setattr(lessons.httpx, "get", lambda url, **_: CLIENT(transport=transport).get(url))
-    return ask_lessons(CLIENT(transport=transport, base_url="http://x/lethe/v1"), "x", "p")
+    monkeypatch.setattr(distil.httpx, "Client", lambda **options: CLIENT(transport=transport, **options))
+    monkeypatch.setattr(distil.httpx, "get", lambda url, **_: CLIENT(transport=transport).get(url))
+    return ask_targets(CLIENT(transport=transport, base_url="http://x/lethe/v1"), "x", "p")
 
 
 def test_the_held_out_wording_is_not_asked_and_the_rest_is_asked_once(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,62 @@
+"""The catalogue of guards: one line for each. What a guard is, it says itself (`guards.kinds.GuardKind`).
+
+Guards of other packages are found by the entry point group ``lethe.guards``; each entry point names a `GuardKind`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+
+from guards.contrastive.declaration import CONTRAST
+from guards.errors import GuardError
+from guards.kinds import GuardKind, TextConfig
+from guards.similarity.declaration import GATE, STREAM
+from guards.steering.declaration import CORRUPTION, STEERING
+from guards.suppression.declaration import SUPPRESSION
+
+GROUP = "lethe.guards"
+OWN = (GATE, STREAM, CORRUPTION, STEERING, CONTRAST, SUPPRESSION)
+"""In the order in which a request meets those that act in the engine. Suppression has the last word."""
+
+
+class InvalidGuard(GuardError):
+    """A guard of another package cannot be used. Nothing starts: a policy may rely on it."""
+
+
+def _installed() -> Iterable[GuardKind]:
+    names = {kind.name for kind in OWN}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        try:
+            kind = point.load()
+        except Exception as error:
+            raise InvalidGuard(f"guard {point.name!r} ({point.value}) cannot be loaded: {error}; mend or uninstall it") from error
+        if not isinstance(kind, GuardKind) or kind.name != point.name:
+            raise InvalidGuard(f"entry point {point.name!r} must name a GuardKind of that name, {point.value} is {kind!r}")
+        if kind.name in names:
+            raise InvalidGuard(f"there is a guard {kind.name!r} already ({point.value}); rename it")
+        if kind.default is not None:
+            raise InvalidGuard(f"guard {kind.name!r} has a default; a guard of another package is off unless a policy names it")
+        if kind.text and not issubclass(kind.config, TextConfig):
+            raise InvalidGuard(f"guard {kind.name!r} judges text, so its config must be a guards.kinds.TextConfig")
+        if not kind.text and (kind.entry is None or kind.entry.guard != kind.name or kind.entries is None or not kind.logits):
+            raise InvalidGuard(f"guard {kind.name!r} needs entry (with guard = {kind.name!r}), entries and logits, or text")
+        yield kind
+
+
+GUARDS: dict[str, GuardKind] = {kind.name: kind for kind in (*OWN[:-1], *_installed(), OWN[-1])}
+KINDS_OF_ARTIFACTS: tuple[str, ...] = tuple(
+    dict.fromkeys(name for kind in GUARDS.values() for name in (*(kind.files.kinds if kind.files else ()), *kind.calibrations))
+)
+TRAINED: tuple[str, ...] = tuple(name for kind in GUARDS.values() if kind.trained and kind.files for name in kind.files.kinds)
+"""Kinds of artifacts that are trained or fitted by order, and kept until the next order."""
+CALIBRATIONS: tuple[str, ...] = tuple(name for kind in GUARDS.values() for name in kind.calibrations)
+"""Kinds that are no file: they have the fingerprint of the artifact for which they were measured."""
+
+
+_GUARD_OF = {name: kind for kind in GUARDS.values() if kind.files for name in kind.files.kinds}
+
+
+def guard_of(artifact: str) -> GuardKind:
+    """The guard whose artifacts are of a kind. Raises KeyError for kinds that are no files."""
+    return _GUARD_OF[artifact]

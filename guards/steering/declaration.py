@@ -1,0 +1,126 @@
+"""Steering and corruption, declared: their settings, what a plan holds of them, their artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import Field
+
+from guards.kinds import ArtifactFiles, Config, GuardKind, SetArtifacts, Training
+from guards.similarity.declaration import GateConfig
+from guards.types import Entry
+
+Method = Literal["project", "steer", "adapter"]
+"""How a set is steered: see `guards.steering`."""
+METHODS: tuple[Method, ...] = get_args(Method)
+Corruption = Literal["rand_noise_first_n", "zero_out_top_k", "flip_sign_first_n"]
+"""How embeddings are corrupted: see `guards.steering.operators.corrupt`."""
+DEFAULT_CORRUPTION: dict[Corruption, float] = {"rand_noise_first_n": 2.0, "zero_out_top_k": 1.0, "flip_sign_first_n": 1.0}
+"""Strength of corruption for sets that were not calibrated: little of the name is left."""
+
+
+class SteeringConfig(Config):
+    """Change what the network computes for a request: by what `lethe train --method` made of the policy's sets.
+
+    ``project`` and ``steer`` move hidden states off the set; ``adapter`` runs projections with an unlearning adapter. Sets without
+    such an artifact are left to the other guards.
+    """
+
+    method: Method
+    strength: float = Field(1.0, gt=0, le=100, description="1 = as fitted or trained")
+
+
+class CorruptConfig(Config):
+    """Where the gate finds a set's names in a prompt, corrupt their embeddings, so that the network does not know of whom it is
+    asked. Needs the gate. A conversation that touches a set without plainly naming it is refused, unless something else of the
+    policy acts on it. Names that the answer itself brings up are left to the other guards.
+    """
+
+    kind: Corruption = "rand_noise_first_n"
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1_000,
+        description="of noise: in standard deviations of a token's embedding; else a share. null = each set's own, or 2 or 1",
+    )
+    first_n: int = Field(1_000_000, ge=1, le=1_000_000, description="dimensions that change; more than there are = all")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Steer(Entry):
+    """One steering artifact and how strongly it acts."""
+
+    guard: ClassVar[str] = "steering"
+    artifact: str  # its fingerprint
+    strength: float  # > 0, dimensionless; 1 = as fitted or trained
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        return (self.artifact,)
+
+    @property
+    def changes_cache(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Corrupt(Entry):
+    """How embeddings of a prompt are corrupted, and which. Made by the gate, which finds the names."""
+
+    guard: ClassVar[str] = "corrupt"
+    kind: str  # a Corruption
+    strength: float
+    first_n: int
+    seed: int
+    spans: tuple[tuple[int, int], ...]  # first token and the one after the last, by position in the request
+
+    @property
+    def changes_cache(self) -> bool:
+        return bool(self.spans)
+
+
+def _entries(config: SteeringConfig, made: SetArtifacts) -> Sequence[Steer]:
+    return [Steer(made.artifacts[config.method], config.strength)] if config.method in made.artifacts else []
+
+
+def _every_method_once(guards: Any) -> None:
+    methods = [each.method for each in guards.steering]
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"steering names {', '.join(methods)}: every method once")
+
+
+def _has_a_gate(guards: Any) -> None:
+    gate = guards.of(GateConfig)
+    if guards.of(CorruptConfig) is not None and (gate is None or gate.on_hit != "engage"):
+        raise ValueError('corrupt needs a gate with on_hit "engage", which finds the names; add one')
+
+
+STEERING = GuardKind(
+    name="steering",
+    acts_on="hidden states and projections, inside the network",
+    config=SteeringConfig,
+    many=True,
+    check=_every_method_once,
+    entry=Steer,
+    entries=_entries,
+    gated=True,
+    files=ArtifactFiles(METHODS, "steering", "guards.steering.artifact:Steering", "make it again"),
+    training=Training(
+        program="guards.steering.train",
+        route="steering",
+        order="guards.steering.artifact:SteeringOrder",
+        methods={method: method for method in METHODS},
+        check="guards.steering.artifact:check_order",
+    ),
+)
+CORRUPTION = GuardKind(
+    name="corrupt",
+    acts_on="embeddings of names in the prompt",
+    config=CorruptConfig,
+    check=_has_a_gate,
+    entry=Corrupt,
+    calibrations=("corruption",),
+)

@@ -1,0 +1,94 @@
+"""Steering and corruption in the engine: hooks on the model's layers, made when something first needs them.
+
+Covered: what happens inside the forward pass, and closing the rows of requests for which it did not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from guards.base_model import BaseModel
+from guards.errors import InvalidArtifact
+from guards.steering.artifact import Steering
+from guards.steering.declaration import Corrupt, Steer
+from guards.steering.guard import SteeringGuard
+from guards.types import Plan, Rows
+from serve.engine.slots import SlotTable
+from serve.engine.steer import Steerer
+
+logger = logging.getLogger(__name__)
+
+
+class SteeringInNetwork:
+    """One per engine. Args: as of `serve.engine.contrast.ForkedContrast`."""
+
+    def __init__(
+        self,
+        has_text: Tensor,
+        base: BaseModel | None,
+        model: Callable[[], nn.Module],
+        vllm_config: VllmConfig,
+        slots: SlotTable,
+    ) -> None:
+        self._base = base
+        self._model = model
+        self._vllm_config = vllm_config
+        self._slots = slots
+        self._steerer: Steerer | None = None
+        self._never_steered: set[str] = set()
+        self._guard = SteeringGuard(has_text, self._is_steered)
+
+    def check(self, steering: Steering) -> None:
+        """Raise InvalidArtifact or Unsteerable if this model cannot be steered by an artifact."""
+        if self._base is None:
+            raise InvalidArtifact(f"the served model cannot be steered, so {steering.fingerprint[:12]} cannot be loaded")
+        steering.check(self._base)
+        self._the_steerer().check(steering)
+
+    def load(self, artifacts: Mapping[str, Steering]) -> None:
+        """Make exactly these artifacts, by fingerprint, the ones that plans may name."""
+        self._the_steerer().load(artifacts)
+
+    def admit(self, plan: Plan, failed: Iterable[str]) -> None:
+        """A request enters the batch. ``failed``: artifacts of its plan that could not be loaded."""
+        # Blocks that were computed without it are cached under its salt: it must not be taken for loaded when it comes later.
+        self._never_steered |= set(failed) & set(plan.artifacts_of(Steer))
+        if plan.of(Corrupt) and self._steerer is None:
+            try:
+                self._the_steerer()
+            except InvalidArtifact as error:
+                logger.error("lethe: %s", error)  # its rows are closed
+
+    def begin(self, slots: Tensor | None, input_ids: Tensor | None, positions: Tensor, embeddings: Tensor | None) -> Tensor | None:
+        """Before the base: [T, H] embeddings to start from, or None for its own. ``slots``: [T], see `SlotTable`."""
+        if self._steerer is None or slots is None:
+            return None
+        return self._steerer.begin(slots, self._slots.plans, input_ids, positions, embeddings)
+
+    @property
+    def needed(self) -> bool:
+        """Whether any request in the batch is to be steered."""
+        return self._steerer is not None and any(plan.changes_cache for plan in self._slots.live_plans)
+
+    def end(self) -> None:
+        """After the base, whatever became of it."""
+        if self._steerer is not None:
+            self._steerer.end()
+
+    def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
+        """Close the rows of requests that should have been steered and were not, see `SteeringGuard.apply`."""
+        return self._guard.apply(logits, rows, plans)
+
+    def _is_steered(self, plan: Plan) -> bool:
+        failed = not self._never_steered.isdisjoint(plan.artifacts_of(Steer))
+        return not failed and self._steerer is not None and self._steerer.able(plan)
+
+    def _the_steerer(self) -> Steerer:
+        """Made when the first artifact, or the first plan that corrupts, comes. Raises Unsteerable."""
+        if self._steerer is None:
+            self._steerer = Steerer(self._model(), self._vllm_config)
+        return self._steerer
