@@ -57,6 +57,6 @@ CALIBRATIONS: tuple[str, ...] = tuple(name for kind in GUARDS.values() for name 
 _GUARD_OF = {name: kind for kind in GUARDS.values() if kind.files for name in kind.files.kinds}
 
 
-def guard_of(artifact: str) -> GuardKind:
-    """The guard whose artifacts are of a kind. Raises KeyError for kinds that are no files."""
-    return _GUARD_OF[artifact]
+def guard_of(artifact: str) -> GuardKind | None:
+    """The guard whose artifacts are of a kind; None for what is no file, or of a guard that is not installed any more."""
+    return _GUARD_OF.get(artifact)

@@ -37,6 +37,14 @@ class GuardConfigs(Frozen):
         """Every guard that is on, with its settings, in the order of the catalogue."""
         return [(kind, config) for kind in GUARDS.values() for config in self.all(kind.config)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_is_off(cls, fields: Any) -> Any:
+        """A guard that is off need not be installed: policies are stored with all guards that there were."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if name in GUARDS or value not in (None, [], ())}
+
     @model_validator(mode="after")
     def _check(self) -> GuardConfigs:
         for kind in GUARDS.values():

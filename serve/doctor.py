@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from guards.errors import GuardError
+from guards.similarity.encoder import installed_encoders
 from serve.control.similarity import default_encoder
 from serve.default_model import NAME, default_model_files
 from serve.environment import UNSAFE
@@ -180,10 +181,14 @@ def _port(port: int, *, server_runs: bool) -> Check:
 
 def _encoder(settings: Settings) -> Check:
     if settings.encoder is not None:
-        if (settings.encoder / "config.json").exists():
-            return Check("ok", "encoder", str(settings.encoder))
+        if settings.encoder in installed_encoders() or (Path(settings.encoder) / "modules.json").exists():
+            return Check("ok", "encoder", settings.encoder)
+        known = ", ".join(installed_encoders()) or "none"
         return Check(
-            "fails", "encoder", f"LETHE_ENCODER={settings.encoder} holds no model", "name a sentence-transformers directory"
+            "fails",
+            "encoder",
+            f"LETHE_ENCODER={settings.encoder} is no model",
+            f"name a sentence-transformers directory, or an installed encoder ({known})",
         )
     if default_encoder() is None:
         return Check("warns", "encoder", "the bundled one is not installed", "run deploy/install; gates and filters need it")

@@ -9,10 +9,11 @@ Not covered: what suppression took from an unconstrained answer, since the engin
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from cachetools import FIFOCache
 
 from guards.similarity.gate import Verdict
 from serve.registry.models import now
@@ -80,12 +81,10 @@ class RecentHits:
     """The last requests that a guard hit. One per API process; belongs to its event loop."""
 
     def __init__(self) -> None:
-        self._requests: OrderedDict[str, HitRequest] = OrderedDict()
+        self._requests: FIFOCache[str, HitRequest] = FIFOCache(KEPT)
 
     def keep(self, request_id: str, caller: str, policy: str, revision: int, hits: Sequence[Hit], *, refused: bool) -> None:
         self._requests[request_id] = HitRequest(request_id, now(), caller, policy, revision, refused, tuple(hits[:MOST_HITS]))
-        while len(self._requests) > KEPT:
-            self._requests.popitem(last=False)
 
     def get(self, request_id: str) -> HitRequest | None:
         return self._requests.get(request_id)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 FILE = "server.lock"
 
@@ -25,29 +25,25 @@ def private_directory(path: Path) -> None:
 
 @contextmanager
 def sole_server(state_dir: Path) -> Iterator[None]:
-    """Hold a state directory, which is made if absent. Raises InUseElsewhere."""
+    """Hold a state directory, which is made if absent. Raises InUseElsewhere, OSError."""
     private_directory(state_dir)
-    lock = os.open(state_dir / FILE, os.O_RDONLY | os.O_CREAT, 0o600)  # nothing is written to it
+    lock = FileLock(state_dir / FILE, blocking=False, mode=0o600)  # goes with the process, also when it is killed
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, also when it is killed
-        except OSError:
-            raise InUseElsewhere(state_dir) from None
+        lock.acquire()
+    except Timeout:
+        raise InUseElsewhere(state_dir) from None
+    try:
         yield
     finally:
-        os.close(lock)
+        lock.release()
 
 
 def server_runs(state_dir: Path) -> bool:
-    """Whether a server holds the state directory."""
-    try:
-        lock = os.open(state_dir / FILE, os.O_RDONLY)
-    except OSError:
+    """Whether a server holds the state directory. Raises OSError where that cannot be found out."""
+    if not (state_dir / FILE).exists():
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with FileLock(state_dir / FILE, blocking=False):
+            return False
+    except Timeout:
         return True
-    finally:
-        os.close(lock)
-    return False

@@ -21,7 +21,9 @@ class Settings(BaseSettings):
     state_dir: Path = Field(default_factory=_data_directory, description="registry, artifacts; all state")
     url: str = Field("http://127.0.0.1:8000", description="the server that the command line talks to")
     key: str | None = Field(None, description="the key that the command line sends")
-    encoder: Path | None = Field(None, description="directory of a sentence-transformers model; default: the bundled MiniLM")
+    encoder: str | None = Field(
+        None, description="directory of a sentence-transformers model, or an installed encoder's name; default: the bundled MiniLM"
+    )
     allow_routes: tuple[str, ...] = Field((), description='more vLLM routes to allow, as JSON: ["POST /tokenize"]')
     max_body_bytes: int = Field(8 << 20, gt=0)
     max_admin_body_bytes: int = Field(256 << 20, gt=0)

@@ -1,6 +1,7 @@
-"""Texts to vectors: any sentence-transformers model on disk, unchanged.
+"""Texts to vectors: any sentence-transformers model on disk, unchanged, or an encoder of another package.
 
-One model is one fingerprint: vectors of two models must never meet, so artifacts carry it and are refused for another.
+One encoder is one fingerprint: vectors of two must never meet, so artifacts carry it and are refused for another. Other packages
+name theirs by the entry point group ``lethe.encoders``; each entry point is called without arguments and makes an `Encoder`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import hashlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from guards.errors import GuardUnavailable
 
+GROUP = "lethe.encoders"
 BATCH = 32
 """Windows in one pass: enough to fill a core, small enough that a short text does not wait long behind long ones."""
 
@@ -25,8 +28,52 @@ class EncoderUnavailable(GuardUnavailable):
     """The encoder cannot be loaded, or failed. Guarded requests are refused until it works."""
 
 
-class Encoder:
-    """A sentence encoder. Not thread-safe: one thread owns it.
+class Encoder(Protocol):
+    """Texts to vectors. One thread uses it."""
+
+    fingerprint: str  # of everything that the vectors depend on
+    dimension: int
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """[len(texts), dimension] float32, of length 1, so that a product is a cosine. The same text has the same vector."""
+        ...
+
+
+def make_encoder(named: str | Path) -> Encoder:
+    """The encoder of a name: one that is installed, or else a directory. Raises EncoderUnavailable."""
+    point = next(iter(entry_points(group=GROUP, name=str(named))), None)
+    if point is None:
+        return SentenceEncoder(Path(named))
+    try:
+        return _Checked(point.load()())
+    except Exception as error:
+        raise EncoderUnavailable(f"encoder {point.name!r} ({point.value}) cannot be made: {error}") from error
+
+
+def installed_encoders() -> list[str]:
+    """Names of the encoders that other packages bring."""
+    return sorted(point.name for point in entry_points(group=GROUP))
+
+
+class _Checked:
+    """An encoder of another package: what it returns is brought to length 1, and refused if it is no vector for every text."""
+
+    def __init__(self, inner: Encoder) -> None:
+        self._inner = inner
+        self.fingerprint, self.dimension = str(inner.fingerprint), int(inner.dimension)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = np.asarray(self._inner.embed(texts), np.float32)
+        if vectors.shape != (len(texts), self.dimension) or not np.isfinite(vectors).all():
+            raise EncoderUnavailable(
+                f"the encoder returned {vectors.shape} for {len(texts)} texts of {self.dimension} dimensions, or numbers that are "
+                "not finite"
+            )
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+
+
+class SentenceEncoder:
+    """A sentence-transformers model. Not thread-safe: one thread owns it.
 
     Args:
         directory: a model in the format of sentence-transformers (``modules.json``).
@@ -51,7 +98,7 @@ class Encoder:
         self._cached = cached
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """[len(texts), dimension] float32, of length 1, so that a product is a cosine. The same text has the same vector."""
+        """See `Encoder.embed`."""
         found: dict[str, np.ndarray] = {}
         for text in texts:
             if text in self._cache:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from guards.errors import InvalidPolicy
 from guards.policy import Policy, parse_policy
 from serve.cli.talk import JsonOption, act, connect, fail, folding_table, out, print_json, unwrap
 
@@ -38,8 +39,37 @@ def policy_show(
     """Print a policy as JSON, as `lethe policy put` takes it."""
     with connect() as client:
         shown = unwrap(client.get(f"/policies/{name}"))
-    policy = parse_policy({key: value for key, value in shown.items() if key in Policy.model_fields})
-    print_json(policy.model_dump(mode="json", exclude={"name"}, exclude_defaults=not defaults))
+    fields = {key: value for key, value in shown.items() if key in Policy.model_fields}
+    try:
+        print_json(parse_policy(fields).model_dump(mode="json", exclude={"name"}, exclude_defaults=not defaults))
+    except InvalidPolicy:  # it names a guard that the server has and this machine has not
+        print_json({key: value for key, value in fields.items() if key != "name"})
+
+
+@app.command("guards")
+def policy_guards(
+    name: Annotated[str | None, typer.Argument(help="A guard, to see its settings.")] = None, as_json: JsonOption = False
+) -> None:
+    """List the guards that a policy may name, or the settings of one."""
+    with connect() as client:
+        listed = unwrap(client.get("/guards"))
+    found = [each for each in listed["data"] if name in (None, each["name"])]
+    if not found:
+        fail(f"there is no guard {name!r}; there are {', '.join(each['name'] for each in listed['data'])}")
+    if as_json:
+        print_json({"data": found})
+        return
+    if name is None:
+        table = folding_table("guard", "acts on", "by default", "what it does")
+        for each in found:
+            table.add_row(each["name"], each["acts_on"], "on" if each["on_by_default"] else "off", each["summary"])
+    else:
+        table = folding_table("setting", "default", "may be", "meaning", title=f"{name}: {found[0]['summary']}")
+        for setting, schema in found[0]["settings"].get("properties", {}).items():
+            may_be = schema.get("enum") or [each.get("type", "") for each in schema.get("anyOf", [schema])]
+            default = json.dumps(schema["default"]) if "default" in schema else "needed"
+            table.add_row(setting, default, ", ".join(map(str, may_be)), schema.get("description", ""))
+    out.print(table)
 
 
 @app.command("put")

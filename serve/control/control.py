@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from guards.base_model import BaseModel
-from guards.catalogue import CALIBRATIONS, GUARDS, guard_of
+from guards.catalogue import GUARDS, TRAINED, guard_of
 from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
 from guards.kinds import GuardKind, SetArtifacts, TrainingOrder, resolve
@@ -127,7 +127,7 @@ class Control:
             stored = await asyncio.to_thread(self._registry.forget_set, content.name)
             artifacts = await self._builder.make(content) if stored.enabled else self._builder.to_build(content)
             if stored.enabled:
-                kept = {kind: name for kind, name in stored.made.artifacts.items() if guard_of(kind).trained}
+                kept = {kind: name for kind, name in stored.made.artifacts.items() if kind in TRAINED}
                 made = {each.kind: each.fingerprint for each in artifacts if each.status == "ready"}
                 if not await asyncio.to_thread(self._registry.enforced, SetArtifacts(content.name, {**kept, **made})):
                     raise NotReady(
@@ -354,5 +354,5 @@ class Control:
 
 def _loadable(artifacts: Sequence[Artifact]) -> list[ArtifactRef]:
     """Those that the engine acts by and that are ready: a calibration needs no loading, vectors stay in this process."""
-    ready = [each for each in artifacts if each.status == "ready" and each.kind not in CALIBRATIONS]
-    return [ArtifactRef(guard_of(each.kind).name, each.fingerprint) for each in ready if guard_of(each.kind).entry is not None]
+    found = ((guard_of(each.kind), each) for each in artifacts if each.status == "ready")
+    return [ArtifactRef(guard.name, each.fingerprint) for guard, each in found if guard is not None and guard.entry is not None]

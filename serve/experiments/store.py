@@ -14,7 +14,8 @@ from guards.errors import InvalidPolicy
 from serve.experiment import Experiment, ExperimentOrder, InvalidExperiment, check_weights, free_slice
 from serve.registry import tables
 from serve.registry.models import InUse, NameTaken, UnknownName, now
-from serve.registry.store import Registry, experiments_of
+from serve.registry.rows import append, experiments_of, policies_of, revision_of
+from serve.registry.store import Registry
 
 MOST_CHANGES = 10_000
 """Of the audit trail, that are looked through for one experiment."""
@@ -48,7 +49,7 @@ class Experiments:
             if order.name in {each.name for each in others}:
                 raise NameTaken(f"experiment {order.name!r} exists; its figures would be mixed up: take another name, or delete it")
             running = [each for each in others if each.stopped_at is None]
-            policies = self._registry.policies_of(connection)
+            policies = policies_of(connection)
             for arm in order.arms:
                 if arm.policy not in policies:
                     raise InvalidPolicy(f"there is no policy {arm.policy!r}; there are {', '.join(sorted(policies))}")
@@ -66,12 +67,12 @@ class Experiments:
                 salt=order.salt or secrets.token_hex(16),
                 start=start,
                 epochs=({arm.name: arm.weight for arm in order.arms},),
-                revision=self._registry.revision_of(connection) + 1,
+                revision=revision_of(connection) + 1,
                 created_at=now(),
             )
             values = {"name": order.name, "content": experiment.model_dump_json()}
             connection.execute(tables.experiments.insert().values(values))
-            self._registry.append(connection, actor, "experiment.create", order.name, order.model_dump(mode="json"))
+            append(connection, actor, "experiment.create", order.name, order.model_dump(mode="json"))
             return experiment
 
     def reweigh(self, name: str, weights: Mapping[str, float], *, actor: str) -> Experiment:
@@ -95,7 +96,7 @@ class Experiments:
                 return experiment
             experiment = experiment.model_copy(update={"epochs": (*experiment.epochs, changed)})
             self._put(connection, experiment)
-            self._registry.append(connection, actor, "experiment.reweigh", name, changed)
+            append(connection, actor, "experiment.reweigh", name, changed)
             return experiment
 
     def stop(self, name: str, *, actor: str) -> Experiment:
@@ -105,7 +106,7 @@ class Experiments:
             if experiment.stopped_at is None:
                 experiment = experiment.model_copy(update={"stopped_at": now()})
                 self._put(connection, experiment)
-                self._registry.append(connection, actor, "experiment.stop", name, {})
+                append(connection, actor, "experiment.stop", name, {})
             return experiment
 
     def delete(self, name: str, *, actor: str) -> int:
@@ -114,7 +115,7 @@ class Experiments:
             if self._get(connection, name).stopped_at is None:
                 raise InUse(f"experiment {name!r} runs; stop it first")
             connection.execute(tables.experiments.delete().where(tables.experiments.c.name == name))
-            return self._registry.append(connection, actor, "experiment.delete", name, {})
+            return append(connection, actor, "experiment.delete", name, {})
 
     def changes_since(self, experiment: Experiment) -> list[str]:
         """What was done since an experiment began that changes how its arms answer or are judged, as "action subject"."""

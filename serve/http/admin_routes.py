@@ -11,9 +11,10 @@ from importlib import metadata
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from pydantic import Field, ValidationError, model_validator
+from sse_starlette import EventSourceResponse
 
 from guards.catalogue import GUARDS
 from guards.errors import GuardError, InvalidForgetSet, InvalidPolicy, Untrainable
@@ -45,6 +46,7 @@ from serve.http.contract import (
     ForgetSetAnswer,
     ForgetSetMade,
     ForgetSetsAnswer,
+    GuardsAnswer,
     PoliciesAnswer,
     PolicyAnswer,
     PolicyMade,
@@ -225,6 +227,22 @@ def attach(
         policies = control.snapshot.policies.values()
         return {"data": [policy.model_dump(mode="json") for policy in policies], "revision": control.snapshot.revision}
 
+    @router.get("/guards", response_model=GuardsAnswer)
+    async def list_guards() -> dict[str, Any]:
+        shown = [
+            {
+                "name": kind.name,
+                "summary": kind.summary,
+                "acts_on": kind.acts_on,
+                "on_by_default": kind.default is not None,
+                "several": kind.many,
+                "artifacts": [] if kind.files is None else list(kind.files.kinds),
+                "settings": kind.config.model_json_schema(),
+            }
+            for kind in GUARDS.values()
+        ]
+        return {"data": shown}
+
     @router.get("/policies/{name}", response_model=PolicyAnswer)
     async def show_policy(name: str) -> dict[str, Any]:
         snapshot = control.snapshot
@@ -307,8 +325,7 @@ def attach(
         side_by_side.check(order)
         events = side_by_side.events(order, request.scope["lethe.caller"])
         if order.stream:
-            lines = (f"event: {kind}\ndata: {json.dumps(fields)}\n\n" async for kind, fields in events)
-            return StreamingResponse(lines, media_type="text/event-stream")
+            return EventSourceResponse(({"event": kind, "data": json.dumps(fields)} async for kind, fields in events), sep="\n")
         async for kind, fields in events:
             if kind == "done":
                 return JSONResponse(fields)

@@ -12,11 +12,11 @@ import asyncio
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
 
+from cachetools import LRUCache
 from prometheus_client import Counter
 
 from serve.clock import never_back
@@ -53,7 +53,7 @@ class Budgets:
         self._usage = usage
         self._seconds = seconds
         self._now = today
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key -> requests that it may make, as of when
+        self._buckets: LRUCache[str, tuple[float, float]] = LRUCache(_MOST_BUCKETS)  # key -> requests that it may make, as of when
         self._day = ""
         self._used: dict[str, Used] = {}  # today, written down or not
         self._unwritten: dict[tuple[str, str], Used] = {}  # (day, key)
@@ -94,9 +94,6 @@ class Budgets:
                 wait = math.ceil((1 - left) * 60 / most)
                 raise OverBudget(f"{key} may make {limits.requests_per_minute:,} requests a minute; try again in {wait} s", wait)
             self._buckets[key] = left - 1, now_s
-            self._buckets.move_to_end(key)
-            if len(self._buckets) > _MOST_BUCKETS:
-                self._buckets.popitem(last=False)
         self._add(key, 1, 0)
 
     def spent(self, caller: Caller, tokens: int) -> None:

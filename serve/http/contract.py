@@ -99,6 +99,24 @@ class PolicyShown(Answer):
     refusal: str
 
 
+class GuardShown(Answer):
+    """A guard that policies may name."""
+
+    name: str = Field(description="its field in a policy's `guards`")
+    summary: str
+    acts_on: str
+    on_by_default: bool
+    several: bool = Field(description="a policy may hold several of it, as a list")
+    artifacts: list[str] = Field(description="kinds of artifacts that it acts by")
+    settings: dict[str, Any] = Field(description="JSON schema of its settings")
+
+
+class GuardsAnswer(Answer):
+    """Every guard of this server, in the order in which a request meets them."""
+
+    data: list[GuardShown]
+
+
 class PolicyAnswer(PolicyShown):
     revision: int = Revision
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cachetools import LRUCache, TTLCache
 from prometheus_client import Counter
 
 from guards.errors import GuardError
@@ -70,7 +71,9 @@ class Probes:
         self._phrases = phrases
         self._vocabulary = vocabulary
         self._seconds = seconds
-        self._seen: OrderedDict[str, dict[str, float]] = OrderedDict()  # key -> what it asked for, as a digest -> when first
+        self._seen: LRUCache[str, TTLCache[str, float]] = LRUCache(
+            _MOST_KEYS
+        )  # key -> what it asked for, as a digest -> when first
 
     def check(self, caller: Caller, fields: dict[str, Any], plan: Plan) -> str | None:
         """Look at a request before it is answered.
@@ -108,13 +111,10 @@ class Probes:
             seen[asked] = self._seconds()
             _probes.labels(key).inc()
 
-    def _within_the_hour(self, key: str) -> dict[str, float]:
-        begun = self._seconds() - WINDOW_S
-        seen = self._seen[key] = {asked: at for asked, at in self._seen.get(key, {}).items() if at > begun}
-        self._seen.move_to_end(key)
-        if len(self._seen) > _MOST_KEYS:
-            self._seen.popitem(last=False)
-        return seen
+    def _within_the_hour(self, key: str) -> TTLCache[str, float]:
+        if key not in self._seen:
+            self._seen[key] = TTLCache(math.inf, ttl=WINDOW_S, timer=self._seconds)
+        return self._seen[key]
 
     def _named(self, fields: dict[str, Any], plan: Plan) -> set[str]:
         """The phrases in force that a request's constraints name, as they do."""

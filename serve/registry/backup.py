@@ -23,7 +23,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from guards.catalogue import CALIBRATIONS, guard_of
+from guards.catalogue import guard_of
 from guards.types import ArtifactRef
 from guards.whole_file import write_whole
 from serve.lock import private_directory, sole_server
@@ -31,7 +31,8 @@ from serve.protocol.artifacts import artifact_path
 from serve.registry import tables
 from serve.registry.models import InUse, RegistryError, RolledBack, StoredSet, now
 from serve.registry.position import Mark
-from serve.registry.store import Registry, experiments_of
+from serve.registry.rows import append, experiments_of, policies_of, stored_sets
+from serve.registry.store import Registry
 from serve.sqlite import StorageFault
 
 DATABASE, OTHERS = "lethe.db", ("observations.db",)
@@ -189,7 +190,7 @@ class Backup:
                 connection.execute(
                     _building().values(status="failed", detail="was not ready when the backup was made; PUT the set again")
                 )
-                return registry.append(connection, actor, ACTION, DATABASE, {"backup_of_revision": plan.revision, "at": plan.at})
+                return append(connection, actor, ACTION, DATABASE, {"backup_of_revision": plan.revision, "at": plan.at})
 
     def _replace(self, state: Path) -> None:
         """Whenever this is interrupted, what is there is whole, or the mark of what was in force keeps a server from starting."""
@@ -207,14 +208,14 @@ class Backup:
         Mark(state / DATABASE).path.unlink(missing_ok=True)
 
     def _take_over(self, registry: Registry, connection: sa.Connection) -> None:
-        stripped = {each.name for each in registry.stored_sets(connection) if each.stripped}
+        stripped = {each.name for each in stored_sets(connection) if each.stripped}
         kept = {each.name for each in self._registry.forget_sets() if each.name in stripped and not each.stripped}
         with self._registry.reading() as source:
             rows = {
                 table: [dict(row) for row in source.execute(sa.select(table)).mappings()]
                 for table in (tables.forget_sets, tables.artifacts, tables.policies)
             }
-            policies = self._registry.policies_of(source)
+            policies = policies_of(source)
         for experiment in experiments_of(connection):
             for arm in experiment.order.arms:
                 if arm.policy not in policies:
@@ -245,8 +246,10 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _files_of(state: Path, stored: StoredSet) -> list[Path]:
-    files = [each for each in stored.artifacts if each.kind not in CALIBRATIONS and each.fingerprint]
-    return [artifact_path(state / "artifacts", ArtifactRef(guard_of(each.kind).name, each.fingerprint)) for each in files]
+    found = ((guard_of(each.kind), each.fingerprint) for each in stored.artifacts)
+    return [
+        artifact_path(state / "artifacts", ArtifactRef(guard.name, name)) for guard, name in found if guard is not None and name
+    ]
 
 
 def _differs(one: StoredSet, two: StoredSet) -> bool:

@@ -107,8 +107,11 @@ class StoredSet:
         Also what the engine needs and is not ready: a plan that names it closes its rows. Vectors that are not ready count as
         missing, which closes requests where anything would be judged by them.
         """
-        files = [each for each in self.artifacts if each.kind not in CALIBRATIONS]
-        usable = {each.kind: each.fingerprint for each in files if each.status == "ready" or guard_of(each.kind).entry is not None}
+        usable = {}
+        for each in self.artifacts:
+            guard = guard_of(each.kind)
+            if guard is not None and (each.status == "ready" or guard.entry is not None):
+                usable[each.kind] = each.fingerprint
         measured = {
             each.kind: json.loads(each.detail)
             for each in self.artifacts

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from guards.similarity.encoder import Encoder
+from guards.similarity.encoder import SentenceEncoder
 from guards.similarity.gate import Gate
 from guards.similarity.index import FaissIndex
 from serve.control.similarity import default_encoder
@@ -70,7 +70,7 @@ def gate_times(prompts: int, progress: Progress) -> dict[str, float]:
     assert directory is not None, "the bundled encoder is not installed"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    generator, encoder = random.Random(1), Encoder(directory, cached=0)
+    generator, encoder = random.Random(1), SentenceEncoder(directory, cached=0)
     gate = Gate(encoder.dimension)
     task = progress.add_task("Timing the gate", total=2 * prompts)
     found: dict[str, float] = {}

@@ -11,7 +11,7 @@ import pytest
 from guards.forget_set import ForgetSet, Question
 from guards.similarity.declaration import DEFAULT_GATE_THRESHOLD, DEFAULT_STREAM_THRESHOLD
 from guards.similarity.disguise import TooMuchToRead
-from guards.similarity.encoder import Encoder, EncoderUnavailable, fingerprint
+from guards.similarity.encoder import EncoderUnavailable, SentenceEncoder, fingerprint
 from guards.similarity.gate import Gate, Verdict
 from guards.similarity.index import Entries
 from guards.similarity.windows import LONGEST, sentences, windows
@@ -47,7 +47,7 @@ class Asked:
     """A gate with two sets, asked in one call."""
 
     def __init__(self) -> None:
-        self.encoder = Encoder(DIRECTORY)
+        self.encoder = SentenceEncoder(DIRECTORY)
         self.gate = Gate(self.encoder.dimension)
         sets = {}
         for content in (CONTENT, OTHER):
@@ -171,7 +171,7 @@ def test_sets_come_and_go_without_touching_the_others() -> None:
 
 
 def test_the_same_text_has_the_same_vector_whatever_it_is_embedded_with(asked: Asked) -> None:
-    fresh = Encoder(DIRECTORY, cached=0)
+    fresh = SentenceEncoder(DIRECTORY, cached=0)
     texts = ["A short one.", "A somewhat longer sentence about lamps.", " ".join(["word"] * 80)]
     together = fresh.embed(texts)
     for i, text in enumerate(texts):
@@ -184,7 +184,7 @@ def test_a_directory_that_is_no_encoder_is_refused_with_its_name(tmp_path: Path)
     with pytest.raises(EncoderUnavailable, match="modules\\.json"):
         fingerprint(tmp_path)
     with pytest.raises(EncoderUnavailable, match=str(tmp_path)):
-        Encoder(tmp_path)
+        SentenceEncoder(tmp_path)
 
 
 def test_sentences_end_where_they_end_and_not_at_initials() -> None:

@@ -22,7 +22,7 @@ from guards.errors import InvalidPolicy
 from guards.forget_set import ForgetSet
 from guards.policy import Policy
 from guards.suppression.declaration import Suppress
-from serve.registry.models import Artifact, NameTaken, NotReady, RegistryError, UnknownName, now
+from serve.registry.models import Artifact, NameTaken, NotReady, UnknownName, now
 from serve.registry.store import Registry
 
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -261,31 +261,6 @@ def test_keys_are_stored_hashed_and_recognised(registry: Registry, tmp_path: Pat
         assert snapshot.caller(wrong, open_without_keys=True) is None
     registry.close()
     assert secret.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
-
-
-def test_a_registry_of_a_newer_release_is_refused(registry: Registry, tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "lethe.db") as connection:
-        connection.execute("UPDATE schema SET version = 99")
-    with pytest.raises(RegistryError, match="upgrade"):
-        Registry(tmp_path / "lethe.db")
-
-
-def test_a_registry_of_an_earlier_release_keeps_its_calibrations(registry: Registry, tmp_path: Path) -> None:
-    content = ForgetSet(name="a", questions=[{"question": "q", "answer": "a"}])
-    registry.create_set(content, actor="t")
-    registry.put_trained("a", content.fingerprint, Artifact("assistant", "made", "ready", "", now()), actor="t")
-    registry.put_calibration("a", 1.75, {"reference": 0.3}, actor="t")
-    registry.enable("a", actor="t")
-    registry.close()
-    with sqlite3.connect(tmp_path / "lethe.db") as connection:
-        connection.execute("UPDATE schema SET version = 1")
-        connection.execute("UPDATE artifacts SET detail = replace(detail, 'strength', 'alpha') WHERE kind = 'calibration'")
-    connection.close()
-    upgraded = Registry(tmp_path / "lethe.db")
-    assert upgraded.snapshot().sets["a"].measured["calibration"]["strength"] == 1.75
-    upgraded.close()
-    again = Registry(tmp_path / "lethe.db").snapshot()
-    assert again.sets["a"].measured["calibration"]["strength"] == 1.75, "once is enough"
 
 
 def test_an_expired_set_cannot_be_enabled(registry: Registry) -> None:

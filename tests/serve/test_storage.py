@@ -228,7 +228,7 @@ def test_a_registry_that_is_sound_and_cannot_be_used_now_is_not_replaced(registr
     add(registry, "kept")
     write_backup(state, tmp_path / "backup.tar")
     with registry._engine.begin() as connection:
-        connection.execute(sa.text("UPDATE schema SET version = 99"))
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = 9999"))
     backup = Backup(tmp_path / "backup.tar")
     with pytest.raises(RegistryError, match="upgrade"):
         backup.restore(state, actor="t")

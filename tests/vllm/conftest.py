@@ -25,6 +25,7 @@ from serve.settings import Settings
 
 pytest.importorskip("vllm", reason="vLLM is not installed: the end-to-end tests need the real engine")
 
+TOYS = Path(__file__).parents[1] / "toys"
 ENGINE_OPTIONS = (
     "--max-model-len=1024",
     "--max-num-seqs=16",
@@ -110,7 +111,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Itera
     guarded = Server(
         [str(bin_directory / "lethe"), "serve", "--verbose", f"--model={model_path}"],
         directory,
-        {"LETHE_STATE_DIR": str(directory / "state")},
+        {
+            "LETHE_STATE_DIR": str(directory / "state"),
+            # Guards of another package are installed, and off unless a policy names them.
+            "PYTHONPATH": os.pathsep.join([str(TOYS), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        },
     )
     plain_options = [f"--model={model_path}", f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"]
     plain = Server([sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *plain_options], directory, {})
