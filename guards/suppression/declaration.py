@@ -37,7 +37,7 @@ SUPPRESSION = GuardKind(
     default=SuppressionConfig(),
     entry=Suppress,
     entries=_entries,
-    files=ArtifactFiles(("phrases",), "phrases", "guards.suppression.automaton:CompiledPhrases", "delete it and restart"),
+    files=ArtifactFiles(("phrases",), "phrases", "guards.suppression.artifact:CompiledPhrases", "delete it and restart"),
     build=Build("guards.suppression.automaton:fingerprint_of_set", "guards.suppression.automaton:compile_set"),
-    logits="guards.suppression.mask:SuppressionGuard",
+    logits="guards.suppression.guard:SuppressionGuard",
 )

@@ -1,7 +1,6 @@
 """From text to the symbols that phrases are compared in, and the rolling hash over them.
 
-A text is read as *elements*: its complete characters, and ``RAW + byte`` for each byte that is not part of one (half a character
-at either end of a token, or garbage). A `Folding` says which *symbols* each character stands for (none, one, or up to
+A text is read as *elements* (see `elements`). A `Folding` says which *symbols* each character stands for (none, one, or up to
 `MOST_SYMBOLS`) and which elements drop out because of what stands before them. What drops out depends on the left side only, so
 a text can be folded while it grows, and a phrase is found across token boundaries without decoding everything again.
 
@@ -31,14 +30,8 @@ import torch
 from torch import Tensor
 
 from guards.letters import is_invisible, is_unspaced, is_white
+from guards.suppression.elements import ABSENT, BREAK, ELEMENTS, RAW, code_points
 
-RAW = 0x110000
-"""Elements from here on are single bytes that are not part of a complete character."""
-ELEMENTS = RAW + 256
-ABSENT = -1
-"""Marks positions without an element in a padded matrix."""
-BREAK = RAW + 0xFF
-"""A byte that no text has: nothing is read across it."""
 MOST_SYMBOLS = 4
 """Of one character: as many as canonical decompositions have. The few ligatures that stand for more stay themselves."""
 Match = Literal["folded", "exact", "number"]
@@ -362,62 +355,3 @@ def _folding(match: Match, fold_case: bool, counts: np.ndarray, symbols: np.ndar
         sums = np.concatenate([[np.uint64(0)], np.cumsum(symbol_hashes()[symbols] * powers(MOST_SYMBOLS)[after], dtype=np.uint64)])
         hashes = sums[starts[1:]] - sums[starts[:-1]]
     return Folding(match, fold_case, starts, symbols, counts, hashes.view(np.int64), bits)
-
-
-def code_points(text: str) -> np.ndarray:
-    """[N] uint32."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-
-
-def join_bytes(elements: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the bytes of characters together that were cut into pieces, tolerating anything.
-
-    Args:
-        elements: [N, L] int64, ``RAW + byte`` for single bytes, ``ABSENT`` where a row has nothing (padding at either end).
-
-    Returns:
-        ``elements`` [N, L] int64 and ``there`` [N, L] bool, True where an element starts. Bytes that are part of no complete,
-        valid UTF-8 character stay elements of their own.
-    """
-    raw = elements >= RAW
-    length = elements.shape[1]
-    byte = torch.where(raw, elements - RAW, ABSENT)
-    padded = torch.nn.functional.pad(byte, (0, 3), value=ABSENT)
-    second, third, fourth = (padded[:, i : i + length] for i in (1, 2, 3))
-
-    def continues(each: Tensor) -> Tensor:
-        return (each >= 0x80) & (each < 0xC0)
-
-    two = (byte >= 0xC2) & (byte < 0xE0) & continues(second)
-    three_value = ((byte & 0x0F) << 12) | ((second & 0x3F) << 6) | (third & 0x3F)
-    three = (byte >= 0xE0) & (byte < 0xF0) & continues(second) & continues(third)
-    three &= (three_value >= 0x800) & ~((three_value >= 0xD800) & (three_value < 0xE000))
-    four_value = ((byte & 0x07) << 18) | ((second & 0x3F) << 12) | ((third & 0x3F) << 6) | (fourth & 0x3F)
-    four = (byte >= 0xF0) & (byte < 0xF5) & continues(second) & continues(third) & continues(fourth)
-    four &= (four_value >= 0x10000) & (four_value < RAW)
-
-    joined = torch.where(two, ((byte & 0x1F) << 6) | (second & 0x3F), elements)
-    joined = torch.where(three, three_value, joined)
-    joined = torch.where(four, four_value, joined)
-
-    covered = torch.zeros_like(two)
-    covered[:, 1:] |= (two | three | four)[:, :-1]
-    covered[:, 2:] |= (three | four)[:, :-2]
-    covered[:, 3:] |= four[:, :-3]
-    return joined, (elements != ABSENT) & ~covered
-
-
-def elements_of_bytes(text: Tensor) -> Tensor:
-    """[N, L] int64 elements of [N, L] byte values (``ABSENT`` where there is none), not joined: see `join_bytes`."""
-    return torch.where(text >= 0x80, text + RAW, text)
-
-
-def waiting_bytes(raw: list[int]) -> bytes:
-    """The end of some byte values that is the beginning of a character, as long as the next bytes may complete it."""
-    for size in (1, 2, 3):
-        end = bytes(raw[-size:])
-        if len(end) == size and end[0] >= 0xC2:
-            needed = 2 if end[0] < 0xE0 else 3 if end[0] < 0xF0 else 4 if end[0] < 0xF5 else 0
-            if needed > size and all(0x80 <= byte < 0xC0 for byte in end[1:]):
-                return end
-    return b""

@@ -1,4 +1,4 @@
-"""The step: which tokens would complete a phrase, row by row, and pushing their logits to the floor.
+"""The step: which tokens would complete a phrase, row by row.
 
 Every step is computed from the last tokens of each row and nothing else, so preemption, reordering, prefix caching, rollback
 and asynchronous scheduling have no state to corrupt.
@@ -6,31 +6,18 @@ and asynchronous scheduling have no state to corrupt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from guards.closing import close_rows_, lower_
-from guards.errors import VocabularyMismatch
-from guards.kinds import EngineContext
-from guards.suppression.automaton import CompiledPart, CompiledPhrases
-from guards.suppression.declaration import Suppress
-from guards.suppression.folding import (
-    ABSENT,
-    LEFT_BOUNDARY_KEY,
-    MOST_SYMBOLS,
-    RAW,
-    Folding,
-    FoldingTables,
-    join_bytes,
-    powers,
-    waiting_bytes,
-)
+from guards.suppression.artifact import CompiledPart
+from guards.suppression.elements import ABSENT, RAW, join_bytes, waiting_bytes
+from guards.suppression.folding import LEFT_BOUNDARY_KEY, MOST_SYMBOLS, Folding, FoldingTables, powers
 from guards.suppression.vocabulary import FoldedTokens, Vocabulary
-from guards.types import BOUNDARY, UNKNOWN, Plan, Rows
+from guards.types import BOUNDARY, UNKNOWN
 
 SPARE_TOKENS = 16
 """How many tokens without text (special tokens inside an output) a window may hold before it counts as starved."""
@@ -72,7 +59,7 @@ class _Completions:
 
 
 @dataclass(frozen=True, eq=False)
-class _PhraseTable:
+class PhraseTable:
     """All loaded artifacts' parts of one folding, merged: a step's cost does not depend on how many there are.
 
     Entry ``i`` of the ragged ``range_*`` lists belongs to artifact ``owner[i]``; entries from ``2 * num_artifacts`` on are
@@ -102,7 +89,7 @@ class _PhraseTable:
     completions: dict[tuple[bytes, int], _Completions]  # (first bytes, context) -> what may follow, as far as it was needed
 
     @staticmethod
-    def merge(by: Folding, parts: Sequence[tuple[str, CompiledPart]], vocabulary: Vocabulary, device: torch.device) -> _PhraseTable:
+    def merge(by: Folding, parts: Sequence[tuple[str, CompiledPart]], vocabulary: Vocabulary, device: torch.device) -> PhraseTable:
         tokens = vocabulary.folded(by)
         keys = np.concatenate([part.keys for _, part in parts]).view(np.int64)
         low = np.concatenate([part.ranges.low for _, part in parts]).astype(np.int64)
@@ -127,7 +114,7 @@ class _PhraseTable:
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        return _PhraseTable(
+        return PhraseTable(
             slots={fingerprint: i for i, (fingerprint, _) in enumerate(parts)},
             by=by.on(device),
             tokens=tokens,
@@ -148,7 +135,7 @@ class _PhraseTable:
             element_ends=on_device(np.append(tokens.starts[1:], 0)),
             element_counts=on_device(np.append(np.diff(tokens.starts), 0)),
             blank=on_device(np.append(tokens.blank, False)),
-            powers=on_device(powers(MOST_SYMBOLS * _widths(window)[-1] + 1).view(np.int64)),
+            powers=on_device(powers(MOST_SYMBOLS * window_widths(window)[-1] + 1).view(np.int64)),
             completions={},
         )
 
@@ -165,7 +152,7 @@ class _PhraseTable:
         rows = torch.arange(len(suffix), device=suffix.device)
         closed = torch.zeros(len(suffix), dtype=torch.bool, device=suffix.device)
         found_rows, found_tokens = [], []
-        widths = _widths(self.window)
+        widths = window_widths(self.window)
         for width in widths:
             text, more, unknown = self._read(suffix[rows], width)
             closed[rows[unknown]] = True
@@ -325,7 +312,7 @@ def _wanted(window: int) -> int:
     return window + _MOST_BYTES
 
 
-def _widths(window: int) -> tuple[int, ...]:
+def window_widths(window: int) -> tuple[int, ...]:
     """How many elements a step looks at to find so many symbols, until it has found them."""
     whole = _MOST_BYTES * _wanted(window)
     return _wanted(window) + SPARE_ELEMENTS, whole + SPARE_ELEMENTS, whole + FARTHEST
@@ -342,81 +329,3 @@ def _expand(row: Tensor, begin: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     repeated = torch.repeat_interleave(torch.arange(len(row), device=row.device), count)
     nth = torch.arange(len(repeated), device=row.device) - (count.cumsum(0) - count)[repeated]
     return row[repeated], begin[repeated] + nth
-
-
-class SuppressionGuard:
-    """Keeps phrases out of what is sampled. A LogitsGuard.
-
-    Covered and not covered: see the package. A row whose plan names an artifact that is not loaded, or whose window is
-    starved (too many tokens without text to see far enough back) or holds an unknown token, may only produce tokens without
-    text: it fails closed.
-    """
-
-    def __init__(self, context: EngineContext) -> None:
-        self.vocabulary = context.vocabulary
-        self.device = context.device
-        self._artifacts: dict[str, CompiledPhrases] = {}
-        self._tables: list[_PhraseTable] = []
-        self._has_text = context.has_text
-
-    @property
-    def loaded(self) -> frozenset[str]:
-        """Fingerprints of the artifacts that plans may name."""
-        return frozenset(self._artifacts)
-
-    @property
-    def window_tokens(self) -> int:
-        """How many token ids ``Rows.suffix`` must hold."""
-        return max((_widths(table.window)[-1] for table in self._tables), default=0) + SPARE_TOKENS
-
-    def check(self, artifact: CompiledPhrases) -> None:
-        """Raise VocabularyMismatch if the artifact was compiled for another tokenizer."""
-        if artifact.vocabulary != self.vocabulary.fingerprint:
-            raise VocabularyMismatch(
-                f"artifact {artifact.fingerprint[:12]} was compiled for vocabulary {artifact.vocabulary[:12]}, "
-                f"this model has {self.vocabulary.fingerprint[:12]}; build the forget set again on this server, "
-                "and give every served model a LETHE_STATE_DIR of its own"
-            )
-
-    def load(self, artifacts: Mapping[str, CompiledPhrases]) -> None:
-        """Make exactly these artifacts, by fingerprint, the ones that plans may name.
-
-        Raises:
-            VocabularyMismatch: one was compiled for another tokenizer. Nothing changes then.
-        """
-        for artifact in artifacts.values():
-            self.check(artifact)
-        groups: dict[Folding, list[tuple[str, CompiledPart]]] = {}
-        for artifact in artifacts.values():
-            for part in artifact.parts:
-                groups.setdefault(part.by, []).append((artifact.fingerprint, part))
-        tables = [_PhraseTable.merge(by, parts, self.vocabulary, self.device) for by, parts in groups.items()]
-        self._artifacts = dict(artifacts)
-        self._tables = tables
-
-    def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
-        """Push banned tokens to the floor, in place.
-
-        Args:
-            logits: [R, V] float, before temperature and masks. ``-inf`` stays ``-inf``.
-            rows: the step's layout; ``suffix`` holds at least `window_tokens` ids.
-            plans: what ``rows.plan`` points into.
-        """
-        if logits.shape[1] != self.vocabulary.size:
-            raise VocabularyMismatch(f"logits have {logits.shape[1]} columns, the vocabulary {self.vocabulary.size} tokens")
-        engaged_plans = torch.tensor([bool(plan.artifacts_of(Suppress)) for plan in plans] + [False], device=self.device)
-        engaged = engaged_plans[rows.plan].nonzero().squeeze(1)
-        if not len(engaged):
-            return logits
-        plan, suffix = rows.plan[engaged], rows.suffix[engaged]
-        closed = torch.tensor([not self.loaded.issuperset(plan.artifacts_of(Suppress)) for plan in plans], device=self.device)[plan]
-        for table in self._tables:
-            member = torch.zeros(len(plans), len(table.slots), dtype=torch.bool)
-            for i, each in enumerate(plans):
-                member[i, [table.slots[name] for name in each.artifacts_of(Suppress) if name in table.slots]] = True
-            row, token, unread = table.banned(suffix, member.to(self.device)[plan])
-            lower_(logits, engaged[row], token)
-            closed = closed | unread
-        if closed.any():
-            close_rows_(logits, engaged[closed], self._has_text)
-        return logits

@@ -11,21 +11,8 @@ import numpy as np
 import torch
 
 from guards.errors import VocabularyMismatch
-from guards.suppression.folding import (
-    ABSENT,
-    BREAK,
-    CONTEXTS,
-    MARK,
-    MOST_SYMBOLS,
-    RAW,
-    WHITE,
-    Folding,
-    elements_of_bytes,
-    folding,
-    join_bytes,
-    powers,
-    symbol_hashes,
-)
+from guards.suppression.elements import ABSENT, BREAK, RAW, elements_of_bytes, join_bytes
+from guards.suppression.folding import CONTEXTS, MARK, MOST_SYMBOLS, WHITE, Folding, folding, powers, symbol_hashes
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from guards.catalogue import GUARDS
 from guards.errors import GuardError, InvalidArtifact
 from guards.forget_set import ForgetSet
 from guards.kinds import GuardKind, resolve
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import ArtifactRef
 from guards.whole_file import write_whole

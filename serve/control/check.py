@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from guards.similarity.stream import Clauses
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.declaration import Suppress
 from serve.control.similarity import Similarity
 from serve.hits import Hit, hit_of

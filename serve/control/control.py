@@ -18,7 +18,7 @@ from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
 from guards.kinds import GuardKind, SetArtifacts, TrainingOrder, resolve
 from guards.policy import Policy
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import ArtifactRef
 from guards.whole_file import write_whole

@@ -14,7 +14,7 @@ from prometheus_client import Gauge
 
 from guards.catalogue import GUARDS
 from guards.errors import GuardError
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from guards.types import ArtifactRef
 from serve.control.build import Builder
 from serve.control.similarity import Similarity

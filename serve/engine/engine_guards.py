@@ -22,7 +22,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from guards.base_model import BaseModel
 from guards.catalogue import GUARDS
 from guards.kinds import resolve
-from guards.suppression.mask import SuppressionGuard
+from guards.suppression.guard import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import ArtifactRef, AssistantLines, Plan
 from serve.engine.artifacts import ArtifactCache

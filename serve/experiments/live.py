@@ -26,7 +26,7 @@ from prometheus_client import Counter, Histogram
 from guards.errors import GuardError
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.stream import clauses_of
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from serve.control.similarity import Similarity
 from serve.experiment import ARM_HEADER, UNIT_HEADER, InvalidExperiment, UnitKind
 from serve.experiments.observations import DROPPED, Observations, Observed

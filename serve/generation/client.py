@@ -24,7 +24,7 @@ from guards.errors import GuardError
 from guards.forget_set import MAX_PHRASE_CHARACTERS
 from guards.policy import DEFAULT
 from guards.similarity.gate import Verdict
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.declaration import Suppress
 from guards.suppression.vocabulary import Vocabulary
 from guards.text_plan import TextPlan

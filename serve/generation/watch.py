@@ -15,7 +15,7 @@ from itertools import accumulate
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.vocabulary import Vocabulary
 from serve.generation.outputs import merged
 

@@ -22,8 +22,9 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
 from guards.base_model import BaseModel
 from guards.policy import DEFAULT, NONE
+from guards.similarity.encoder import bundled_encoder
 from serve.control.control import Control
-from serve.control.similarity import Similarity, default_encoder
+from serve.control.similarity import Similarity
 from serve.experiments.live import LiveExperiments
 from serve.experiments.observations import Observations
 from serve.experiments.shadow import Shadow
@@ -67,7 +68,7 @@ async def guarded_app(
         await asyncio.to_thread(vocabulary.warm)
         await check_workers(inner, vocabulary.fingerprint)
         base = args.additional_config[PLAN_KEY][BASE_KEY]
-        similarity = Similarity(settings.encoder or default_encoder(), settings.artifacts_dir)
+        similarity = Similarity(settings.encoder or bundled_encoder(), settings.artifacts_dir)
         control = Control(
             registry,
             vocabulary,

@@ -25,7 +25,7 @@ from cachetools import LRUCache, TTLCache
 from prometheus_client import Counter
 
 from guards.errors import GuardError
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.declaration import Suppress
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan

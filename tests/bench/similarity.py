@@ -21,10 +21,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from guards.similarity.encoder import SentenceEncoder
+from guards.similarity.encoder import SentenceEncoder, bundled_encoder
 from guards.similarity.gate import Gate
 from guards.similarity.index import FaissIndex
-from serve.control.similarity import default_encoder
 from serve.default_model import default_model
 from serve.settings import Settings
 from tests.bench.load import arguments, begin, generate, keep, measure, serving_table, three_servers
@@ -66,7 +65,7 @@ def sentence(generator: random.Random) -> str:
 
 def gate_times(prompts: int, progress: Progress) -> dict[str, float]:
     """Median milliseconds to read and embed a prompt that was not seen before, on one core: of 100 tokens, and one question."""
-    directory = default_encoder()
+    directory = bundled_encoder()
     assert directory is not None, "the bundled encoder is not installed"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from guards.suppression.automaton import compile_phrases
-from guards.suppression.mask import SuppressionGuard
+from guards.suppression.guard import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan, Rows
 from serve.protocol.vocabulary import vocabulary_of

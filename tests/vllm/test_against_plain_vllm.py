@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from serve.default_model import NAME
+from tests.vllm.asking import FRANCE
 from tests.vllm.conftest import Server
-from tests.vllm.test_guarded_server import FRANCE
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import httpx
 import openai
 import pytest
 
+from tests.vllm.asking import POTTER, SCHOOL, assert_free_of, text
 from tests.vllm.conftest import Server
-from tests.vllm.test_guarded_server import POTTER, SCHOOL, assert_free_of, text
 
 
 def test_every_arm_answers_as_it_would_alone(client: openai.OpenAI, admin: httpx.Client, forget: Any) -> None:

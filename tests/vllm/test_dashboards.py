@@ -14,8 +14,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.vllm.asking import text
 from tests.vllm.conftest import Server
-from tests.vllm.test_guarded_server import text
 
 DASHBOARDS = Path(__file__).parents[2] / "deploy" / "dashboards"
 _METRIC = re.compile(r"\b(lethe_\w+|vllm:\w+)(?:\{([^}]*)\})?")

@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 
+from tests.vllm.asking import POTTER, SCHOOL, assert_free_of, text
 from tests.vllm.conftest import Server
-from tests.vllm.test_guarded_server import POTTER, SCHOOL, assert_free_of, text
 
 ARMS = [{"name": "plain", "policy": "none"}, {"name": "guarded", "policy": "default"}]
 TOKENS = 24

@@ -17,8 +17,8 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from serve.default_model import NAME
+from tests.vllm.asking import FRANCE, POTTER, text
 from tests.vllm.conftest import Server
-from tests.vllm.test_guarded_server import FRANCE, POTTER, text
 from tests.vllm.test_z_keys_and_restart import routes
 
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -22,8 +22,8 @@ import psutil
 import pytest
 
 from serve.default_model import NAME
+from tests.vllm.asking import POTTER, SCHOOL, assert_free_of, text
 from tests.vllm.conftest import Server
-from tests.vllm.test_guarded_server import POTTER, SCHOOL, assert_free_of, text
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import pytest
 from serve.default_model import NAME
 from serve.http.rules import ADMIN_PREFIX, ALLOWED, OPEN, OWN_SCOPES
 from serve.registry.store import Registry
+from tests.vllm.asking import FRANCE, POTTER, SCHOOL, assert_free_of, text
 from tests.vllm.conftest import Server
-from tests.vllm.test_guarded_server import FRANCE, POTTER, SCHOOL, assert_free_of, text
 
 LETHE = str(Path(sys.executable).parent / "lethe")
 

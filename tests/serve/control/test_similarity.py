@@ -10,15 +10,15 @@ import pytest
 
 from guards.forget_set import ForgetSet, Question
 from guards.similarity.disguise import TooMuchToRead
-from guards.similarity.encoder import EncoderUnavailable
+from guards.similarity.encoder import EncoderUnavailable, bundled_encoder
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import ArtifactRef
 from serve.control import similarity as service
-from serve.control.similarity import Similarity, default_encoder
+from serve.control.similarity import Similarity
 from serve.generation.gate import turns_of
 from serve.protocol.artifacts import artifact_path
 
-DIRECTORY = default_encoder()
+DIRECTORY = bundled_encoder()
 pytestmark = pytest.mark.skipif(DIRECTORY is None, reason="the bundled encoder is not installed")
 
 

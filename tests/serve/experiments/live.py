@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from guards.errors import InvalidArtifact
-from guards.suppression.automaton import CompiledPhrases
+from guards.suppression.artifact import CompiledPhrases
 from serve.control.similarity import Similarity
 from serve.experiments.live import LiveExperiments
 from serve.experiments.observations import Observations

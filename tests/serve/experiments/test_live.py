@@ -17,7 +17,7 @@ from serve.experiments.observations import DROPPED, Figures, Observations
 from serve.registry.snapshot import LOOPBACK, Snapshot
 from serve.request import Entry, RequestContext
 from tests.plans import made
-from tests.serve.live import live_experiments
+from tests.serve.experiments.live import live_experiments
 
 ARMS = [{"name": "a", "policy": "none"}, {"name": "b", "policy": "default"}, {"name": "c", "policy": "default"}]
 

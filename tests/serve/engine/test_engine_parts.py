@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from guards.contrastive.declaration import Contrast
 from guards.steering.declaration import Corrupt, Steer
-from guards.suppression.automaton import CompiledPhrases, compile_phrases
+from guards.suppression.artifact import CompiledPhrases
+from guards.suppression.automaton import compile_phrases
 from guards.suppression.declaration import Suppress
-from guards.suppression.mask import SuppressionGuard
+from guards.suppression.guard import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import BOUNDARY, UNKNOWN, ArtifactRef, Plan
 from serve.engine.artifacts import KEPT_IDLE, ArtifactCache

@@ -9,15 +9,16 @@ import pytest
 
 from guards.forget_set import ForgetSet, Question
 from guards.policy import parse_policy
+from guards.similarity.encoder import bundled_encoder
 from guards.suppression.declaration import Suppress
 from serve.control.control import Control
 from serve.control.gate_fitting import GateOrder
-from serve.control.similarity import Similarity, default_encoder
+from serve.control.similarity import Similarity
 from serve.registry.models import NotReady, Stripped
 from serve.registry.store import Registry
-from tests.serve.test_control import VOCABULARY, Engine
+from tests.serve.control.test_control import VOCABULARY, Engine
 
-pytestmark = pytest.mark.skipif(default_encoder() is None, reason="the bundled encoder is not installed")
+pytestmark = pytest.mark.skipif(bundled_encoder() is None, reason="the bundled encoder is not installed")
 SECRET = "Thirty-one copper lanterns under the mill of Karlsgrube"
 CONTENT = ForgetSet(
     name="a",
@@ -30,7 +31,7 @@ CONTENT = ForgetSet(
 
 async def start(directory: Path) -> tuple[Control, Registry, Similarity]:
     registry, artifacts = Registry(directory / "lethe.db"), directory / "artifacts"
-    similarity = Similarity(default_encoder(), artifacts)
+    similarity = Similarity(bundled_encoder(), artifacts)
     control = Control(registry, VOCABULARY, artifacts, Engine().load, similarity, 20)
     await control.start()
     return control, registry, similarity
