@@ -108,12 +108,12 @@ def quiet_terminal(log: Path) -> Terminal:
         log.replace(log.with_name(log.name + ".1"))
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     stream = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8")
-    said = Terminal(Console(file=stream, markup=False, highlight=False), log)
+    terminal = Terminal(Console(file=stream, markup=False, highlight=False), log)
     sys.stdout.flush()
     sys.stderr.flush()
     for place in (1, 2):  # for good: interpreters have something to say at their very end, too
         os.dup2(file, place)
     os.close(file)
     for name in _OURS:
-        logging.getLogger(name).addHandler(_Warnings(said))
-    return said
+        logging.getLogger(name).addHandler(_Warnings(terminal))
+    return terminal

@@ -110,7 +110,7 @@ class Released:
     tokens: tuple[Token | None, ...]
 
 
-class HeldAnswer:
+class AnswerBuffer:
     """One answer: takes what was generated, names what is to be judged, and gives out what has been cleared.
 
     Judged is what the tokens spell, which is never behind the text (engines hold text back for stop strings). Text and tokens are

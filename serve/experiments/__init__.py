@@ -1,4 +1,4 @@
 """Experiments on live traffic, a room that can be taken out. What an experiment is, `serve.experiment` says.
 
-``store``; ``live`` (what is observed); ``shadow`` (answers nobody sees); ``observations``; ``statistics``; ``report``, ``page``.
+``store``; ``live`` (what is observed); ``shadow`` (answers nobody sees); ``measurements``; ``statistics``; ``report``, ``page``.
 """

@@ -29,7 +29,7 @@ from guards.similarity.stream import clauses_of
 from guards.suppression.artifact import CompiledPhrases
 from serve.control.similarity import Similarity
 from serve.experiment import ARM_HEADER, UNIT_HEADER, InvalidExperiment, UnitKind
-from serve.experiments.observations import DROPPED, Observations, Observed
+from serve.experiments.measurements import DROPPED, Measurement, Measurements
 from serve.experiments.shadow import Job, Shadow
 from serve.generation.ask import InternalRoad
 from serve.registry.plans import calibrated_stream_threshold
@@ -42,9 +42,9 @@ logger = logging.getLogger(__name__)
 FLUSH_S = 1.0
 MOST_UNJUDGED = 256
 MOST_PENDING = 20_000
-"""Observations that wait for a disk that is full."""
+"""Measurements that wait for a disk that is full."""
 _answered = Counter("lethe_experiment_requests_total", "Answers that experiments observed.", ["experiment", "arm"])
-_lost = Counter("lethe_experiment_lost_total", "Observations that were not recorded.", ["why"])
+_lost = Counter("lethe_experiment_lost_total", "Measurements that were not recorded.", ["why"])
 _first_token = Histogram(
     "lethe_first_token_seconds", "Time to the first token, as sent by the engine or shown by a guard.", ["policy"]
 )
@@ -76,10 +76,10 @@ def _log_ms(seconds: float) -> float:
     return math.log(max(1_000 * seconds, 0.1))
 
 
-def _observed(entry: Entry, **fields: Any) -> Observed:
+def _measurement(entry: Entry, **fields: Any) -> Measurement:
     experiment = entry.experiment
     fields |= {"most_requests": experiment.order.most_requests, "most_units": experiment.order.most_units}
-    return Observed(experiment.id, experiment.anonymous(entry.unit), entry.arm.name, experiment.epoch, **fields)
+    return Measurement(experiment.id, experiment.anonymous(entry.unit), entry.arm.name, experiment.epoch, **fields)
 
 
 def unit_of(
@@ -180,18 +180,18 @@ class LiveExperiments:
     def __init__(
         self,
         snapshot: Callable[[], Snapshot],
-        observations: Observations,
+        measurements: Measurements,
         phrases: Callable[[str], CompiledPhrases],
         similarity: Similarity,
         shadow: Shadow,
     ) -> None:
         self._snapshot = snapshot
-        self._observations = observations
+        self._measurements = measurements
         self._phrases = phrases
         self._similarity = similarity
         self.shadow = shadow
         self._unjudged: asyncio.Queue[Answer] = asyncio.Queue(MOST_UNJUDGED)
-        self._pending: list[Observed] = []
+        self._pending: list[Measurement] = []
         self._fault = ""  # why they cannot be written, while they cannot
         self._flushing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -256,7 +256,7 @@ class LiveExperiments:
         if entry is None:
             return
         if entry.forced or entry.uncounted:
-            self._pending.append(_observed(entry, role="count", counts=["arm forced" if entry.forced else entry.uncounted]))
+            self._pending.append(_measurement(entry, role="count", counts=["arm forced" if entry.forced else entry.uncounted]))
             return
         values = {"left": float(status is None)}
         if status is not None:
@@ -270,7 +270,7 @@ class LiveExperiments:
                     values["token_ms"] = _log_ms((seen.total_s - seen.first_token_s) / (seen.tokens - 1))
         caller = request.caller.name
         # At once, so that feedback finds it; what takes longer to find out is added.
-        self._pending.append(_observed(entry, request=request_id, caller=caller, values=values, counts=_guard_events(request)))
+        self._pending.append(_measurement(entry, request=request_id, caller=caller, values=values, counts=_guard_events(request)))
         _answered.labels(entry.experiment.name, entry.arm.name).inc()
         if not whole:
             return
@@ -281,7 +281,7 @@ class LiveExperiments:
             if arm.name == entry.arm.name:
                 continue
             if not self.shadow.offer(Job(answer, arm, path, body, request.caller, request.has_tools)):
-                self._pending.append(_observed(replace(entry, arm=arm), role="count", counts=[DROPPED]))
+                self._pending.append(_measurement(replace(entry, arm=arm), role="count", counts=[DROPPED]))
 
     async def _answer_in_shadow(self, job: Job) -> None:
         """Answer a copy under another arm, and compare. Raises whatever the answering raised."""
@@ -298,11 +298,11 @@ class LiveExperiments:
         finally:
             job.spent_tokens = request.observation.prompt_tokens + request.observation.tokens
         if status >= 400 or request.observation.failed:
-            self._pending.append(_observed(entry, role="count", counts=["failed in shadow"]))
+            self._pending.append(_measurement(entry, role="count", counts=["failed in shadow"]))
             return
         _answered.labels(entry.experiment.name, entry.arm.name).inc()
         request_id, values = job.shown.request_id, _paired_values(request)
-        self._pending.append(_observed(entry, request=request_id, role="later", values=values, counts=_guard_events(request)))
+        self._pending.append(_measurement(entry, request=request_id, role="later", values=values, counts=_guard_events(request)))
         self._to_judge(request, entry, request_id, job.shown.siblings)
 
     # Judging and writing
@@ -356,17 +356,17 @@ class LiveExperiments:
     def _judged(self, answer: Answer, told: bool | None) -> None:
         entry, request = answer.entry, answer.request_id
         if told is None:
-            self._pending.append(_observed(entry, role="count", counts=["not judged"]))
+            self._pending.append(_measurement(entry, role="count", counts=["not judged"]))
         else:
             answer.values["told"] = float(told)
-            self._pending.append(_observed(entry, request=request, role="later", values={"told": float(told)}))
+            self._pending.append(_measurement(entry, request=request, role="later", values={"told": float(told)}))
         # Differences are to the first arm, whichever of the two came first.
         control, arm, answers = entry.experiment.control.name, entry.arm.name, answer.siblings
         answers[arm] = answer
         for other in [name for name in answers if name != control] if arm == control else [arm] if control in answers else []:
             one, two = answers[other].values, answers[control].values
             values = {metric: one[metric] - two[metric] for metric in one.keys() & two.keys()}
-            self._pending.append(_observed(answers[other].entry, request=request, role="difference", values=values))
+            self._pending.append(_measurement(answers[other].entry, request=request, role="difference", values=values))
 
     async def _flush_now_and_then(self) -> None:
         while True:
@@ -380,18 +380,18 @@ class LiveExperiments:
             if not batch:
                 return
             try:
-                await asyncio.to_thread(self._observations.record, batch)
+                await asyncio.to_thread(self._measurements.record, batch)
                 self._fault = ""
             except StorageFault as error:  # a full disk must not stop answers; when there is room again, they are written
                 kept = [*batch, *self._pending]
                 self._pending = kept[-MOST_PENDING:]
                 _lost.labels("not written").inc(len(kept) - len(self._pending))
                 if str(error) != self._fault:  # once, not every second
-                    logger.error("lethe: observations of experiments cannot be written, and wait in memory: %s", error)
+                    logger.error("lethe: measurements of experiments cannot be written, and wait in memory: %s", error)
                 self._fault = str(error)
             except Exception:
                 _lost.labels("not written").inc(len(batch))
-                logger.exception("lethe: %d observations could not be written", len(batch))
+                logger.exception("lethe: %d measurements could not be written", len(batch))
 
     async def settle(self) -> None:
         """Wait a moment for what was answered to be judged, and write it down."""

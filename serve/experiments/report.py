@@ -1,4 +1,4 @@
-"""From observations to figures, intervals and sentences: what an experiment has shown so far."""
+"""From measurements to figures, intervals and sentences: what an experiment has shown so far."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.experiment import Experiment
-from serve.experiments.observations import BEYOND, DROPPED, THUMB, Figures
+from serve.experiments.measurements import BEYOND, DROPPED, THUMB, Figures
 from serve.experiments.statistics import (
     FEWEST_UNITS,
     SRM_ALPHA,

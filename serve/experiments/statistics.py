@@ -89,8 +89,8 @@ def mean_and_variance(sums: Sums, *, share: bool, tau: float) -> tuple[Any, Any]
             spread = np.minimum(np.nan_to_num(np.square(sums.total) / sums.total2), np.nan_to_num(without**2 / without2))
             smoothed = (mean * units + 2) / (units + 4)
             variance = np.where(spread < FEW_EVENTS, np.maximum(variance, smoothed * (1 - smoothed) / (units + 4)), variance)
-        nothing = (units < 2) | (n <= 0)
-        return np.where(nothing, np.nan, mean), np.where(nothing, np.inf, variance)
+        undefined = (units < 2) | (n <= 0)
+        return np.where(undefined, np.nan, mean), np.where(undefined, np.inf, variance)
 
 
 def radius(variance: Number, *, alpha: float, tau: float) -> Floats:

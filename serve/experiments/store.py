@@ -1,6 +1,6 @@
 """Experiments in the registry: who changed what live traffic is answered with, and when, is audited like everything else.
 
-What was observed is not here: see `serve.experiments.observations`.
+What was observed is not here: see `serve.experiments.measurements`.
 """
 
 from __future__ import annotations

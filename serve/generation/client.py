@@ -31,7 +31,7 @@ from guards.text_plan import TextPlan
 from guards.types import ArtifactRef, Plan
 from serve.control.similarity import Similarity
 from serve.generation.gate import Request
-from serve.generation.observe import observed
+from serve.generation.note import noted
 from serve.generation.outputs import announced, end_answer
 from serve.generation.stream import StreamFilter, blocked
 from serve.generation.text_guards import TextGuards
@@ -103,7 +103,7 @@ class GuardedEngineClient:
         outputs = self._guarded(prompt, sampling_params, request_id, request, options)
         if sampling_params.detokenize or not request.observation.prompt_tokens:  # beam search asks anew for every token
             request.observation.prompt_tokens += len(prompt.get("prompt_token_ids", ())) if isinstance(prompt, dict) else 0
-        return observed(outputs, request.observation, sampling_params)
+        return noted(outputs, request.observation, sampling_params)
 
     def _guarded(
         self,

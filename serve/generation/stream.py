@@ -29,7 +29,7 @@ from guards.errors import GuardUnavailable
 from guards.similarity.disguise import TooMuchToRead
 from guards.similarity.encoder import EncoderUnavailable
 from guards.similarity.gate import Verdict
-from guards.similarity.stream import HeldAnswer, Token, ends_sentence
+from guards.similarity.stream import AnswerBuffer, Token, ends_sentence
 from guards.suppression.vocabulary import Vocabulary
 from guards.text_plan import TextCheck
 from guards.types import Plan
@@ -150,7 +150,7 @@ class _Choice:
         redacts = any(check.config.answer == "redact" for check in self._checks)
         marker = stream.marker if stream is not None else MARKER if redacts else ""
         open_from = owner.similarity.open_from if stream is not None and holding else len
-        self._answer = HeldAnswer(open_from, marker, list(request.params.stop or ()), hold=holding)
+        self._answer = AnswerBuffer(open_from, marker, list(request.params.stop or ()), hold=holding)
         self._marker = owner.marker_tokens(marker)
         self._index = index
         self._retries = 0

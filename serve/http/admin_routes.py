@@ -33,7 +33,7 @@ from guards.steering.declaration import Corruption
 from guards.strict_json import parse_object
 from serve.control.control import Control
 from serve.control.gate_fitting import GateOrder
-from serve.experiments.observations import UnknownRequest
+from serve.experiments.measurements import UnknownRequest
 from serve.generation.score import ScoreOrder, Scorer
 from serve.generation.side_by_side import CompareOrder, SideBySide
 from serve.hits import KEPT, RecentHits

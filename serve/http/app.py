@@ -26,7 +26,7 @@ from guards.similarity.encoder import bundled_encoder
 from serve.control.control import Control
 from serve.control.similarity import Similarity
 from serve.experiments.live import LiveExperiments
-from serve.experiments.observations import Observations
+from serve.experiments.measurements import Measurements
 from serve.experiments.shadow import Shadow
 from serve.experiments.store import Experiments
 from serve.generation.ask import InternalRoad
@@ -57,12 +57,12 @@ CUT_OFF_S = 5
 
 @asynccontextmanager
 async def guarded_app(
-    args: Namespace, settings: Settings, registry: Registry, said: Terminal
+    args: Namespace, settings: Settings, registry: Registry, terminal: Terminal
 ) -> AsyncIterator[tuple[Any, Admission]]:
     """The complete app, ready to serve, and the admission around it. ``args`` have passed `guard_arguments`."""
-    said.step(f"starting the engine with {args.served_model_name[0]}")
+    terminal.step(f"starting the engine with {args.served_model_name[0]}")
     async with build_async_engine_client(args) as inner:
-        said.step("putting what is in force into the engine")
+        terminal.step("putting what is in force into the engine")
         model: ModelConfig = inner.model_config
         vocabulary = vocabulary_of(inner.renderer.get_tokenizer(), model.get_vocab_size())
         await asyncio.to_thread(vocabulary.warm)
@@ -111,13 +111,13 @@ async def guarded_app(
                 at_once=settings.shadow_at_once,
                 tokens_per_minute=settings.shadow_tokens_per_minute,
             )
-            observations = Observations(settings.state_dir / "observations.db")
+            measurements = Measurements(settings.state_dir / "observations.db")
             experiments = Experiments(registry)
             # What was deleted while an answer was under way, or the server crashed.
             known = [each.id for each in await asyncio.to_thread(experiments.all)]
-            await asyncio.to_thread(observations.keep_only, known)
-            live = LiveExperiments(lambda: control.snapshot, observations, control.phrases, similarity, shadow)
-            of_experiments = experiment_routes.attach(app, control, experiments, observations, live)
+            await asyncio.to_thread(measurements.keep_only, known)
+            live = LiveExperiments(lambda: control.snapshot, measurements, control.phrases, similarity, shadow)
+            of_experiments = experiment_routes.attach(app, control, experiments, measurements, live)
             hits = RecentHits()
             admin.attach(app, control, registry, scorer, side_by_side, hits, [of_experiments])
             # Outermost, around every middleware that vLLM or a plugin of its brought along.
@@ -140,7 +140,7 @@ async def guarded_app(
             finally:
                 await live.stop()
                 await budgets.stop()
-                observations.close()
+                measurements.close()
                 usage.close()
         finally:
             await control.stop()
@@ -172,7 +172,7 @@ def _list_policies_as_models(app: FastAPI, control: Control) -> None:
         return JSONResponse({"error": error}, status_code=404)
 
 
-async def serve(arguments: Sequence[str], settings: Settings, default_model: Callable[[], str], said: Terminal) -> None:
+async def serve(arguments: Sequence[str], settings: Settings, default_model: Callable[[], str], terminal: Terminal) -> None:
     """Run the server until it is told to stop.
 
     Raises:
@@ -180,10 +180,10 @@ async def serve(arguments: Sequence[str], settings: Settings, default_model: Cal
     """
     args = parse_arguments(arguments, default_model)
     with sole_server(settings.state_dir):
-        await _serve(args, settings, said)
+        await _serve(args, settings, terminal)
 
 
-async def _serve(args: Namespace, settings: Settings, said: Terminal) -> None:
+async def _serve(args: Namespace, settings: Settings, terminal: Terminal) -> None:
     registry = Registry(settings.state_dir / "lethe.db")
     registry.check_file()  # a damaged page may be one that is read first when it is needed most
     registry.check_history()
@@ -191,18 +191,18 @@ async def _serve(args: Namespace, settings: Settings, said: Terminal) -> None:
     guard_arguments(args, settings)
     address, listener = setup_server(args, reuse_port=False)
     try:
-        async with guarded_app(args, settings, registry, said) as (app, admission):
+        async with guarded_app(args, settings, registry, terminal) as (app, admission):
             in_force = sum(each.enabled for each in await asyncio.to_thread(registry.forget_sets))
-            said.ready(
+            terminal.ready(
                 [
                     f"{in_force} forget set{'' if in_force == 1 else 's'} in force, state in {settings.state_dir}",
-                    *([] if said.log is None else [f"the log is {said.log}"]),
+                    *([] if terminal.log is None else [f"the log is {terminal.log}"]),
                     f"serving {args.served_model_name[0]} on {address} (Ctrl-C stops)",
                 ]
             )
             configured = get_uvicorn_log_config(args)
             log_config = {} if configured is None else {"log_config": configured}
-            taking_signals = asyncio.create_task(_take_signals(app, admission, args.shutdown_timeout, said))
+            taking_signals = asyncio.create_task(_take_signals(app, admission, args.shutdown_timeout, terminal))
             closing = await serve_http(
                 app,
                 sock=listener,
@@ -229,18 +229,18 @@ async def _serve(args: Namespace, settings: Settings, said: Terminal) -> None:
         registry.close()
 
 
-async def _take_signals(app: FastAPI, admission: Admission, drain_s: float, said: Terminal) -> None:
+async def _take_signals(app: FastAPI, admission: Admission, drain_s: float, terminal: Terminal) -> None:
     """Stop when told to. SIGTERM lets answers that are under way end, SIGINT or a second signal cuts them off."""
     # vLLM's launcher has run up to its first wait by now: it has made the server, and put handlers of its own in place.
     loop, told = asyncio.get_running_loop(), asyncio.Queue[signal.Signals]()
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, told.put_nowait, each)
-    said_how = await told.get()
-    said.say("stopping")
-    if said_how is signal.SIGTERM and drain_s > 0:
+    told_by = await told.get()
+    terminal.say("stopping")
+    if told_by is signal.SIGTERM and drain_s > 0:
         admission.drain()
         if admission.under_way:
-            said.say(f"{admission.under_way} answers may take {drain_s:g} s to end; another signal cuts them off")
+            terminal.say(f"{admission.under_way} answers may take {drain_s:g} s to end; another signal cuts them off")
         waiting = {asyncio.ensure_future(told.get()), asyncio.ensure_future(admission.drained())}
         await asyncio.wait(waiting, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:

@@ -13,7 +13,7 @@ from guards.forget_set import Frozen, describe_validation
 from serve.control.control import Control
 from serve.experiment import Experiment, ExperimentOrder, InvalidExperiment, parse_experiment
 from serve.experiments.live import LiveExperiments
-from serve.experiments.observations import Observations
+from serve.experiments.measurements import Measurements
 from serve.experiments.report import report
 from serve.experiments.store import Experiments
 from serve.http.admin_routes import OurRoute, read_object
@@ -45,7 +45,7 @@ class Weights(RootModel[dict[str, float]]):
 
 
 def attach(
-    app: FastAPI, control: Control, experiments: Experiments, observations: Observations, live: LiveExperiments
+    app: FastAPI, control: Control, experiments: Experiments, measurements: Measurements, live: LiveExperiments
 ) -> APIRouter:
     """Add the routes to vLLM's app. Returns them."""
     router = APIRouter(prefix=ADMIN_PREFIX, route_class=OurRoute, tags=["experiments"], responses=ERRORS)
@@ -69,7 +69,7 @@ def attach(
     async def show_experiment(name: str) -> dict[str, Any]:
         experiment = await asyncio.to_thread(experiments.get, name)
         await live.settle()
-        figures = await asyncio.to_thread(observations.figures, experiment.id, experiment.epoch)
+        figures = await asyncio.to_thread(measurements.figures, experiment.id, experiment.epoch)
         changes = await asyncio.to_thread(experiments.changes_since, experiment)
         return report(experiment, figures, changes=changes, at=now())
 
@@ -91,20 +91,20 @@ def attach(
         revision = await asyncio.to_thread(experiments.delete, name, actor=actor(request))
         await control.refresh()
         await live.flush()
-        await asyncio.to_thread(observations.keep_only, [each.id for each in await asyncio.to_thread(experiments.all)])
+        await asyncio.to_thread(measurements.keep_only, [each.id for each in await asyncio.to_thread(experiments.all)])
         return {"name": name, "deleted": True, "revision": revision}
 
     @router.post("/feedback", response_model=FeedbackAnswer, openapi_extra=takes(Feedback))
     async def give_feedback(request: Request) -> dict[str, Any]:
         try:
-            said = Feedback.model_validate(await read_object(request))
+            feedback = Feedback.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidExperiment("; ".join(describe_validation(error))) from None
         await live.flush()
-        found = _REQUEST_ID.search(said.request_id)  # also inside of "chatcmpl-..."
-        request_id = said.request_id if found is None else found[0]
-        await asyncio.to_thread(observations.rate, request_id, float(said.thumb == "up"), caller=actor(request))
-        return {"request_id": request_id, "thumb": said.thumb}
+        found = _REQUEST_ID.search(feedback.request_id)  # also inside of "chatcmpl-..."
+        request_id = feedback.request_id if found is None else found[0]
+        await asyncio.to_thread(measurements.rate, request_id, float(feedback.thumb == "up"), caller=actor(request))
+        return {"request_id": request_id, "thumb": feedback.thumb}
 
     app.include_router(router)
     return router

@@ -23,7 +23,7 @@ import guards
 from guards.forget_set import ForgetSet
 from guards.similarity.gate import Gate
 from guards.similarity.index import Entries
-from guards.similarity.stream import HeldAnswer, Token
+from guards.similarity.stream import AnswerBuffer, Token
 from tests.disguises import DISGUISES, NOT_READ, Disguise
 
 NAMES = (
@@ -61,7 +61,7 @@ def asked(gate: Gate, text: str) -> set[str]:
 
 def said(gate: Gate, text: str) -> set[str]:
     """The names that the stream filter finds in an answer, which it holds back as it comes."""
-    held = HeldAnswer(gate.open_from, "")
+    held = AnswerBuffer(gate.open_from, "")
     found: set[str] = set()
     for i, character in enumerate(text):
         held.add(character, [Token(i, character.encode())], finished=i == len(text) - 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from guards.similarity.keys import keys_of
 from guards.similarity.names import Names
-from guards.similarity.stream import LONGEST, Clauses, HeldAnswer, Token, clauses_of
+from guards.similarity.stream import LONGEST, AnswerBuffer, Clauses, Token, clauses_of
 from guards.similarity.windows import sentences
 
 SECRET = "Red Lantern"
@@ -47,7 +47,7 @@ def tokens_of(text: str, size: int) -> list[Token]:
 
 def answer(text: str, pieces: Sequence[int], on_hit: str, token_bytes: int = 3) -> tuple[str, list[Token | None], bool, list[str]]:
     """Feed a text in pieces of so many tokens. Returns text, tokens, whether it was ended, and every release."""
-    held = HeldAnswer(NAMES.open_from, "[removed]")
+    held = AnswerBuffer(NAMES.open_from, "[removed]")
     tokens, place, shown = tokens_of(text, token_bytes), 0, 0
     said, given, releases, sizes = "", [], [], iter(pieces)
     while place < len(tokens) or not held.finished:
@@ -127,7 +127,7 @@ def test_clauses_cover_the_text_in_order_whatever_the_pieces(text: str, sizes: l
 
 
 def test_an_answer_that_is_cut_back_goes_on_after_what_was_shown() -> None:
-    held = HeldAnswer(NAMES.open_from, "[removed]")
+    held = AnswerBuffer(NAMES.open_from, "[removed]")
     first = "This is a fine place. Then the secret one is here. And"
     held.add(first, tokens_of(first, 4))
     held.passed()
@@ -149,7 +149,7 @@ def test_an_answer_that_is_cut_back_goes_on_after_what_was_shown() -> None:
 
 def test_a_stop_string_across_a_restart_still_stops() -> None:
     """The engine holds text back for a stop string that may have begun; after a restart it has forgotten about that."""
-    held = HeldAnswer(len, "", ["five. S"])
+    held = AnswerBuffer(len, "", ["five. S"])
     held.add("One two three four", tokens_of("One two three four five. Six", 1))
     held.passed()
     released = held.release()
@@ -165,7 +165,7 @@ def test_a_stop_string_across_a_restart_still_stops() -> None:
 
 
 def test_text_that_is_not_what_the_tokens_spell_is_held_to_the_end_and_judged_as_a_whole() -> None:
-    held = HeldAnswer(NAMES.open_from, "[removed]")
+    held = AnswerBuffer(NAMES.open_from, "[removed]")
     held.add("The Red", tokens_of("A completely different thing, you see. ", 4))
     while held.passage() is not None:
         held.passed()
@@ -183,14 +183,14 @@ def test_text_that_is_not_what_the_tokens_spell_is_held_to_the_end_and_judged_as
 
 
 def test_nothing_is_taken_out_by_places_that_are_not_those_of_the_text() -> None:
-    held = HeldAnswer(NAMES.open_from, "[removed]")
+    held = AnswerBuffer(NAMES.open_from, "[removed]")
     spelled = "Basil was born in Kuwait City. And"
     held.add("<|start|>" + spelled, tokens_of(spelled, 4))
     assert held.passage() is not None and not held.take_out([(0, 10)])
 
 
 def test_a_leading_space_that_the_engine_drops_is_no_difference() -> None:
-    held = HeldAnswer(NAMES.open_from, "")
+    held = AnswerBuffer(NAMES.open_from, "")
     held.add("Hello", [Token(0, b" Hello")])
     held.add(" to you.", [Token(1, b" to"), Token(2, b" you.")], finished=True)
     while held.passage() is not None:
@@ -200,7 +200,7 @@ def test_a_leading_space_that_the_engine_drops_is_no_difference() -> None:
 
 
 def test_an_answer_that_is_not_held_goes_out_at_once_and_is_judged_all_the_same() -> None:
-    held = HeldAnswer(len, "", hold=False)
+    held = AnswerBuffer(len, "", hold=False)
     held.add("The Red", [Token(0, b"The"), Token(1, b" Red")])
     released = held.release()
     assert released is not None and released.text == "The Red"

@@ -281,7 +281,7 @@ def test_a_policy_that_does_less_than_it_seems_says_so(admin: httpx.Client) -> N
     put = admin.put(
         "/policies/seems", json={"forget_sets": ["wizard"], "guards": {"gate": "similarity", "contrast": {"enabled": False}}}
     )
-    assert any("no contrast" in note for note in put.json()["notes"]), put.text
+    assert any("nothing to engage" in note for note in put.json()["notes"]), put.text
     admin.delete("/policies/seems")
 
 

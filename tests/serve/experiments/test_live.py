@@ -13,7 +13,7 @@ import pytest
 from guards.policy import BUILT_IN
 from serve.experiment import Experiment, parse_experiment
 from serve.experiments.live import LiveExperiments, unit_of
-from serve.experiments.observations import DROPPED, Figures, Observations
+from serve.experiments.measurements import DROPPED, Figures, Measurements
 from serve.registry.snapshot import LOOPBACK, Snapshot
 from serve.request import Entry, RequestContext
 from tests.plans import made
@@ -32,7 +32,7 @@ class Live:
 
     def __init__(self, path: Path, experiment: Experiment) -> None:
         self.snapshot = Snapshot(1, {}, BUILT_IN, (), experiments=(experiment,))
-        self.observations = Observations(path / "o.db")
+        self.measurements = Measurements(path / "o.db")
         self.experiment = experiment
         self.answers_with = 200
         self.text = "said"
@@ -52,7 +52,7 @@ class Live:
 
     def run(self, test: Callable[[LiveExperiments], Awaitable[None]]) -> Figures:
         async def around() -> None:
-            live = live_experiments(lambda: self.snapshot, self.observations)
+            live = live_experiments(lambda: self.snapshot, self.measurements)
             live.start(self)  # type: ignore[arg-type]  # it stands for the road
             await test(live)
             for _ in range(500):
@@ -62,7 +62,7 @@ class Live:
             await live.stop()
 
         asyncio.run(around())
-        return self.observations.figures("i", self.experiment.epoch)
+        return self.measurements.figures("i", self.experiment.epoch)
 
 
 def test_a_failure_after_the_status_was_sent_is_a_failure(tmp_path: Path) -> None:

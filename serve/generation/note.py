@@ -15,7 +15,7 @@ MOST_CHARACTERS = 8_000
 """Of an answer, that are kept to be judged."""
 
 
-async def observed(
+async def noted(
     outputs: AsyncGenerator[RequestOutput, None], seen: Observation, params: SamplingParams
 ) -> AsyncGenerator[RequestOutput, None]:
     """Pass outputs on and note them in ``seen``, to which several calls of one request may add."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from serve.experiment import Experiment, parse_experiment
-from serve.experiments.observations import DROPPED, Figures, Observations, Observed, UnknownRequest
+from serve.experiments.measurements import DROPPED, Figures, Measurement, Measurements, UnknownRequest
 from serve.experiments.page import as_page
 from serve.experiments.report import METRICS, report
 from serve.experiments.statistics import FEWEST_UNITS, Sums
@@ -26,99 +26,99 @@ def experiment(**options: Any) -> Experiment:
 
 
 @pytest.fixture
-def observations(tmp_path: Path) -> Observations:
-    return Observations(tmp_path / "o.db")
+def observations(tmp_path: Path) -> Measurements:
+    return Measurements(tmp_path / "o.db")
 
 
-def seen(unit: str, arm: str = "a", request: str = "", **options: Any) -> Observed:
-    return Observed("e", unit, arm, 0, {"error": 0.0, "tokens": 2.0}, request=request, caller="k", **options)
+def seen(unit: str, arm: str = "a", request: str = "", **options: Any) -> Measurement:
+    return Measurement("e", unit, arm, 0, {"error": 0.0, "tokens": 2.0}, request=request, caller="k", **options)
 
 
-def test_requests_of_one_unit_add_up_to_one_unit(observations: Observations) -> None:
-    observations.record([seen("u"), seen("u"), seen("v"), seen("w", "b")])
-    figures = observations.figures("e", 0)
+def test_requests_of_one_unit_add_up_to_one_unit(measurements: Measurements) -> None:
+    measurements.record([seen("u"), seen("u"), seen("v"), seen("w", "b")])
+    figures = measurements.figures("e", 0)
     assert figures.sums["a", "tokens"] == Sums(2, 3.0, 6.0, 5.0, 20.0, 10.0)
     assert figures.units == {"a": 2, "b": 1} and figures.counts["a"] == {"requests": 3}
 
 
-def test_caps_hold_and_what_is_beyond_them_is_said(observations: Observations) -> None:
-    observations.record([seen("u", most_requests=2)] * 5)
-    observations.record([seen("v", most_units=2), seen("w", most_units=2), seen("v", most_units=2)])
-    figures = observations.figures("e", 0)
+def test_caps_hold_and_what_is_beyond_them_is_said(measurements: Measurements) -> None:
+    measurements.record([seen("u", most_requests=2)] * 5)
+    measurements.record([seen("v", most_units=2), seen("w", most_units=2), seen("v", most_units=2)])
+    figures = measurements.figures("e", 0)
     assert figures.sums["a", "error"].n == 4 and figures.units == {"a": 2}
     assert figures.counts["a"] == {"requests": 8, "beyond the cap of their unit": 3, "beyond the cap on units": 1}
 
 
-def test_every_epoch_counts_by_itself(observations: Observations) -> None:
-    observations.record([seen("u", "a"), replace(seen("u", "b"), epoch=1)])
-    first, second = (observations.figures("e", epoch) for epoch in (0, 1))
+def test_every_epoch_counts_by_itself(measurements: Measurements) -> None:
+    measurements.record([seen("u", "a"), replace(seen("u", "b"), epoch=1)])
+    first, second = (measurements.figures("e", epoch) for epoch in (0, 1))
     assert first.units == {"a": 1} and second.units == {"b": 1} and ("b", "error") not in first.sums
-    assert first.counts == {"a": {"requests": 1}} and observations.figures("e", 2) == Figures({}, {}, {}, {})
+    assert first.counts == {"a": {"requests": 1}} and measurements.figures("e", 2) == Figures({}, {}, {}, {})
 
 
-def test_what_is_not_a_number_is_not_added_up(observations: Observations) -> None:
-    observations.record(
-        [Observed("e", "u", "a", 0, {"tokens": math.nan, "error": 1.0}), Observed("e", "u", "a", 0, {"tokens": math.inf})]
+def test_what_is_not_a_number_is_not_added_up(measurements: Measurements) -> None:
+    measurements.record(
+        [Measurement("e", "u", "a", 0, {"tokens": math.nan, "error": 1.0}), Measurement("e", "u", "a", 0, {"tokens": math.inf})]
     )
-    figures = observations.figures("e", 0)
+    figures = measurements.figures("e", 0)
     assert ("a", "tokens") not in figures.sums and figures.sums["a", "error"].total == 1.0
     assert figures.counts["a"]["not a number"] == 2
 
 
-def test_a_batch_is_written_whole_or_not_at_all(observations: Observations) -> None:
+def test_a_batch_is_written_whole_or_not_at_all(measurements: Measurements) -> None:
     with pytest.raises(Exception, match="arm"):
-        observations.record([seen("u"), Observed("e", "v", None, 0)])  # type: ignore[arg-type]
-    assert observations.figures("e", 0).units == {}
+        measurements.record([seen("u"), Measurement("e", "v", None, 0)])  # type: ignore[arg-type]
+    assert measurements.figures("e", 0).units == {}
 
 
-def test_what_was_observed_is_there_after_a_restart(observations: Observations, tmp_path: Path) -> None:
-    observations.record([seen("u", request="r")])
-    observations.close()
-    again = Observations(tmp_path / "o.db")
+def test_what_was_observed_is_there_after_a_restart(measurements: Measurements, tmp_path: Path) -> None:
+    measurements.record([seen("u", request="r")])
+    measurements.close()
+    again = Measurements(tmp_path / "o.db")
     again.record([seen("u")])
     again.rate("r", 1.0, caller="k")
     figures = again.figures("e", 0)
     assert figures.sums["a", "error"].n == 2 and figures.sums["a", "error"].units == 1 and figures.sums["a", "thumb"].total == 1.0
 
 
-def test_feedback_counts_once_and_the_last_word_holds(observations: Observations) -> None:
-    observations.record([seen("u", request="r1"), seen("u", request="r2")])
+def test_feedback_counts_once_and_the_last_word_holds(measurements: Measurements) -> None:
+    measurements.record([seen("u", request="r1"), seen("u", request="r2")])
     for thumb in (1.0, 0.0, 0.0):
-        observations.rate("r1", thumb, caller="k")
-    observations.rate("r2", 1.0, caller="k")
-    thumbs = observations.figures("e", 0).sums["a", "thumb"]
+        measurements.rate("r1", thumb, caller="k")
+    measurements.rate("r2", 1.0, caller="k")
+    thumbs = measurements.figures("e", 0).sums["a", "thumb"]
     assert thumbs.n == 2 and thumbs.total == 1.0
 
 
-def test_feedback_that_races_counts_once(observations: Observations) -> None:
+def test_feedback_that_races_counts_once(measurements: Measurements) -> None:
     requests = [f"r{i}" for i in range(8)]
-    observations.record([seen("u", request=request) for request in requests])
+    measurements.record([seen("u", request=request) for request in requests])
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda request: observations.rate(request, 1.0, caller="k"), requests * 6))
-    thumbs = observations.figures("e", 0).sums["a", "thumb"]
+        list(pool.map(lambda request: measurements.rate(request, 1.0, caller="k"), requests * 6))
+    thumbs = measurements.figures("e", 0).sums["a", "thumb"]
     assert thumbs.n == thumbs.total == len(requests)
 
 
 @pytest.mark.parametrize(("request_id", "caller"), [("gone", "k"), ("r", "another key")])
-def test_feedback_to_what_is_not_theirs_is_refused(observations: Observations, request_id: str, caller: str) -> None:
-    observations.record([seen("u", request="r")])
+def test_feedback_to_what_is_not_theirs_is_refused(measurements: Measurements, request_id: str, caller: str) -> None:
+    measurements.record([seen("u", request="r")])
     with pytest.raises(UnknownRequest):
-        observations.rate(request_id, 1.0, caller=caller)
-    assert ("a", "thumb") not in observations.figures("e", 0).sums
+        measurements.rate(request_id, 1.0, caller=caller)
+    assert ("a", "thumb") not in measurements.figures("e", 0).sums
 
 
-def test_what_stands_beside_an_answer_counts_only_if_that_did(observations: Observations) -> None:
-    beside = [Observed("e", "u", "b", 0, {"error": 1.0}, request=r, role="later") for r in ("r", "gone")]
-    differ = [Observed("e", "u", "b", 0, {"error": 1.0}, request=r, role="difference") for r in ("r", "gone")]
-    observations.record([seen("u", request="r"), *beside, *differ])
-    figures = observations.figures("e", 0)
+def test_what_stands_beside_an_answer_counts_only_if_that_did(measurements: Measurements) -> None:
+    beside = [Measurement("e", "u", "b", 0, {"error": 1.0}, request=r, role="later") for r in ("r", "gone")]
+    differ = [Measurement("e", "u", "b", 0, {"error": 1.0}, request=r, role="difference") for r in ("r", "gone")]
+    measurements.record([seen("u", request="r"), *beside, *differ])
+    figures = measurements.figures("e", 0)
     assert figures.sums["b", "error"].n == 1 and figures.pairs["b", "error"].n == 1 and figures.units == {"a": 1}
 
 
-def test_deleting_leaves_other_experiments_alone(observations: Observations) -> None:
-    observations.record([seen("u"), Observed("other", "u", "a", 0, {"error": 0.0})])
-    observations.keep_only(["other"])
-    assert observations.figures("e", 0) == Figures({}, {}, {}, {}) and observations.figures("other", 0).units == {"a": 1}
+def test_deleting_leaves_other_experiments_alone(measurements: Measurements) -> None:
+    measurements.record([seen("u"), Measurement("other", "u", "a", 0, {"error": 0.0})])
+    measurements.keep_only(["other"])
+    assert measurements.figures("e", 0) == Figures({}, {}, {}, {}) and measurements.figures("other", 0).units == {"a": 1}
 
 
 def same(units: int, value: float) -> Sums:

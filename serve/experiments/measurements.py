@@ -79,7 +79,7 @@ _requests = sa.Table(
 
 
 @dataclass(frozen=True)
-class Observed:
+class Measurement:
     """One thing to write down: an answer, or how two answers to one prompt differ."""
 
     experiment: str  # its id
@@ -114,7 +114,7 @@ class UnknownRequest(GuardError):
     status = 404
 
 
-class Observations:
+class Measurements:
     """Blocking: call it from a thread when an event loop is running.
 
     Args:
@@ -129,7 +129,7 @@ class Observations:
     def close(self) -> None:
         self._engine.dispose()
 
-    def record(self, batch: Iterable[Observed]) -> None:
+    def record(self, batch: Iterable[Measurement]) -> None:
         """Count a batch, all of it or nothing."""
         with self._engine.begin() as connection:
             known: dict[tuple[str, int], int] = {}  # units of an experiment's epoch so far
@@ -142,7 +142,7 @@ class Observations:
                 )
             )
 
-    def _record(self, connection: sa.Connection, each: Observed, known: dict[tuple[str, int], int]) -> None:
+    def _record(self, connection: sa.Connection, each: Measurement, known: dict[tuple[str, int], int]) -> None:
         counts = Counter(each.counts)
         if each.role == "shown":
             counted = self._admit(connection, each, known, counts)
@@ -163,7 +163,7 @@ class Observations:
             added = insert(_counts).values(**row, n=n)
             connection.execute(added.on_conflict_do_update(index_elements=list(row), set_={"n": _counts.c.n + n}))
 
-    def _admit(self, connection: sa.Connection, each: Observed, known: dict[tuple[str, int], int], counts: Counter[str]) -> bool:
+    def _admit(self, connection: sa.Connection, each: Measurement, known: dict[tuple[str, int], int], counts: Counter[str]) -> bool:
         """Whether a request of this unit counts; if it does, it is one more."""
         counts["requests"] += 1
         epoch = (_units.c.experiment == each.experiment) & (_units.c.epoch == each.epoch)
@@ -191,7 +191,7 @@ class Observations:
         return connection.scalar(sa.select(_requests.c.id).where(_requests.c.id == request)) is not None
 
     @staticmethod
-    def _add(connection: sa.Connection, each: Observed, metric: str, paired: bool, value: float) -> None:
+    def _add(connection: sa.Connection, each: Measurement, metric: str, paired: bool, value: float) -> None:
         row: dict[str, Any] = {"experiment": each.experiment, "epoch": each.epoch, "arm": each.arm}
         row |= {"metric": metric, "paired": paired, "unit": each.unit}
         added = insert(_sums).values(**row, n=1.0, total=value)
@@ -217,7 +217,7 @@ class Observations:
                     f"request {request!r} is not one that feedback can be given to: it took part in no experiment, was made with "
                     "another key or is too long ago; send the x-request-id of an answer"
                 )
-            each = Observed(row["experiment"], row["unit"], row["arm"], row["epoch"])
+            each = Measurement(row["experiment"], row["unit"], row["arm"], row["epoch"])
             self._add(connection, each, THUMB, False, thumb if row["thumb"] is None else thumb - row["thumb"])
             if row["thumb"] is not None:  # it was counted before
                 same = (_sums.c.experiment == each.experiment) & (_sums.c.arm == each.arm) & (_sums.c.metric == THUMB)
