@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from guards.suppression.vocabulary import Vocabulary
-
 
 @dataclass(frozen=True, slots=True)
 class SetArtifacts:
@@ -117,7 +115,7 @@ class GuardKind:
 class EngineContext(Protocol):
     """What a guard of the engine may know when it is made."""
 
-    vocabulary: Vocabulary  # the served model's
+    vocabulary: Any  # the served model's `guards.suppression.vocabulary.Vocabulary`
     has_text: Tensor  # [V] bool on the engine's device, whether a token is text that a reader would see
     device: torch.device
 

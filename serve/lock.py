@@ -1,12 +1,15 @@
-"""One server to a state directory: artifacts in it are compiled for one model, and swept by the server that owns them."""
+"""One server to a state directory: artifacts in it are compiled for one model, and swept by the server that owns them.
+
+Not the package filelock: it opens its file for writing, and a disk with such a file cannot be made read-only while a server runs.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 FILE = "server.lock"
 
@@ -25,25 +28,29 @@ def private_directory(path: Path) -> None:
 
 @contextmanager
 def sole_server(state_dir: Path) -> Iterator[None]:
-    """Hold a state directory, which is made if absent. Raises InUseElsewhere, OSError."""
+    """Hold a state directory, which is made if absent. Raises InUseElsewhere."""
     private_directory(state_dir)
-    lock = FileLock(state_dir / FILE, blocking=False, mode=0o600)  # goes with the process, also when it is killed
+    lock = os.open(state_dir / FILE, os.O_RDONLY | os.O_CREAT, 0o600)  # nothing is written to it
     try:
-        lock.acquire()
-    except Timeout:
-        raise InUseElsewhere(state_dir) from None
-    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, also when it is killed
+        except OSError:
+            raise InUseElsewhere(state_dir) from None
         yield
     finally:
-        lock.release()
+        os.close(lock)
 
 
 def server_runs(state_dir: Path) -> bool:
-    """Whether a server holds the state directory. Raises OSError where that cannot be found out."""
-    if not (state_dir / FILE).exists():
+    """Whether a server holds the state directory."""
+    try:
+        lock = os.open(state_dir / FILE, os.O_RDONLY)
+    except OSError:
         return False
     try:
-        with FileLock(state_dir / FILE, blocking=False):
-            return False
-    except Timeout:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    finally:
+        os.close(lock)
+    return False

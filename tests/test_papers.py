@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from guards.catalogue import OWN
 from serve.cli import app
 from serve.settings import Settings
 
@@ -67,6 +68,26 @@ def test_every_admin_route_is_documented() -> None:
         for path in re.findall(r'@router\.\w+\("(/[\w/{}]+)"', source):
             full = re.sub(r"{\w+}", "{}", path)
             assert full in documented or re.sub(r"^/(forget_sets|experiments)/{}", "", full) in documented, path
+
+
+def test_every_guard_and_every_setting_of_it_is_documented() -> None:
+    rows: dict[str, str] = {}
+    for name, row in re.findall(r"^\| `(\w+)` \|(.*)\|$", TEXTS["guards/README.md"], re.MULTILINE):
+        rows.setdefault(name, row)
+    for kind in OWN:
+        assert kind.acts_on in rows[kind.name], kind.name
+        settings = {name for name in kind.config.model_fields if name != "enabled"}
+        assert settings == set(re.findall(r"`(\w+)`", rows[kind.name])) - {"enabled"}, kind.name
+
+
+def test_every_metric_is_documented_with_its_labels() -> None:
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "serve").rglob("*.py"))
+    metrics = re.findall(r"(?:Counter|Gauge|Histogram)\(\s*\"(lethe_\w+)\",\s*\"[^\"]*\"(?:,\s*(\[[^]]*\]))?", source)
+    assert len(metrics) > 15
+    rows = [line for line in TEXTS["deploy/README.md"].splitlines() if line.startswith("| `lethe_")]
+    for name, labels in metrics:
+        [row] = [line for line in rows if f"`{name}`" in line]
+        assert set(re.findall(r"\w+", labels)) <= set(re.findall(r"`(\w+)`", row)), name
 
 
 def test_the_readme_is_one_page() -> None:

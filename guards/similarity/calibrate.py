@@ -17,8 +17,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from guards.bounds import upper_bound
 from guards.errors import GuardError
-from guards.measure.bounds import upper_bound
 
 LOWEST_STREAM = 0.6
 """Below this, two sentences have little more in common than their topic."""

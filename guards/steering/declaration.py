@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from guards.kinds import ArtifactFiles, Config, GuardKind, SetArtifacts, Training
-from guards.similarity.declaration import GateConfig
 from guards.types import Entry
 
 Method = Literal["project", "steer", "adapter"]
@@ -93,8 +92,9 @@ def _every_method_once(guards: Any) -> None:
 
 
 def _has_a_gate(guards: Any) -> None:
-    gate = guards.of(GateConfig)
-    if guards.of(CorruptConfig) is not None and (gate is None or gate.on_hit != "engage"):
+    gate = guards.gate
+    gated = gate is not None and gate.enabled and gate.on_hit == "engage"
+    if guards.of(CorruptConfig) is not None and not gated:
         raise ValueError('corrupt needs a gate with on_hit "engage", which finds the names; add one')
 
 

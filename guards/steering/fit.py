@@ -10,12 +10,14 @@ Shapes: F states of the set, K states to keep, H hidden size, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from guards.errors import Untrainable
+from guards.steering.declaration import METHODS, Method
 
 FEWEST = 8
 """States (and examples) of each kind below which a subspace says nothing."""
@@ -95,6 +97,14 @@ def steer(forget: Tensor, keep: Tensor, target: Tensor, *, rank: int, ridge: flo
     return Map(
         into.float(), out.float(), center.float(), {"rank": float(kept), "reached": round(reached, 4), "moves_kept": round(leak, 6)}
     )
+
+
+CLOSED_FORM: dict[Method, Callable[[Tensor, Tensor, int], Map]] = {
+    "project": lambda forget, keep, rank: project(forget, keep, rank=rank),
+    "steer": lambda forget, keep, rank: steer(forget, keep, keep.mean(0), rank=rank),
+}
+"""What `lethe train --method` fits: method -> (states of the set [F, H], states to keep [K, H], rank) -> map."""
+assert set(CLOSED_FORM) | {"adapter"} == set(METHODS), "every method is fitted here or trained"
 
 
 def _metrics(directions: Tensor, ours: Tensor, theirs: Tensor) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The last line of steering: rows of requests that should have been steered and were not may say nothing.
 
-Steering itself happens inside the network, see `serve.engine.steer`. Covered here: artifacts that are not loaded, embeddings that
-were not corrupted although their plan says so.
+Steering itself happens inside the network, see `serve.engine.steer_hooks`. Covered here: artifacts that are not loaded, embeddings
+that were not corrupted although their plan says so.
 """
 
 from __future__ import annotations

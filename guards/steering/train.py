@@ -26,7 +26,7 @@ from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
 from guards.low_rank import add_low_rank, fit
 from guards.steering.artifact import MODULES, DistillationTarget, Steering, SteeringManifest, SteeringRecipe
-from guards.steering.fit import project, steer
+from guards.steering.fit import CLOSED_FORM
 from guards.training import ChatModel, Progress, Report, general_answers, layers_of, run_job
 
 FEWEST_EXAMPLES = 8
@@ -101,10 +101,7 @@ def _fit(
         states[which].append(output.hidden_states[manifest.layer][0, 1:])  # the first token is alike everywhere, and huge
         report(Progress("prepare", number, len(everything)))
     forget, keep = (torch.cat(each).cpu() for each in states)
-    if recipe.method == "project":
-        found = project(forget, keep, rank=recipe.rank)
-    else:
-        found = steer(forget, keep, keep.mean(0), rank=recipe.rank)
+    found = CLOSED_FORM[recipe.method](forget, keep, recipe.rank)
     if not found.into.shape[1]:
         raise Untrainable("the set's states have no direction of their own: nothing would move; add questions, or use an adapter")
     metrics = {**found.metrics, "states": float(len(forget)), "kept_states": float(len(keep))}

@@ -1,8 +1,8 @@
 """Suppression: phrases whose text cannot be generated, whatever the tokenisation.
 
-Rooms: ``folding`` (text -> symbols -> hashes), ``spelling`` (a phrase -> every sequence of symbols that counts as it),
-``vocabulary`` (the tokens as symbols, sorted), ``automaton`` (phrases compiled against a vocabulary: the artifact), ``mask`` (the
-step: which tokens are banned in which row).
+Rooms: ``elements`` (bytes -> characters), ``folding`` (characters -> symbols -> hashes), ``spelling`` (a phrase -> every run of
+symbols that counts as it), ``vocabulary`` (the tokens as symbols, sorted), ``automaton`` (compiles phrases against a vocabulary),
+``artifact`` (what it makes), ``mask`` (the step: which tokens are banned in which row), ``guard``, ``declaration``.
 
 Covered: every occurrence of a phrase in the generated text, across any split into tokens, as running text may write it: any letter
 case of any script (Turkish dotless i, ß and ss, Greek capitals without tonos), composed, decomposed or mixed; any run of white

@@ -14,6 +14,7 @@ from guards.suppression.artifact import CompiledPart, CompiledPhrases
 from guards.suppression.declaration import Suppress
 from guards.suppression.folding import Folding
 from guards.suppression.mask import SPARE_TOKENS, PhraseTable, window_widths
+from guards.suppression.vocabulary import Vocabulary
 from guards.types import Plan, Rows
 
 
@@ -26,7 +27,7 @@ class SuppressionGuard:
     """
 
     def __init__(self, context: EngineContext) -> None:
-        self.vocabulary = context.vocabulary
+        self.vocabulary: Vocabulary = context.vocabulary
         self.device = context.device
         self._artifacts: dict[str, CompiledPhrases] = {}
         self._tables: list[PhraseTable] = []

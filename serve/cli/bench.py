@@ -34,7 +34,7 @@ def bench(
         bool, typer.Option(help="Also how likely true and wrong answers are: truth ratio, forget quality, utility.")
     ] = False,
     against: Annotated[str | None, typer.Option(help="URL of a server (OpenAI-compatible) that never knew.")] = None,
-    attacks: Annotated[bool, typer.Option(help="Also the nine kinds of attack on every question.")] = True,
+    attacks: Annotated[bool, typer.Option(help="Also the attacks on every question.")] = True,
     sample: Annotated[int, typer.Option(help="Also so many answers to each question at temperature 1 (leak@k).")] = 0,
     max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 80,
     output: Annotated[Path | None, typer.Option(help="Directory of the report. Default: report-NAME.")] = None,

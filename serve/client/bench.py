@@ -2,7 +2,7 @@
 
 Talks to any OpenAI-compatible server. Every answer is written down as it comes, so that an interrupted run goes on where it was.
 
-Covered: recall (ROUGE-L) of the true answers on questions, held-out paraphrases, nine kinds of attack and sampled answers; what
+Covered: recall (ROUGE-L) of the true answers on questions, held-out paraphrases, attacks and sampled answers; what
 happens to neighbours and general prompts; TOFU's probabilities, truth ratios, forget quality and model utility, where the probes
 have wrong answers and the server scores (lethe's do). Not covered: questions that nobody wrote down; whether a human would take the
 answer from what is said; membership inference.
@@ -23,9 +23,9 @@ from typing import Any
 
 import httpx
 
+from guards.bounds import upper_bound
 from guards.forget_set import ForgetSet
 from guards.measure.attacks import ATTACKS, Secret
-from guards.measure.bounds import upper_bound
 from guards.measure.formats import AUTHORS, QUESTIONS, RETAIN, WORLD, Case
 from guards.measure.recall import rouge_l_recall
 from guards.measure.truth import (

@@ -18,7 +18,7 @@ from guards.steering.declaration import Corrupt, Steer
 from guards.steering.guard import SteeringGuard
 from guards.types import Plan, Rows
 from serve.engine.slots import SlotTable
-from serve.engine.steer import Steerer
+from serve.engine.steer_hooks import Steerer
 
 logger = logging.getLogger(__name__)
 

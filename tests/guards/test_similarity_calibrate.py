@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guards.measure.bounds import upper_bound
+from guards.bounds import upper_bound
 from guards.similarity.calibrate import (
     HIGHEST_STREAM,
     LOWEST_STREAM,

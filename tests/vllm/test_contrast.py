@@ -194,7 +194,7 @@ def test_toggling_under_load_never_gives_an_error_or_a_third_answer(
     toggler = threading.Thread(target=toggle)
     toggler.start()
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 20  # some hundred switches
         seen = set()
         with ThreadPoolExecutor(6) as pool:
             while time.monotonic() < until:
@@ -252,7 +252,7 @@ def test_a_set_is_trained_while_serving_and_then_forgotten(server: Server, admin
             assert shown["training"]["status"] != "failed", shown["training"]
             assert time.monotonic() < deadline
             assert "Paris" in ask(), "not in force before it is enabled"
-            time.sleep(2)
+            time.sleep(5)
         assert {artifact["kind"] for artifact in shown["artifacts"]} == {"assistant", "similarity"}
         assert admin.post("/forget_sets/trained/enable").status_code == 200
         assert "capital of France is Paris" not in ask(), "what it was trained on is still said"

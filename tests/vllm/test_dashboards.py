@@ -56,13 +56,13 @@ def test_every_metric_of_an_expression_is_exported(expression: str, exported: di
 
 def test_every_label_of_an_expression_is_one_of_its_metrics() -> None:
     """Labels show only once a series exists, so they are checked where they are declared."""
-    from serve.control import control, similarity
+    from serve.control import in_force, similarity
     from serve.experiments import live, shadow
     from serve.generation import client as choke
     from serve.generation import gate, stream
 
     declared: dict[str, set[str]] = {}
-    for module in (control, live, shadow, similarity, choke, gate, stream):
+    for module in (in_force, live, shadow, similarity, choke, gate, stream):
         for value in vars(module).values():
             if hasattr(value, "_labelnames") and hasattr(value, "_name"):
                 declared[value._name] = {*value._labelnames, "le"}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +167,22 @@ def test_an_unsafe_way_to_start_is_refused_with_the_fix(server: Server, tmp_path
         "PATH": "/usr/bin:/bin",
         "HOME": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
-        "LETHE_STATE_DIR": str(tmp_path / "state"),
     }
     model = next(word for word in server._command if word.startswith("--model="))
-    for extra, message in (
-        (["--host=0.0.0.0"], "lethe key create"),
-        (['--speculative-config={"method": "ngram", "num_speculative_tokens": 2}'], "speculative"),
-        (["--api-key=x"], "lethe key create"),
-    ):
-        done = subprocess.run([LETHE, "serve", model, *extra], env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1
-        assert message in done.stderr
+    cases = (
+        ("--host=0.0.0.0", "lethe key create"),
+        ('--speculative-config={"method": "ngram", "num_speculative_tokens": 2}', "speculative"),
+        ("--api-key=x", "lethe key create"),
+    )
+
+    def start(number: int) -> subprocess.CompletedProcess[str]:
+        own = {**environment, "LETHE_STATE_DIR": str(tmp_path / f"state-{number}")}
+        return subprocess.run([LETHE, "serve", model, cases[number][0]], env=own, capture_output=True, text=True, timeout=300)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for done, (_, message) in zip(pool.map(start, range(len(cases))), cases, strict=True):
+            assert done.returncode == 1
+            assert message in done.stderr
 
 
 def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_more(server: Server) -> None:
