@@ -180,16 +180,16 @@ class _Named:
         self._owners = owners
         self.names = Names(owners)
 
-    def plainly(self, text: str, asked: Mapping[str, float]) -> list[Verdict]:
+    def plainly(self, text: str, thresholds: Mapping[str, float]) -> list[Verdict]:
         """Names that stand in a text without being encoded or turned."""
         return [
             Verdict(owner, "name", NAME_SCORE, NAME_SCORE, text[hit.start : hit.end], hit.how, hit.start, hit.end)
             for hit in self.names.find(text)
             for owner in self._owners[hit.key]
-            if owner in asked
+            if owner in thresholds
         ]
 
-    def verdicts(self, views: Sequence[View], asked: Mapping[str, float]) -> list[Verdict]:
+    def verdicts(self, views: Sequence[View], thresholds: Mapping[str, float]) -> list[Verdict]:
         """Every place where a set's name stands, once for each way to read it."""
         found: dict[tuple[str, int, int], Verdict] = {}
         for view in views:
@@ -204,7 +204,7 @@ class _Named:
                 hows = [*dict.fromkeys(passage.how for passage in touched), *([hit.how] if hit.how != "plain" else [])]
                 start, end = view.place(hit.start, hit.end)
                 for owner in self._owners[hit.key]:
-                    if owner in asked:
+                    if owner in thresholds:
                         verdict = Verdict(
                             owner,
                             "name",

@@ -105,37 +105,39 @@ class Entries:
     from the answer back to the subject leave it out.
     """
 
-    asked: tuple[str, ...]
-    said: tuple[str, ...]
+    questions: tuple[str, ...]
+    statements: tuple[str, ...]
     aliases: tuple[str, ...]  # keys, see `keys`
     phrases: tuple[str, ...]
     content: str  # fingerprint of the set
 
     @classmethod
     def of(cls, content: ForgetSet) -> Entries:
-        asked = [text for entry in content.questions for text in (entry.question, *entry.paraphrases[:-1])]
+        questions = [text for entry in content.questions for text in (entry.question, *entry.paraphrases[:-1])]
         told = [*(entry.answer for entry in content.questions), *content.texts]
         # Each text by itself: windows that join neighbours would join entries that have nothing to do with one another.
-        said = [piece for text in told for piece in (*windows([text]), *clauses_of(text)) if len(piece.split()) >= FEWEST_WORDS]
+        statements = [
+            piece for text in told for piece in (*windows([text]), *clauses_of(text)) if len(piece.split()) >= FEWEST_WORDS
+        ]
         # "Yes" or "Paris" by itself would be every other answer's twin.
-        said += [f"{each.question} {each.answer}" for each in content.questions if len(each.answer.split()) < FEWEST_WORDS]
-        said += [text for text in told if FEWEST_WORDS <= len(text.split()) <= LONGEST]
-        said += [unnamed for text in said if (unnamed := _without_names(text, content.aliases)) != text]
+        statements += [f"{each.question} {each.answer}" for each in content.questions if len(each.answer.split()) < FEWEST_WORDS]
+        statements += [text for text in told if FEWEST_WORDS <= len(text.split()) <= LONGEST]
+        statements += [unnamed for text in statements if (unnamed := _without_names(text, content.aliases)) != text]
 
         def keys(names: Iterable[str]) -> tuple[str, ...]:
             return tuple(sorted({key for name in names for key in keys_of(name)}))
 
         return cls(
-            tuple(dict.fromkeys(window for text in asked for window in windows([text]))),
-            tuple(dict.fromkeys(said)),
+            tuple(dict.fromkeys(window for text in questions for window in windows([text]))),
+            tuple(dict.fromkeys(statements)),
             keys(content.aliases),
             keys(content.phrases),
             content.fingerprint,
         )
 
     def embedded(self, vectors: np.ndarray, encoder: str) -> SetVectors:
-        """The artifact, given the [len(asked) + len(said), d] vectors of both."""
-        kinds = np.array([QUESTION] * len(self.asked) + [ANSWER] * len(self.said), np.uint8)
+        """The artifact, given the [len(questions) + len(statements), d] vectors of both."""
+        kinds = np.array([QUESTION] * len(self.questions) + [ANSWER] * len(self.statements), np.uint8)
         return SetVectors(np.ascontiguousarray(vectors), kinds, self.aliases, self.phrases, encoder, self.content)
 
 

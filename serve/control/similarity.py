@@ -97,7 +97,7 @@ class Similarity:
         """Embed a set, in small batches, so that requests pass in between. Raises EncoderUnavailable."""
         encoder, _ = self._require()
         entries = await asyncio.to_thread(Entries.of, content)
-        texts = [*entries.asked, *entries.said]
+        texts = [*entries.questions, *entries.statements]
         parts = [await self._run(encoder.embed, texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
         vectors = np.concatenate(parts) if parts else np.zeros((0, encoder.dimension), np.float32)
         return entries.embedded(vectors, encoder.fingerprint)

@@ -52,7 +52,9 @@ class Asked:
         sets = {}
         for content in (CONTENT, OTHER):
             entries = Entries.of(content)
-            sets[content.name] = entries.embedded(self.encoder.embed([*entries.asked, *entries.said]), self.encoder.fingerprint)
+            sets[content.name] = entries.embedded(
+                self.encoder.embed([*entries.questions, *entries.statements]), self.encoder.fingerprint
+            )
         self.gate.load(sets)
 
     def touched(self, *turns: str, threshold: float = DEFAULT_GATE_THRESHOLD) -> set[str]:

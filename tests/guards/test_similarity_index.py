@@ -85,25 +85,25 @@ CONTENT = ForgetSet(
 
 def test_the_last_paraphrase_is_held_out_and_a_short_answer_is_there_whole_and_in_sentences() -> None:
     entries = Entries.of(CONTENT)
-    assert entries.asked == ("What is it?", "And what is it?")
-    assert set(entries.said) == {"It sells lamps.", "A shop. It sells lamps.", "A long text about lamps."}
+    assert entries.questions == ("What is it?", "And what is it?")
+    assert set(entries.statements) == {"It sells lamps.", "A shop. It sells lamps.", "A long text about lamps."}
 
 
 def test_a_one_word_answer_is_not_there_by_itself() -> None:
     entries = Entries.of(ForgetSet(name="a", questions=(Question(question="Is it red?", answer="Yes."),)))
-    assert "Yes." not in entries.said and "Is it red? Yes." in entries.said
+    assert "Yes." not in entries.statements and "Is it red? Yes." in entries.statements
 
 
 def test_answers_are_there_clause_by_clause_and_without_the_subjects_name() -> None:
     answer = "Born in the far north as a child of fishers, Red Lantern has always loved the sea, the ice and the dark."
     entries = Entries.of(ForgetSet(name="a", aliases=("Red Lantern",), questions=(Question(question="Who?", answer=answer),)))
-    assert "Red Lantern has always loved the sea, the ice and the dark." in entries.said
-    assert "this person has always loved the sea, the ice and the dark." in entries.said
+    assert "Red Lantern has always loved the sea, the ice and the dark." in entries.statements
+    assert "this person has always loved the sea, the ice and the dark." in entries.statements
 
 
 def an_artifact() -> SetVectors:
     entries = Entries.of(CONTENT)
-    return entries.embedded(unit(np.random.default_rng(2), len(entries.asked) + len(entries.said)), "encoder-a")
+    return entries.embedded(unit(np.random.default_rng(2), len(entries.questions) + len(entries.statements)), "encoder-a")
 
 
 def test_an_artifact_comes_back_as_it_was(tmp_path: Path) -> None:
