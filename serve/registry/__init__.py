@@ -1,4 +1,6 @@
 """The registry: forget sets, policies and keys, in one database, with a revision and an audit trail.
 
-``nouns`` says what it holds, ``store`` writes and reads, ``audit`` chains, ``snapshot`` is what the request path sees.
+``models`` says what it holds, ``store`` changes it, ``reader`` reads it, ``rows`` is between the two and the ``tables`` (``migrations``
+bring them up to date), ``audit`` chains. ``snapshot`` is what the request path sees, ``plans`` what policies do for sets. ``usage``
+counts what keys use, ``backup`` copies all of it, ``position`` notices an older copy.
 """
