@@ -26,7 +26,7 @@ def experiment(**options: Any) -> Experiment:
 
 
 @pytest.fixture
-def observations(tmp_path: Path) -> Measurements:
+def measurements(tmp_path: Path) -> Measurements:
     return Measurements(tmp_path / "o.db")
 
 
