@@ -25,7 +25,7 @@ class InvalidGuard(GuardError):
 
 
 def _installed() -> Iterable[GuardKind]:
-    names = {kind.name for kind in OWN}
+    known = list(OWN)
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         try:
             kind = point.load()
@@ -33,15 +33,28 @@ def _installed() -> Iterable[GuardKind]:
             raise InvalidGuard(f"guard {point.name!r} ({point.value}) cannot be loaded: {error}; mend or uninstall it") from error
         if not isinstance(kind, GuardKind) or kind.name != point.name:
             raise InvalidGuard(f"entry point {point.name!r} must name a GuardKind of that name, {point.value} is {kind!r}")
-        if kind.name in names:
-            raise InvalidGuard(f"there is a guard {kind.name!r} already ({point.value}); rename it")
+        taken = {each for other in known for each in _own_names(other)}
+        if shared := next((each for each in _own_names(kind) if each in taken), None):
+            raise InvalidGuard(f"there is {shared} already ({point.value}); every guard has its own")
         if kind.default is not None:
             raise InvalidGuard(f"guard {kind.name!r} has a default; a guard of another package is off unless a policy names it")
         if kind.text and not issubclass(kind.config, TextConfig):
             raise InvalidGuard(f"guard {kind.name!r} judges text, so its config must be a guards.kinds.TextConfig")
         if not kind.text and (kind.entry is None or kind.entry.guard != kind.name or kind.entries is None or not kind.logits):
             raise InvalidGuard(f"guard {kind.name!r} needs entry (with guard = {kind.name!r}), entries and logits, or text")
+        known.append(kind)
         yield kind
+
+
+def _own_names(kind: GuardKind) -> Iterable[str]:
+    """What no two guards may share."""
+    yield f"a guard {kind.name!r}"
+    yield f"a guard with the settings {kind.config.__module__}.{kind.config.__qualname__}"
+    if kind.files:
+        yield from (f"a kind of artifacts {artifact!r}" for artifact in kind.files.kinds)
+        yield f"a folder of artifacts {kind.files.folder!r}"
+    if kind.training:
+        yield f"a training route {kind.training.route!r}"
 
 
 GUARDS: dict[str, GuardKind] = {kind.name: kind for kind in (*OWN[:-1], *_installed(), OWN[-1])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, create_model, model_validator
 
 from guards.catalogue import GUARDS
 from guards.errors import InvalidPolicy
@@ -18,6 +18,9 @@ NONE = "none"
 
 
 C = TypeVar("C", bound=Config)
+STORED = {"stored": True}
+"""The context in which policies are validated that were written before."""
+_NAMES: dict[type[Config], str] = {kind.config: name for name, kind in GUARDS.items()}
 
 
 class GuardConfigs(Frozen):
@@ -25,7 +28,10 @@ class GuardConfigs(Frozen):
 
     def all(self, config: type[C]) -> tuple[C, ...]:
         """The settings of a guard of which a policy may hold several, as far as they are enabled."""
-        name = next(name for name, kind in GUARDS.items() if kind.config is config)
+        found: tuple[C, ...] = self._on(_NAMES[config])
+        return found
+
+    def _on(self, name: str) -> tuple[Any, ...]:
         found = getattr(self, name)
         return tuple(each for each in (found if isinstance(found, tuple) else (found,)) if each is not None and each.enabled)
 
@@ -35,15 +41,20 @@ class GuardConfigs(Frozen):
 
     def enabled(self) -> list[tuple[GuardKind, Config]]:
         """Every guard that is on, with its settings, in the order of the catalogue."""
-        return [(kind, config) for kind in GUARDS.values() for config in self.all(kind.config)]
+        return [(kind, config) for name, kind in GUARDS.items() for config in self._on(name)]
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_is_off(cls, fields: Any) -> Any:
+    def _drop_what_is_off(cls, fields: Any, info: ValidationInfo) -> Any:
         """A guard that is off need not be installed: policies are stored with all guards that there were."""
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if name in GUARDS or value not in (None, [], ())}
+
+        def is_off(value: Any) -> bool:
+            switched_off = isinstance(value, dict) and value.get("enabled") is False
+            return value in (None, [], ()) or (switched_off and info.context is STORED)  # in what somebody writes, it is a mistake
+
+        return {name: value for name, value in fields.items() if name in GUARDS or not is_off(value)}
 
     @model_validator(mode="after")
     def _check(self) -> GuardConfigs:

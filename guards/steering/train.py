@@ -214,11 +214,12 @@ def main() -> None:
     """``python -m guards.steering.train JOB``, with ``job.json``: {model, forget_set, retain, recipe, targets}."""
 
     def from_job(job: dict[str, Any], work: Path, report: Report) -> Steering:
+        targets = job["targets"] if "targets" in job else job["lessons"]  # as releases up to 0.1.0 named them
         return make(
             Path(job["model"]),
             ForgetSet.model_validate(job["forget_set"]),
             [Question.model_validate(entry) for entry in job["retain"]],
-            [DistillationTarget.model_validate(entry) for entry in job["targets"]],
+            [DistillationTarget.model_validate(entry) for entry in targets],
             SteeringRecipe.model_validate(job["recipe"]),
             work,
             report,

@@ -33,11 +33,11 @@ _BUILT = [kind for kind in GUARDS.values() if kind.build is not None]
 
 
 class BuildFailed(GuardError):
-    """One of a set's artifacts could not be built. ``artifact`` says which, and why."""
+    """One of a set's artifacts could not be built. ``artifacts`` says which, and why, beside those that were."""
 
     def __init__(self, artifact: Artifact, cause: GuardError | OSError) -> None:
         super().__init__(artifact.detail)
-        self.artifact = artifact
+        self.artifacts = [artifact]
         self.status = cause.status if isinstance(cause, GuardError) else 503
 
 
@@ -67,8 +67,20 @@ class Builder:
         Raises:
             BuildFailed.
         """
-        made = [artifact for kind in _BUILT if (artifact := await self._build(kind, content)) is not None]
-        return [*made, await self._embed(content)]
+        made: list[Artifact] = []
+        failed: BuildFailed | None = None
+        for kind in _BUILT:
+            try:
+                if (artifact := await self._build(kind, content)) is not None:
+                    made.append(artifact)
+            except BuildFailed as error:
+                failed = failed or error
+                made += error.artifacts
+        made.append(await self._embed(content))
+        if failed is not None:
+            failed.artifacts = made
+            raise failed
+        return made
 
     def _fingerprint(self, kind: GuardKind, content: ForgetSet) -> str | None:
         assert kind.build is not None

@@ -9,6 +9,7 @@ from guards.similarity.stream import Clauses
 from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.declaration import Suppress
 from serve.control.similarity import Similarity
+from serve.control.text_guards import TextGuards
 from serve.hits import Hit, hit_of
 from serve.registry.snapshot import Snapshot
 from serve.registry.store import Registry
@@ -22,6 +23,7 @@ async def check(
     registry: Registry,
     phrases: Callable[[str], CompiledPhrases],
     similarity: Similarity,
+    text_guards: TextGuards,
 ) -> list[Hit]:
     """What the sets would do to this text if it were asked, and if the model were about to write it. Raises InvalidPolicy."""
     in_force = set(snapshot.plan(policy).artifacts_of(Suppress))
@@ -38,6 +40,8 @@ async def check(
     if plan is None:
         return hits
 
+    for each in plan.checks:
+        hits += [hit_of(each.guard, verdict, verdict.owner) for verdict in await text_guards.judge(each, text)]
     if plan.gate is not None:
         verdicts = await similarity.judge_conversation([text], plan.gate_thresholds)
         hits += [hit_of("gate", verdict, plan.sets[verdict.owner]) for verdict in verdicts]

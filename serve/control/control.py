@@ -27,6 +27,7 @@ from serve.control.check import check
 from serve.control.gate_fitting import GateOrder, measure_gate
 from serve.control.in_force import InForce, Loader
 from serve.control.similarity import Similarity
+from serve.control.text_guards import TextGuards
 from serve.control.training import Trainer
 from serve.hits import Hit
 from serve.protocol.artifacts import artifact_path, stored_files
@@ -57,6 +58,7 @@ class Control:
         self._registry = registry
         self._artifacts = artifacts
         self._similarity = similarity
+        self.text_guards = TextGuards()
         self._builds: dict[str, asyncio.Task[None]] = {}
         self._builder = Builder(vocabulary, artifacts, similarity)
         self.in_force = InForce(registry, self._builder, similarity, load, refresh_ms)
@@ -301,7 +303,13 @@ class Control:
     async def check(self, text: str, policy: str) -> list[Hit]:
         """What the sets would do to this text if it were asked, and if the model were about to write it. Raises InvalidPolicy."""
         return await check(
-            text, policy, snapshot=self.snapshot, registry=self._registry, phrases=self.phrases, similarity=self._similarity
+            text,
+            policy,
+            snapshot=self.snapshot,
+            registry=self._registry,
+            phrases=self.phrases,
+            similarity=self._similarity,
+            text_guards=self.text_guards,
         )
 
     def phrases(self, fingerprint: str) -> CompiledPhrases:
@@ -323,7 +331,7 @@ class Control:
         except BuildFailed as error:
             if keep_enabled:
                 raise
-            artifacts = [error.artifact]
+            artifacts = error.artifacts
         for artifact in artifacts:
             await asyncio.to_thread(self._registry.record_artifact, content.name, content.fingerprint, artifact)
 

@@ -92,7 +92,7 @@ class Trainer:
             job = json.loads((self._place(name) / _JOB).read_text("utf-8"))
         except (OSError, ValueError):
             return None
-        return job["program"], job.get("method", "")
+        return job["program"], job.get("method") or job["recipe"].get("method", "contrast")
 
     def pause(self, name: str) -> None:
         """Stop a set's training for now."""

@@ -7,7 +7,7 @@ into the network, so they have rooms of their own in the engine.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,11 +102,16 @@ class EngineGuards:
         wanted: dict[str, list[str]] = {}
         for guard, fingerprint in artifacts:
             wanted.setdefault(guard, []).append(fingerprint)
-        in_use = [artifact for plan in self.slots.live_plans for artifact in plan.artifacts] if wanted else []
         failures: dict[str, str] = {}
         for guard, fingerprints in wanted.items():
-            failures |= self._artifacts[guard].ensure(fingerprints, (name for of, name in in_use if of == guard))
+            # Looked at only if something is loaded: this happens within a step, for every request that comes.
+            failures |= self._artifacts[guard].ensure(fingerprints, self._in_use(guard))
         return failures
+
+    def _in_use(self, guard: str) -> Iterator[str]:
+        entry = GUARDS[guard].entry
+        assert entry is not None, "a guard of the engine has entries"
+        return (name for plan in self.slots.live_plans for name in plan.artifacts_of(entry))
 
     def _read(self, directory: Path, guard: str, fingerprint: str) -> Any:
         """Raises GuardError."""

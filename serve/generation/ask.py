@@ -123,7 +123,8 @@ class InternalRoad:
             try:
                 await asyncio.wait([answering], timeout=END_WITHIN_S)
             finally:
-                answering.cancel()  # for whatever does not listen
+                if answering.cancel():  # for whatever does not listen
+                    await asyncio.wait([answering], timeout=END_WITHIN_S)
 
 
 def _parsed(status: int, body: bytes) -> dict[str, Any]:

@@ -30,11 +30,11 @@ from guards.suppression.vocabulary import Vocabulary
 from guards.text_plan import TextPlan
 from guards.types import ArtifactRef, Plan
 from serve.control.similarity import Similarity
+from serve.control.text_guards import TextGuards
 from serve.generation.gate import Request
 from serve.generation.note import noted
 from serve.generation.outputs import announced, end_answer
 from serve.generation.stream import StreamFilter, blocked
-from serve.generation.text_guards import TextGuards
 from serve.generation.watch import Watch
 from serve.hits import MOST_CHARACTERS, Hit, Where, hit_of
 from serve.protocol.wire import PLAN_KEY, encode_plan
@@ -62,7 +62,7 @@ class GuardedEngineClient:
         phrases: loads compiled phrases by fingerprint.
         vocabulary: the served model's.
         max_choices: the most that ``n`` may be, checked again here, where it is what vLLM made of it.
-        similarity: judges prompts and answers for policies with a gate or a stream filter.
+        similarity, text_guards: judge prompts and answers.
         unavailable: trained artifacts that a worker could not load, and why.
     """
 
@@ -74,11 +74,12 @@ class GuardedEngineClient:
         vocabulary: Vocabulary,
         max_choices: int,
         similarity: Similarity,
+        text_guards: TextGuards,
         unavailable: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._inner = inner
         self._similarity = similarity
-        self._text_guards = TextGuards()
+        self._text_guards = text_guards
         self._unavailable = unavailable
         self._snapshot = snapshot
         self._phrases = phrases
@@ -138,7 +139,8 @@ class GuardedEngineClient:
             self._refuse_half_a_character(prompt)
         if text is None:
             return self._start(prompt, params, request_id, plan, request, options)
-        self._refuse_what_cannot_be_judged(text, params)
+        if not plan.forced:  # of what is scored, the gate alone judges, and says itself that it cannot
+            self._refuse_what_cannot_be_judged(text, params)
         tokenizer = self._inner.renderer.get_tokenizer()
 
         def end() -> None:

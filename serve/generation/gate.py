@@ -28,7 +28,7 @@ from guards.suppression.vocabulary import Vocabulary
 from guards.text_plan import TextPlan
 from guards.types import Plan
 from serve.control.similarity import Similarity
-from serve.generation.text_guards import TextGuards
+from serve.control.text_guards import TextGuards
 from serve.hits import Where
 
 gate_outcomes = Counter("lethe_gate_total", "Conversations that the gate judged.", ["policy", "outcome"])
@@ -162,9 +162,12 @@ class Gate:
 
     async def _refused_by_a_check(self, request: Request) -> bool:
         checks = [check for check in request.text.checks if check.config.prompt != "ignore"]
-        text = "\n".join(turns_of(request.prompt["prompt_token_ids"], self._vocabulary)) if checks else ""
+        token_ids = request.prompt["prompt_token_ids"] if checks else []
+        # By turns, and in one piece: special tokens that a user writes must not cut a word in two.
+        texts = ["\n".join(turns_of(token_ids, self._vocabulary)), self._vocabulary.text_of(token_ids).decode("utf-8", "replace")]
         for check in checks:
-            if verdicts := await self._text_guards.judge(check, text):
+            verdicts = await self._text_guards.judge(check, texts[0]) or await self._text_guards.judge(check, texts[1])
+            if verdicts:
                 request.record(f"{check.guard} {check.config.prompt}", verdicts)
                 if check.config.prompt == "refuse":
                     return True

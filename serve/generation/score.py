@@ -121,6 +121,8 @@ class Scorer:
         [choice] = (await self._road.whole("/v1/completions", body, request))["choices"]
         found = choice["logprobs"]
         own = [int(token.removeprefix(_PREFIX)) for token in found["tokens"]]
+        if own != continuation and own == continuation[: len(own)]:
+            raise Unscorable(f"this server ends answers after {len(own)} tokens (--override-generation-config); shorten the answer")
         if own != continuation:
             raise Unscorable("this engine's tokens cannot be forced (Model Runner V2); score on a server with Model Runner V1")
         tops = found["top_logprobs"] or [{}] * len(own)

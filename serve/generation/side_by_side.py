@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
+import anyio
 from pydantic import Field
 
 from guards.errors import GuardError
@@ -150,7 +151,9 @@ class SideBySide:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # Whoever leaves cancels us again and again; each arm must come to its end, which counts its tokens.
+            with anyio.CancelScope(shield=True):
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, order: CompareOrder, arm: Arm, request: RequestContext) -> AsyncGenerator[str, None]:
         messages = [message.model_dump() for message in order.messages] or [{"role": "user", "content": order.question}]

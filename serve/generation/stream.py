@@ -34,9 +34,9 @@ from guards.suppression.vocabulary import Vocabulary
 from guards.text_plan import TextCheck
 from guards.types import Plan
 from serve.control.similarity import Similarity
+from serve.control.text_guards import TextGuards
 from serve.generation.gate import Gate, GateDecision, Request, engages, gate_outcomes
 from serve.generation.outputs import end_answer, interleaved, silent
-from serve.generation.text_guards import TextGuards
 
 _hits = Counter("lethe_stream_hits_total", "Passages of answers that the stream filter hit.", ["policy", "action"])
 blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy", "guard", "action"])
@@ -146,10 +146,11 @@ class _Choice:
         stream, gate = request.text.stream, request.text.gate
         self._checks = _checks(request)
         acting = any(check.config.answer != "monitor" for check in self._checks)
-        holding = acting or (stream is not None and stream.on_hit != "monitor") or (gate is not None and gate.on_hit != "monitor")
+        by_similarity = (stream is not None and stream.on_hit != "monitor") or (gate is not None and gate.on_hit != "monitor")
+        holding = acting or by_similarity
         redacts = any(check.config.answer == "redact" for check in self._checks)
         marker = stream.marker if stream is not None else MARKER if redacts else ""
-        open_from = owner.similarity.open_from if stream is not None and holding else len
+        open_from = owner.similarity.open_from if stream is not None and by_similarity else len
         self._answer = AnswerBuffer(open_from, marker, list(request.params.stop or ()), hold=holding)
         self._marker = owner.marker_tokens(marker)
         self._index = index

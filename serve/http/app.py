@@ -88,6 +88,7 @@ async def guarded_app(
                 vocabulary,
                 settings.max_choices,
                 similarity,
+                control.text_guards,
                 lambda: control.in_force.unavailable,
             )
             tasks = await inner.get_supported_tasks()

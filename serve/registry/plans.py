@@ -6,9 +6,9 @@ enforce a set, what a policy's author may be surprised by.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from guards.kinds import SetArtifacts
+from guards.kinds import Config, GuardKind, SetArtifacts
 from guards.policy import Policy
 from guards.similarity.declaration import DEFAULT_GATE_THRESHOLD, DEFAULT_STREAM_THRESHOLD, GateConfig, StreamConfig
 from guards.steering.declaration import DEFAULT_CORRUPTION, CorruptConfig, SteeringConfig
@@ -22,7 +22,7 @@ Sets = Mapping[str, SetArtifacts]
 def plan_of(policy: Policy, sets: Sets, revision: int) -> Plan:
     """What the engine does for a request under a policy."""
     entries: list[Entry] = []
-    for of_guard in _entries(policy, chosen(policy, sets)):
+    for of_guard in _entries(policy.guards.enabled(), chosen(policy, sets)):
         strongest: dict[object, Entry] = {}
         for entry in of_guard:
             strongest[entry.key] = max(strongest.get(entry.key, entry), entry)
@@ -32,11 +32,11 @@ def plan_of(policy: Policy, sets: Sets, revision: int) -> Plan:
 
 def text_plan_of(policy: Policy, sets: Sets) -> TextPlan | None:
     """What is judged of a request's text under a policy; None if nothing is."""
-    guards, made = policy.guards, chosen(policy, sets)
-    gate, stream, corrupt = guards.of(GateConfig), guards.of(StreamConfig), guards.of(CorruptConfig)
+    guards, made = policy.guards.enabled(), chosen(policy, sets)
+    gate, stream, corrupt = (policy.guards.of(config) for config in (GateConfig, StreamConfig, CorruptConfig))
     checks = tuple(
         TextCheck(kind.name, config, tuple(made))  # type: ignore[arg-type]  # the catalogue checks it
-        for kind, config in guards.enabled()
+        for kind, config in guards
         if kind.text and made
     )
     if (gate is None and stream is None) or not made:
@@ -44,10 +44,12 @@ def text_plan_of(policy: Policy, sets: Sets) -> TextPlan | None:
     gate_thresholds, stream_thresholds, strengths = dict[str, float](), dict[str, float](), dict[str, float]()
     engages: dict[str, frozenset[tuple[str, tuple[str, ...]]]] = {}
     owners: dict[str, str] = {}
-    missing = []
+    missing, always = [], set[tuple[str, tuple[str, ...]]]()
     for each in made:
+        gated = {entry.key for of_guard in _entries(guards, [each], gated_only=True) for entry in of_guard}
         if (owner := each.artifacts.get("similarity")) is None:
-            missing.append(each.name)  # what would be gated then acts always
+            missing.append(each.name)
+            always |= gated  # nothing can be said about the set, so what would be gated acts always
             continue
         fitted = each.measured.get("gate", {})
         owners[owner] = each.name
@@ -56,12 +58,12 @@ def text_plan_of(policy: Policy, sets: Sets) -> TextPlan | None:
             gate_thresholds[owner] = calibrated if gate.threshold is None else gate.threshold
         if stream is not None:
             stream_thresholds[owner] = calibrated_stream_threshold(each) if stream.threshold is None else stream.threshold
-        gated = {entry.key for of_guard in _entries(policy, [each], gated_only=True) for entry in of_guard}
         engages[owner] = engages.get(owner, frozenset()) | gated
         if corrupt is not None:
             found = each.measured.get("corruption", {}).get(corrupt.kind, {})
             calibrated = found.get("strength", DEFAULT_CORRUPTION[corrupt.kind])
             strengths[owner] = calibrated if corrupt.strength is None else corrupt.strength
+    engages = {owner: keys - always for owner, keys in engages.items()}
     return TextPlan(
         gate, stream, gate_thresholds, stream_thresholds, engages, owners, tuple(missing), corrupt, strengths, checks=checks
     )
@@ -80,13 +82,19 @@ def chosen(policy: Policy, sets: Sets) -> list[SetArtifacts]:
 
 def acting_sets(policy: Policy, sets: Sets) -> list[str]:
     """The sets that act on a request under a policy."""
-    return [each.name for each in chosen(policy, sets) if acts_on(policy, each)]
+    acts_on = _acts_on(policy)
+    return [each.name for each in chosen(policy, sets) if acts_on(each)]
 
 
-def acts_on(policy: Policy, made: SetArtifacts) -> bool:
-    """Whether a policy that chooses a set does anything for it."""
-    checked = any(kind.text for kind, _ in policy.guards.enabled())
-    return checked or any(_entries(policy, [made])) or (judges(policy) and "similarity" in made.artifacts)
+def _acts_on(policy: Policy) -> Callable[[SetArtifacts], bool]:
+    """Whether a policy does anything for a set that it chooses. The policy is read once, however many sets there are."""
+    guards, judged = policy.guards.enabled(), judges(policy)
+    checked = any(TextCheck(kind.name, config, ()).acts for kind, config in guards if kind.text)  # type: ignore[arg-type]
+
+    def acts_on(made: SetArtifacts) -> bool:
+        return checked or (judged and "similarity" in made.artifacts) or any(_entries(guards, [made]))
+
+    return acts_on
 
 
 def judges(policy: Policy) -> bool:
@@ -108,7 +116,8 @@ def judging(policies: Iterable[Policy], name: str) -> list[str]:
 
 def notes(policy: Policy, sets: Sets) -> list[str]:
     """What a policy does not do and its author may expect: one sentence for each enabled set that it chooses."""
-    if not policy.guards.enabled():
+    guards = policy.guards.enabled()
+    if not guards:
         return []  # meant to do nothing
     acting = set(acting_sets(policy, sets))
     found = [
@@ -119,7 +128,7 @@ def notes(policy: Policy, sets: Sets) -> list[str]:
         found += [
             f"the gate has nothing to engage for {each.name!r}"
             for each in chosen(policy, sets)
-            if not any(_entries(policy, [each], gated_only=True))
+            if not any(_entries(guards, [each], gated_only=True))
         ]
     for config in policy.guards.all(SteeringConfig):
         found += [
@@ -131,10 +140,12 @@ def notes(policy: Policy, sets: Sets) -> list[str]:
     return found
 
 
-def _entries(policy: Policy, sets: Collection[SetArtifacts], *, gated_only: bool = False) -> list[list[Entry]]:
-    """What the guards of a policy do for these sets: a list for each guard of the engine, in the order of the catalogue."""
+def _entries(
+    guards: Sequence[tuple[GuardKind, Config]], sets: Collection[SetArtifacts], *, gated_only: bool = False
+) -> list[list[Entry]]:
+    """What guards do for these sets: a list for each guard of the engine, in the order of the catalogue."""
     of_guard: dict[str, list[Entry]] = {}
-    for kind, config in policy.guards.enabled():
+    for kind, config in guards:
         if kind.entries is not None and not kind.text and (kind.gated or not gated_only):
             of_guard.setdefault(kind.name, []).extend(entry for made in sets for entry in kind.entries(config, made))
     return list(of_guard.values())

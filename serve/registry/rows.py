@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from guards.forget_set import ForgetSet, describe_validation
-from guards.policy import BUILT_IN, Policy
+from guards.policy import BUILT_IN, STORED, Policy
 from serve.experiment import Experiment
 from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, seal
@@ -67,7 +67,7 @@ def policies_of(connection: sa.Connection) -> dict[str, Policy]:
     stored = {}
     for name, content in connection.execute(sa.select(tables.policies.c.name, tables.policies.c.content)):
         try:
-            stored[name] = Policy.model_validate_json(content)
+            stored[name] = Policy.model_validate_json(content, context=STORED)
         except ValidationError as error:
             raise UnreadablePolicy(
                 f"policy {name!r} cannot be read: {'; '.join(describe_validation(error))}; install the guard that it "

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from guards.catalogue import CALIBRATIONS, TRAINED
+from guards.catalogue import CALIBRATIONS, TRAINED, guard_of
 from guards.forget_set import ForgetSet
 from guards.policy import BUILT_IN, DEFAULT, Policy
 from serve.registry import tables
@@ -117,6 +117,10 @@ class Registry(RegistryReader):
             if stored.header["phrases"] and (phrases is None or phrases.status != "ready"):
                 state = _state(phrases)
                 raise NotReady(f"the phrases of forget set {name!r} are {state}; wait for status 'ready', or PUT the set again")
+            for artifact in stored.artifacts:
+                guard = guard_of(artifact.kind)
+                if guard is not None and guard.build is not None and artifact.status != "ready":
+                    raise NotReady(f"the {artifact.kind} of forget set {name!r} are {_state(artifact)}; wait, or PUT the set again")
             if not enforced_by:
                 raise NotReady(
                     f"no policy would enforce forget set {name!r} as it is: add phrases, train it (`lethe train {name}`), "

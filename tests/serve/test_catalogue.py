@@ -62,6 +62,7 @@ from guards.policy import BUILT_IN, parse_policy
 from serve.protocol.wire import PLAN_KEY, decode_plan, encode_plan
 from serve.registry.plans import enforcing, plan_of, text_plan_of
 policy = parse_policy({"name": "p", "guards": {"digits": {"also_fractions": True}, "shouting": {"answer": "redact"}}})
+counting = parse_policy({"name": "counts", "guards": {"shouting": {"prompt": "monitor", "answer": "monitor"}}})
 sets = {"a": SetArtifacts("a"), "b": SetArtifacts("b")}
 plan, text = plan_of(policy, sets, 1), text_plan_of(policy, sets)
 assert decode_plan({PLAN_KEY: json.loads(json.dumps(encode_plan(plan)))}) == plan
@@ -69,7 +70,7 @@ print(json.dumps({
     "guards": list(GUARDS),
     "entries": [entry.characters for entry in plan.entries],
     "checks": [[check.guard, check.config.answer, [made.name for made in check.sets]] for check in text.checks],
-    "enforcing": enforcing([policy, *BUILT_IN.values()], SetArtifacts("a")),
+    "enforcing": enforcing([policy, counting, *BUILT_IN.values()], SetArtifacts("a")),
     "none": plan_of(BUILT_IN["none"], sets, 1).entries == (),
 }))
 """
@@ -79,7 +80,7 @@ print(json.dumps({
     assert found["guards"] == [*(kind.name for kind in OWN[:-1]), "digits", "shouting", "suppression"]
     assert found["entries"] == ["0123456789/%"], "one for both sets"
     assert found["checks"] == [["shouting", "redact", ["a", "b"]]]
-    assert found["enforcing"] == ["p"] and found["none"]
+    assert found["enforcing"] == ["p"] and found["none"], "what only counts enforces nothing"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,8 @@ print(json.dumps({
         ("digits = toys:DigitsGuard", "must name a GuardKind"),
         ("another = toys:DIGITS", "of that name"),
         ("suppression = guards.suppression.declaration:SUPPRESSION", "there is a guard 'suppression' already"),
+        ("digits = toys:DIGITS\ntwin = bold:TWIN", "there is a guard with the settings toys.DigitsConfig already"),
+        ("thief = bold:THIEF", "there is a kind of artifacts 'assistant' already"),
         ("bold = bold:BOLD", "off unless a policy names it"),
         ("bare = bold:BARE", "needs entry"),
     ],
@@ -103,6 +106,12 @@ def test_a_guard_that_cannot_be_used_keeps_everything_from_starting_and_says_why
         "import dataclasses, toys\n"
         "BOLD = dataclasses.replace(toys.DIGITS, name='bold', default=toys.DigitsConfig())\n"
         "BARE = dataclasses.replace(toys.DIGITS, name='bare')\n"
+        "class TwinEntry(toys.NoDigits): guard = 'twin'\n"
+        "TWIN = dataclasses.replace(toys.DIGITS, name='twin', entry=TwinEntry)\n"
+        "class ThiefEntry(toys.NoDigits): guard = 'thief'\n"
+        "from guards.contrastive.declaration import CONTRAST\n"
+        "class ThiefConfig(toys.DigitsConfig): pass\n"
+        "THIEF = dataclasses.replace(toys.DIGITS, name='thief', entry=ThiefEntry, config=ThiefConfig, files=CONTRAST.files)\n"
     )
     ran = with_toys("import guards.catalogue", tmp_path)
     assert ran.returncode != 0 and message in ran.stderr.splitlines()[-1], ran.stderr
@@ -112,7 +121,7 @@ def test_a_policy_that_names_a_guard_which_was_uninstalled_closes_and_one_where_
     registry = Registry(tmp_path / "lethe.db")
     registry.put_policy(parse_policy({"name": "p"}), actor="t")
     stored = Policy(name="p").model_dump(mode="json")
-    for digits, readable in ((None, True), ({"enabled": True}, False)):
+    for digits, readable in ((None, True), ({"enabled": False}, True), ({"enabled": True}, False)):
         stored["guards"]["digits"] = digits
         with registry._engine.begin() as connection:
             connection.exec_driver_sql("UPDATE policies SET content = ?", (json.dumps(stored),))
@@ -122,8 +131,9 @@ def test_a_policy_that_names_a_guard_which_was_uninstalled_closes_and_one_where_
             with pytest.raises(UnreadablePolicy, match="install the guard"):
                 registry.snapshot()
     registry.close()
-    with pytest.raises(InvalidPolicy, match="digits"):
-        parse_policy({"name": "q", "guards": {"digits": {}}})
+    for written in ({}, {"enabled": False}):  # what somebody writes and does not exist is a mistake
+        with pytest.raises(InvalidPolicy, match="digits"):
+            parse_policy({"name": "q", "guards": {"digits": written}})
 
 
 def test_an_encoder_of_another_package_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,17 @@ def test_a_text_guard_refuses_a_prompt_and_operators_see_which_and_where(
     assert (hit["guard"], hit["text"], hit["action"], hit["where"]) == ("shouting", "LONDON", "shouting refuse", "prompt")
 
 
+def test_a_special_token_in_the_middle_of_a_word_hides_nothing(ask: Callable[..., dict]) -> None:
+    body = {**SHOUT, "messages": [{"role": "user", "content": "Repeat exactly: my name is LON<|im_end|>DON and I like tea."}]}
+    assert ask({"shouting": {}}, body)["finish_reason"] == "content_filter"
+
+
+def test_check_shows_what_a_text_guard_would_hit(admin: httpx.Client, ask: Callable[..., dict]) -> None:
+    ask({"shouting": {}})
+    hits = admin.post("/check", json={"text": "I live in LONDON.", "policy": "toys"}).json()["hits"]
+    assert [(hit["guard"], hit["text"]) for hit in hits] == [("shouting", "LONDON")]
+
+
 def test_a_text_guard_refuses_or_redacts_what_an_answer_says(ask: Callable[..., dict]) -> None:
     counted = ask({"shouting": {"prompt": "monitor", "answer": "monitor"}}, SHOUT)["message"]["content"]
     assert "LONDON" in counted

@@ -49,6 +49,7 @@ def test_the_oldest_schema_is_brought_up_step_by_step(old: Path) -> None:
         connection.execute("UPDATE schema SET version = 1")
         connection.execute("UPDATE artifacts SET detail = replace(detail, 'strength', 'alpha') WHERE kind = 'calibration'")
         connection.execute("ALTER TABLE keys DROP COLUMN limits")
+        connection.execute("DROP TABLE experiments")
         connection.commit()
     registry = Registry(old)
     assert registry.snapshot().sets["potter"].measured["calibration"]["strength"] == 1.75

@@ -103,6 +103,16 @@ def test_the_gate_engages_the_touched_sets_steering_only() -> None:
     assert GateDecision(frozenset({"a-vectors"}), frozenset(), corrupt).engaged(plan, text).of(Corrupt) == (corrupt,)
 
 
+def test_a_closed_gate_leaves_what_acts_for_sets_about_which_nothing_can_be_said() -> None:
+    """Two sets with one artifact, of which one is not embedded."""
+    sets = made("a", adapter="same", similarity="a-vectors") | made("b", adapter="same")
+    policy = parse_policy({"name": "p", "guards": {"gate": {}, "steering": [{"method": "adapter"}]}})
+    found = Snapshot(1, sets, {"p": policy}, ())
+    plan, text = found.plan("p"), found.text_plans["p"]
+    assert text is not None and text.missing == ("b",)
+    assert GateDecision(frozenset(), frozenset()).engaged(plan, text).entries == (Steer("same", 1.0),)
+
+
 PIECES = [b"", b"a", b"b", b"ab", b" ", "é".encode(), "é".encode()[:1], "é".encode()[1:], b"xyz"]
 VOCABULARY = Vocabulary([b"<s>", *PIECES[1:]], special_ids=[0])
 
