@@ -33,7 +33,8 @@ def plan_of(policy: Policy, sets: Sets, revision: int) -> Plan:
 def text_plan_of(policy: Policy, sets: Sets) -> TextPlan | None:
     """What is judged of a request's text under a policy; None if nothing is."""
     guards, made = policy.guards.enabled(), chosen(policy, sets)
-    gate, stream, corrupt = (policy.guards.of(config) for config in (GateConfig, StreamConfig, CorruptConfig))
+    of = policy.guards.of
+    gate, stream, corrupt = of(GateConfig), of(StreamConfig), of(CorruptConfig)
     checks = tuple(
         TextCheck(kind.name, config, tuple(made))  # type: ignore[arg-type]  # the catalogue checks it
         for kind, config in guards
