@@ -104,7 +104,8 @@ class GuardKind:
     @property
     def summary(self) -> str:
         """One sentence on what it does."""
-        return " ".join((self.config.__doc__ or "").split("\n\n")[0].split())
+        first, end, _ = " ".join((self.config.__doc__ or "").split()).partition(". ")
+        return first + end.strip()
 
     @property
     def trained(self) -> bool:
