@@ -50,6 +50,7 @@ def _own_names(kind: GuardKind) -> Iterable[str]:
     """What no two guards may share."""
     yield f"a guard {kind.name!r}"
     yield f"a guard with the settings {kind.config.__module__}.{kind.config.__qualname__}"
+    yield from (f"a kind of calibration {name!r}" for name in kind.calibrations)
     if kind.files:
         yield from (f"a kind of artifacts {artifact!r}" for artifact in kind.files.kinds)
         yield f"a folder of artifacts {kind.files.folder!r}"
@@ -58,15 +59,12 @@ def _own_names(kind: GuardKind) -> Iterable[str]:
 
 
 GUARDS: dict[str, GuardKind] = {kind.name: kind for kind in (*OWN[:-1], *_installed(), OWN[-1])}
-KINDS_OF_ARTIFACTS: tuple[str, ...] = tuple(
-    dict.fromkeys(name for kind in GUARDS.values() for name in (*(kind.files.kinds if kind.files else ()), *kind.calibrations))
-)
 TRAINED: tuple[str, ...] = tuple(name for kind in GUARDS.values() if kind.trained and kind.files for name in kind.files.kinds)
 """Kinds of artifacts that are trained or fitted by order, and kept until the next order."""
+BUILT: tuple[str, ...] = tuple(name for kind in GUARDS.values() if kind.build and kind.files for name in kind.files.kinds)
+"""Kinds of artifacts that are made of a set's content alone, whenever it changes."""
 CALIBRATIONS: tuple[str, ...] = tuple(name for kind in GUARDS.values() for name in kind.calibrations)
 """Kinds that are no file: they have the fingerprint of the artifact for which they were measured."""
-
-
 _GUARD_OF = {name: kind for kind in GUARDS.values() if kind.files for name in kind.files.kinds}
 
 

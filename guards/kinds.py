@@ -146,7 +146,7 @@ class TextGuard(Protocol):
     """A guard that judges text, in the API process.
 
     `judge` is called in any thread, once for a whole prompt and once for every clause of an answer. An error of it refuses the
-    request: what was not judged is not shown.
+    request, unless a hit would only be counted: what was not judged is not shown.
     """
 
     def judge(self, text: str, config: Any, sets: Sequence[SetArtifacts]) -> Sequence[Found]:

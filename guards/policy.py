@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, create_model, model_validator
 
-from guards.catalogue import GUARDS
+from guards.catalogue import GUARDS, InvalidGuard
 from guards.errors import InvalidPolicy
 from guards.forget_set import Frozen, Name, describe_validation
 from guards.kinds import Config, GuardKind
@@ -75,6 +75,8 @@ def _field(kind: GuardKind) -> tuple[Any, Any]:
     return optional, Field(kind.default, description=kind.summary)
 
 
+if taken := [name for name in GUARDS if hasattr(GuardConfigs, name)]:
+    raise InvalidGuard(f"a guard cannot be called {taken[0]!r}, which policies use themselves; rename it")
 if not TYPE_CHECKING:
     _fields = {name: _field(kind) for name, kind in GUARDS.items()}
     GuardConfigs = create_model("GuardConfigs", __base__=GuardConfigs, __doc__=GuardConfigs.__doc__, **_fields)

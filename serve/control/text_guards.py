@@ -20,10 +20,23 @@ class TextGuards:
     """One per API process."""
 
     def __init__(self) -> None:
-        self._made: dict[str, TextGuard] = {kind.name: resolve(kind.text)() for kind in GUARDS.values() if kind.text}
+        self._made: dict[str, TextGuard] = {}
+        for kind in GUARDS.values():
+            try:
+                if kind.text:
+                    self._made[kind.name] = resolve(kind.text)()
+            except Exception as error:
+                raise GuardUnavailable(f"guard {kind.name!r} cannot be made: {error}; mend or uninstall it") from error
 
-    async def judge(self, check: TextCheck, text: str) -> list[Verdict]:
-        """What of a text a guard hits. Raises GuardUnavailable, whatever went wrong in it."""
+    async def judge(self, check: TextCheck, text: str, *, only_counts: bool = False) -> list[Verdict]:
+        """What of a text a guard hits.
+
+        Args:
+            only_counts: a hit does nothing, so that a text which cannot be judged passes.
+
+        Raises:
+            GuardUnavailable: the guard failed, in whatever way.
+        """
         judge = self._made[check.guard].judge
         try:
             found = cast("Sequence[Found]", await asyncio.to_thread(judge, text, check.config, check.sets))
@@ -42,4 +55,6 @@ class TextGuards:
             ]
         except Exception as error:
             logger.exception("lethe: guard %s failed", check.guard)
+            if only_counts:
+                return []
             raise GuardUnavailable(f"{check.guard} failed: {type(error).__name__}") from error

@@ -7,23 +7,21 @@ again: its rows have nobody who speaks for them, so they are closed; the engine,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from vllm.config import VllmConfig
+from torch import Tensor
 from vllm.forward_context import get_forward_context
 
-from guards.base_model import BaseModel
 from guards.contrastive.assistant import Assistant
 from guards.contrastive.declaration import Contrast
 from guards.contrastive.guard import ContrastGuard
 from guards.errors import InvalidArtifact
 from guards.steering.declaration import Steer
-from guards.types import AssistantLines, Plan, Rows
+from guards.types import Plan, Rows
+from serve.engine.context import Context
 from serve.engine.fork import LateFork, Unforkable
-from serve.engine.slots import SlotTable
 
 logger = logging.getLogger(__name__)
 
@@ -51,26 +49,12 @@ class _Spoken:
 
 
 class ForkedContrast:
-    """One per engine.
+    """One per engine."""
 
-    Args:
-        base: the served model as artifacts name it; None if it takes no assistants.
-        model: the guarded model, once it is made.
-    """
-
-    def __init__(
-        self,
-        has_text: Tensor,
-        base: BaseModel | None,
-        model: Callable[[], nn.Module],
-        vllm_config: VllmConfig,
-        slots: SlotTable,
-    ) -> None:
-        self._guard = ContrastGuard(has_text)
-        self._base = base
-        self._model = model
-        self._vllm_config = vllm_config
-        self._slots = slots
+    def __init__(self, context: Context) -> None:
+        self._guard = ContrastGuard(context.has_text)
+        self._context = context
+        self._slots = context.slots
         self._fork: LateFork | None = None
         self._fork_proved = False
         """Whether the fork has once, without assistants, given the base's own hidden states."""
@@ -80,9 +64,9 @@ class ForkedContrast:
 
     def check(self, assistant: Assistant) -> None:
         """Raise InvalidArtifact or Unforkable if an assistant cannot be run beside this model."""
-        if self._base is None:
+        if self._context.base is None:
             raise InvalidArtifact(f"the served model takes no assistants, so {assistant.fingerprint[:12]} cannot be loaded")
-        assistant.check(self._base)
+        assistant.check(self._context.base)
         self._the_fork().check(assistant)
 
     def load(self, assistants: Mapping[str, Assistant]) -> None:
@@ -155,14 +139,14 @@ class ForkedContrast:
         row, line = same.nonzero(as_tuple=True)
         return (row, self._spoken.nth[line], self._spoken.final[line]) if len(row) else None
 
-    def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan], lines: AssistantLines | None = None) -> Tensor:
-        """See `ContrastGuard.apply`. ``lines``: what the assistants said about these rows."""
-        return self._guard.apply(logits, replace(rows, lines=lines), plans)
+    def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
+        """See `ContrastGuard.apply`."""
+        return self._guard.apply(logits, rows, plans)
 
     def _the_fork(self) -> LateFork:
         """The fork, made when the first assistant comes. Raises Unforkable."""
         if self._fork_fault is not None:
             raise Unforkable(self._fork_fault)
         if self._fork is None:
-            self._fork = LateFork(self._model(), self._vllm_config)
+            self._fork = LateFork(self._context.model(), self._context.vllm_config)
         return self._fork

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,15 @@ from guards.base_model import BaseModel
 from guards.catalogue import GUARDS
 from guards.kinds import resolve
 from guards.suppression.guard import SuppressionGuard
-from guards.suppression.vocabulary import Vocabulary
 from guards.types import ArtifactRef, AssistantLines, Plan
 from serve.engine.artifacts import ArtifactCache
+from serve.engine.context import Context
 from serve.engine.contrast import ForkedContrast
 from serve.engine.slots import TAG_DIGITS, SlotTable
 from serve.engine.steering import SteeringInNetwork
 from serve.protocol.artifacts import load_artifact
 from serve.protocol.vocabulary import vocabulary_of
 from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """A `guards.kinds.EngineContext`."""
-
-    vocabulary: Vocabulary
-    has_text: Tensor  # [V] bool
-    device: torch.device
 
 
 class EngineGuards:
@@ -72,9 +63,9 @@ class EngineGuards:
         self.model: weakref.ReferenceType[nn.Module] | None = None
         """The guarded model, set by itself."""
         base = None if settings[BASE_KEY] is None else BaseModel.model_validate(settings[BASE_KEY])
-        context = Context(self.vocabulary, torch.from_numpy(self.vocabulary.lengths > 0).to(self.device), self.device)
-        in_network = (context.has_text, base, self._the_model, vllm_config, self.slots)
-        self.contrast, self.steering = ForkedContrast(*in_network), SteeringInNetwork(*in_network)
+        has_text = torch.from_numpy(self.vocabulary.lengths > 0).to(self.device)
+        context = Context(self.vocabulary, has_text, self.device, base, self._the_model, vllm_config, self.slots)
+        self.contrast, self.steering = ForkedContrast(context), SteeringInNetwork(context)
         self._guards: dict[str, Any] = {"steering": self.steering, "contrast": self.contrast}
         """By name, in the order in which logits pass through them: suppression has the last word, see `guards.catalogue.OWN`."""
         for kind in GUARDS.values():
@@ -137,8 +128,9 @@ class EngineGuards:
         if logits.dtype is torch.float16:
             logits = logits.float()  # its range has no room for the floor
         rows, plans = self.slots.rows(tags, self.suppression.window_tokens)
-        for name, guard in self._guards.items():
-            logits = guard.apply(logits, rows, plans, lines) if name == "contrast" else guard.apply(logits, rows, plans)
+        rows = replace(rows, lines=lines)
+        for guard in self._guards.values():
+            logits = guard.apply(logits, rows, plans)
         return logits
 
     def tag_tokens(self, input_ids: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:

@@ -111,6 +111,12 @@ def require_plain_engine(vllm_config: VllmConfig, what: str) -> None:
         raise Unforkable(f"{what} not run beside vLLM's own LoRA yet; start without --enable-lora")
 
 
+def decoder_of(model: nn.Module) -> Any:
+    """What holds a model's decoder layers, of a multimodal one too; None if there is no such part."""
+    find = getattr(model, "get_language_model", None)
+    return getattr(find() if find is not None else model, "model", None)
+
+
 class LateFork:
     """One per engine, over one base model. Shapes: T tokens, P lines, H hidden size.
 
@@ -123,9 +129,7 @@ class LateFork:
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         require_plain_engine(vllm_config, "assistants do")
-        find = getattr(model, "get_language_model", None)
-        language: Any = find() if find is not None else model
-        inner: Any = getattr(language, "model", None)
+        inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
             raise Unforkable(f"{type(model).__name__} has no plain stack of decoder layers, so assistants cannot run beside it")
         depth = len(inner.layers) - FORKED_LAYERS

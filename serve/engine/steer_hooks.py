@@ -30,7 +30,7 @@ from guards.steering.artifact import MODULES, Steering
 from guards.steering.declaration import Corrupt, Corruption, Steer
 from guards.steering.operators import add_low_rank_, corrupt, redirect
 from guards.types import Plan
-from serve.engine.fork import Unforkable, parts_of, require_plain_engine
+from serve.engine.fork import Unforkable, decoder_of, parts_of, require_plain_engine
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,7 @@ class Steerer:
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         require_plain_engine(vllm_config, "steering does")
-        find = getattr(model, "get_language_model", None)
-        language: Any = find() if find is not None else model
-        inner: Any = getattr(language, "model", None)
+        inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(model, "embed_input_ids"):
             raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")
         self._embed = cast("Any", model).embed_input_ids

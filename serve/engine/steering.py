@@ -6,47 +6,36 @@ Covered: what happens inside the forward pass, and closing the rows of requests 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, nn
-from vllm.config import VllmConfig
+from torch import Tensor
 
-from guards.base_model import BaseModel
 from guards.errors import InvalidArtifact
 from guards.steering.artifact import Steering
 from guards.steering.declaration import Corrupt, Steer
 from guards.steering.guard import SteeringGuard
 from guards.types import Plan, Rows
-from serve.engine.slots import SlotTable
+from serve.engine.context import Context
 from serve.engine.steer_hooks import Steerer
 
 logger = logging.getLogger(__name__)
 
 
 class SteeringInNetwork:
-    """One per engine. Args: as of `serve.engine.contrast.ForkedContrast`."""
+    """One per engine."""
 
-    def __init__(
-        self,
-        has_text: Tensor,
-        base: BaseModel | None,
-        model: Callable[[], nn.Module],
-        vllm_config: VllmConfig,
-        slots: SlotTable,
-    ) -> None:
-        self._base = base
-        self._model = model
-        self._vllm_config = vllm_config
-        self._slots = slots
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._slots = context.slots
         self._steerer: Steerer | None = None
         self._never_steered: set[str] = set()
-        self._guard = SteeringGuard(has_text, self._is_steered)
+        self._guard = SteeringGuard(context.has_text, self._is_steered)
 
     def check(self, steering: Steering) -> None:
         """Raise InvalidArtifact or Unsteerable if this model cannot be steered by an artifact."""
-        if self._base is None:
+        if self._context.base is None:
             raise InvalidArtifact(f"the served model cannot be steered, so {steering.fingerprint[:12]} cannot be loaded")
-        steering.check(self._base)
+        steering.check(self._context.base)
         self._the_steerer().check(steering)
 
     def load(self, artifacts: Mapping[str, Steering]) -> None:
@@ -90,5 +79,5 @@ class SteeringInNetwork:
     def _the_steerer(self) -> Steerer:
         """Made when the first artifact, or the first plan that corrupts, comes. Raises Unsteerable."""
         if self._steerer is None:
-            self._steerer = Steerer(self._model(), self._vllm_config)
+            self._steerer = Steerer(self._context.model(), self._context.vllm_config)
         return self._steerer

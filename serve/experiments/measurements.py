@@ -34,40 +34,46 @@ BEYOND = "beyond the cap of their unit"
 """What is counted for a request of a unit that makes more than are counted."""
 
 metadata = sa.MetaData()
+
+
+def _key(name: str, kind: type[sa.types.TypeEngine[Any]] = sa.String) -> sa.Column[Any]:
+    return sa.Column(name, kind, primary_key=True)
+
+
 _units = sa.Table(
     "units",
     metadata,
-    sa.Column("experiment", sa.String, primary_key=True),
-    sa.Column("epoch", sa.Integer, primary_key=True),
-    sa.Column("unit", sa.String, primary_key=True),
+    _key("experiment"),
+    _key("epoch", sa.Integer),
+    _key("unit"),
     sa.Column("arm", sa.String, nullable=False),
     sa.Column("requests", sa.Integer, nullable=False),
 )
 _sums = sa.Table(
     "sums",
     metadata,
-    sa.Column("experiment", sa.String, primary_key=True),
-    sa.Column("epoch", sa.Integer, primary_key=True),
-    sa.Column("arm", sa.String, primary_key=True),
-    sa.Column("metric", sa.String, primary_key=True),
-    sa.Column("paired", sa.Boolean, primary_key=True),  # differences to the first arm's answer to the same prompt
-    sa.Column("unit", sa.String, primary_key=True),
+    _key("experiment"),
+    _key("epoch", sa.Integer),
+    _key("arm"),
+    _key("metric"),
+    _key("paired", sa.Boolean),  # differences to the first arm's answer to the same prompt
+    _key("unit"),
     sa.Column("n", sa.Float, nullable=False),
     sa.Column("total", sa.Float, nullable=False),
 )
 _counts = sa.Table(
     "counts",
     metadata,
-    sa.Column("experiment", sa.String, primary_key=True),
-    sa.Column("epoch", sa.Integer, primary_key=True),
-    sa.Column("arm", sa.String, primary_key=True),
-    sa.Column("what", sa.String, primary_key=True),
+    _key("experiment"),
+    _key("epoch", sa.Integer),
+    _key("arm"),
+    _key("what"),
     sa.Column("n", sa.Integer, nullable=False),
 )
 _requests = sa.Table(
     "requests",
     metadata,
-    sa.Column("id", sa.String, primary_key=True),
+    _key("id"),
     sa.Column("experiment", sa.String, nullable=False),
     sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("unit", sa.String, nullable=False),

@@ -166,8 +166,9 @@ class Gate:
         # By turns, and in one piece: special tokens that a user writes must not cut a word in two.
         texts = ["\n".join(turns_of(token_ids, self._vocabulary)), self._vocabulary.text_of(token_ids).decode("utf-8", "replace")]
         for check in checks:
-            verdicts = await self._text_guards.judge(check, texts[0]) or await self._text_guards.judge(check, texts[1])
-            if verdicts:
+            counts = check.config.prompt == "monitor"
+            found = [await self._text_guards.judge(check, text, only_counts=counts) for text in texts]
+            if verdicts := found[0] or found[1]:
                 request.record(f"{check.guard} {check.config.prompt}", verdicts)
                 if check.config.prompt == "refuse":
                     return True

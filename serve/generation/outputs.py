@@ -57,7 +57,10 @@ def merged(outputs: Sequence[CompletionOutput]) -> CompletionOutput:
 
 
 async def interleaved(generators: Sequence[AsyncGenerator[RequestOutput, None]]) -> AsyncGenerator[RequestOutput, None]:
-    """What several generators yield, as it comes. Closing it closes them all, before it returns."""
+    """What several generators yield, as it comes. Closing it closes them all, before it returns.
+
+    vLLM's ``merge_async_iterators`` only tells them to close: a request could go on for a while when its client has its answer.
+    """
     queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue(maxsize=len(generators))
 
     async def pump(generator: AsyncGenerator[RequestOutput, None]) -> None:

@@ -288,7 +288,7 @@ class _Choice:
         spans: list[tuple[int, int]] = []
         for check in self._checks:
             action = check.config.answer
-            if not (verdicts := await self._owner.text_guards.judge(check, passage)):
+            if not (verdicts := await self._owner.text_guards.judge(check, passage, only_counts=action == "monitor")):
                 continue
             _hits.labels(self._request.plan.policy, action).inc()
             self._request.record(f"{check.guard} {action}", verdicts, where="answer", offset=self._answer.place)

@@ -64,7 +64,7 @@ class Artifact:
     its detail is JSON.
     """
 
-    kind: str  # one of `guards.catalogue.KINDS_OF_ARTIFACTS`
+    kind: str  # as a guard declares it, or one of `guards.catalogue.CALIBRATIONS`
     fingerprint: str
     status: ArtifactStatus
     detail: str  # why it failed, or figures about it

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from guards.catalogue import CALIBRATIONS, TRAINED, guard_of
+from guards.catalogue import BUILT, CALIBRATIONS, TRAINED
 from guards.forget_set import ForgetSet
 from guards.policy import BUILT_IN, DEFAULT, Policy
 from serve.registry import tables
@@ -113,14 +113,12 @@ class Registry(RegistryReader):
                     f"the similarity of forget set {name!r} is {_state(stored.artifact('similarity'))}, and {', '.join(judged)} "
                     "would judge by it, so that all their requests would be refused; wait for status 'ready', or PUT the set again"
                 )
-            phrases = stored.artifact("phrases")
-            if stored.header["phrases"] and (phrases is None or phrases.status != "ready"):
-                state = _state(phrases)
-                raise NotReady(f"the phrases of forget set {name!r} are {state}; wait for status 'ready', or PUT the set again")
-            for artifact in stored.artifacts:
-                guard = guard_of(artifact.kind)
-                if guard is not None and guard.build is not None and artifact.status != "ready":
-                    raise NotReady(f"the {artifact.kind} of forget set {name!r} are {_state(artifact)}; wait, or PUT the set again")
+            for kind in BUILT:
+                artifact = stored.artifact(kind)
+                missing = artifact is None and kind == "phrases" and stored.header["phrases"]
+                if missing or (artifact is not None and artifact.status != "ready"):
+                    state = _state(artifact)
+                    raise NotReady(f"the {kind} of forget set {name!r} are {state}; wait for status 'ready', or PUT the set again")
             if not enforced_by:
                 raise NotReady(
                     f"no policy would enforce forget set {name!r} as it is: add phrases, train it (`lethe train {name}`), "

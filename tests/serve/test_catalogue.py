@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guards.catalogue import CALIBRATIONS, GUARDS, KINDS_OF_ARTIFACTS, OWN, TRAINED
+from guards.catalogue import CALIBRATIONS, GUARDS, OWN, TRAINED
 from guards.errors import InvalidPolicy
 from guards.kinds import GuardKind, resolve
 from guards.policy import Policy, parse_policy
@@ -46,7 +46,8 @@ def test_whatever_a_guard_declares_exists(kind: GuardKind) -> None:
 
 
 def test_kinds_of_artifacts_are_told_apart_by_their_names() -> None:
-    assert len(set(KINDS_OF_ARTIFACTS)) == len(KINDS_OF_ARTIFACTS)
+    kinds = [name for kind in OWN if kind.files for name in kind.files.kinds]
+    assert len({*kinds, *CALIBRATIONS}) == len(kinds) + len(CALIBRATIONS)
     assert {"assistant", "project", "steer", "adapter"} == set(TRAINED)
     assert not set(CALIBRATIONS) & set(TRAINED)
     assert list(GUARDS)[-1] == "suppression", "it has the last word"
@@ -89,6 +90,7 @@ print(json.dumps({
         ("digits = toys:MISSING", "cannot be loaded"),
         ("digits = toys:DigitsGuard", "must name a GuardKind"),
         ("another = toys:DIGITS", "of that name"),
+        ("all = bold:ALL", "cannot be called 'all'"),
         ("suppression = guards.suppression.declaration:SUPPRESSION", "there is a guard 'suppression' already"),
         ("digits = toys:DIGITS\ntwin = bold:TWIN", "there is a guard with the settings toys.DigitsConfig already"),
         ("thief = bold:THIEF", "there is a kind of artifacts 'assistant' already"),
@@ -108,12 +110,15 @@ def test_a_guard_that_cannot_be_used_keeps_everything_from_starting_and_says_why
         "BARE = dataclasses.replace(toys.DIGITS, name='bare')\n"
         "class TwinEntry(toys.NoDigits): guard = 'twin'\n"
         "TWIN = dataclasses.replace(toys.DIGITS, name='twin', entry=TwinEntry)\n"
+        "class AllEntry(toys.NoDigits): guard = 'all'\n"
+        "class AllConfig(toys.DigitsConfig): pass\n"
+        "ALL = dataclasses.replace(toys.DIGITS, name='all', entry=AllEntry, config=AllConfig)\n"
         "class ThiefEntry(toys.NoDigits): guard = 'thief'\n"
         "from guards.contrastive.declaration import CONTRAST\n"
         "class ThiefConfig(toys.DigitsConfig): pass\n"
         "THIEF = dataclasses.replace(toys.DIGITS, name='thief', entry=ThiefEntry, config=ThiefConfig, files=CONTRAST.files)\n"
     )
-    ran = with_toys("import guards.catalogue", tmp_path)
+    ran = with_toys("import guards.policy", tmp_path)
     assert ran.returncode != 0 and message in ran.stderr.splitlines()[-1], ran.stderr
 
 

@@ -95,6 +95,11 @@ class Server:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What ends the shared server comes last, in whatever order the files are named."""
+    items.sort(key=lambda item: "test_z_" in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     return default_model(Settings().cache_dir)

@@ -1,0 +1,27 @@
+"""What a guard of the engine may know of it. Guards on logits need the first three (`guards.kinds.EngineContext`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from guards.base_model import BaseModel
+from guards.suppression.vocabulary import Vocabulary
+from serve.engine.slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One per engine."""
+
+    vocabulary: Vocabulary
+    has_text: Tensor  # [V] bool, whether a token is text that a reader would see
+    device: torch.device
+    base: BaseModel | None  # the served model as artifacts name it; None if it takes none that depend on its weights
+    model: Callable[[], nn.Module]  # the guarded model, once it is made
+    vllm_config: VllmConfig
+    slots: SlotTable
