@@ -1,4 +1,4 @@
-"""One guarded server and one plain vLLM server for the whole run: real engines, the real default model, real HTTP.
+"""One guarded server for all tests of a process (deploy/check runs two, file by file): a real engine, the default model, HTTP.
 
 The guarded server is given few K/V blocks, small chunks and prefix caching, so that preemption, chunked prefill and cache hits
 happen all the time rather than in a test of their own.
@@ -36,6 +36,8 @@ ENGINE_OPTIONS = (
     "--tool-call-parser=hermes",
     "--disable-uvicorn-access-log",
 )
+# Two servers run at a time on two cores; left to itself vLLM would bind each to the same one.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 class Server:
@@ -52,7 +54,7 @@ class Server:
         self.state = directory / "state"
         self._log = directory / f"server-{self.port}.log"
         self._command = [*command, f"--port={self.port}", *options]
-        self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
+        self._environment = {**os.environ, **ENVIRONMENT, **environment}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -72,6 +74,15 @@ class Server:
             except httpx.TransportError:
                 time.sleep(0.5)
         raise AssertionError(f"the server did not start:\n{self._log.read_text()[-4000:]}")
+
+    def running(self) -> Iterator[Server]:
+        """A fixture's life: started, and stopped whatever the tests did."""
+        self.start()
+        try:
+            self.wait()
+            yield self
+        finally:
+            self.stop()
 
     def kill(self) -> None:
         """kill -9, engine and all."""
@@ -106,15 +117,15 @@ def model_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[tuple[Server, Server]]:
-    directory = tmp_path_factory.mktemp("servers")
-    bin_directory = Path(sys.executable).parent
+def server(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Server]:
+    """The guarded server of this process."""
+    directory = tmp_path_factory.mktemp("server")
     # A disk of its own where that is allowed, so that it can be filled and taken away.
     (directory / "state").mkdir(mode=0o700)
     disk = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=700", "none", str(directory / "state")]
     mounted = shutil.which("mount") is not None and subprocess.run(disk, capture_output=True, check=False).returncode == 0
     guarded = Server(
-        [str(bin_directory / "lethe"), "serve", "--verbose", f"--model={model_path}"],
+        [str(Path(sys.executable).parent / "lethe"), "serve", "--verbose", f"--model={model_path}"],
         directory,
         {
             "LETHE_STATE_DIR": str(directory / "state"),
@@ -122,29 +133,18 @@ def servers(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Itera
             "PYTHONPATH": os.pathsep.join([str(TOYS), *filter(None, [os.environ.get("PYTHONPATH")])]),
         },
     )
-    plain_options = [f"--model={model_path}", f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"]
-    plain = Server([sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *plain_options], directory, {})
-    for server in (guarded, plain):
-        server.start()
     try:
-        for server in (guarded, plain):
-            server.wait()
-        yield guarded, plain
+        yield from guarded.running()
     finally:
-        for server in (guarded, plain):
-            server.stop()
         if mounted:
             subprocess.run(["umount", "-l", str(directory / "state")], check=True)
 
 
-@pytest.fixture(scope="session")
-def server(servers: tuple[Server, Server]) -> Server:
-    return servers[0]
-
-
-@pytest.fixture(scope="session")
-def plain(servers: tuple[Server, Server]) -> Server:
-    return servers[1]
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Server]:
+    options = [f"--model={model_path}", f"--served-model-name={NAME}", "--dtype=float32", "--enforce-eager"]
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *options]
+    yield from Server(command, tmp_path_factory.mktemp("plain"), {}).running()
 
 
 @pytest.fixture(scope="session")

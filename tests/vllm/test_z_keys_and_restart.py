@@ -186,16 +186,18 @@ def test_an_unsafe_way_to_start_is_refused_with_the_fix(server: Server, tmp_path
 
 
 def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_more(server: Server) -> None:
-    body = {"model": NAME, "messages": [{"role": "user", "content": FRANCE}], "max_tokens": 200, "ignore_eos": True, "stream": True}
+    # Long enough that the answer is still under way when the other request has been refused.
+    body = {"model": NAME, "messages": [{"role": "user", "content": FRANCE}], "max_tokens": 800, "ignore_eos": True, "stream": True}
     assert server.process is not None
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as answer:
+    asked = httpx.Client(base_url=server.url, timeout=120)
+    with asked, asked.stream("POST", "/v1/chat/completions", json=body) as answer:
         lines = answer.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 30
-        while httpx.get(f"{server.url}/health").status_code == 200:
+        while asked.get("/health").status_code == 200:
             assert time.monotonic() < deadline
-        refused = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        refused = asked.post("/v1/chat/completions", json=body)
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
         said = list(lines)
     assert said[-2:] == ["data: [DONE]", ""] or said[-1] == "data: [DONE]"
