@@ -20,13 +20,28 @@ def lower_(logits: Tensor, row: Tensor, token: Tensor) -> None:
     logits[row, token] = logits[row, token].clamp(max=floor_of(logits))
 
 
-def close_rows_(logits: Tensor, rows: Tensor, has_text: Tensor) -> None:
-    """Leave rows nothing but tokens without text.
+class RowCloser:
+    """Closes rows that a guard cannot guard, and counts them by guard. One per engine.
 
     Args:
-        logits: [R, V] float.
-        rows: [N] int64.
-        has_text: [V] bool.
+        has_text: [V] bool on the engine's device, whether a token is text that a reader would see.
     """
-    index, token = has_text.expand(len(rows), -1).nonzero(as_tuple=True)
-    lower_(logits, rows[index], token)
+
+    def __init__(self, has_text: Tensor) -> None:
+        self.has_text = has_text
+        self.counts: dict[str, int] = {}
+        """Rows closed since the start, by guard."""
+
+    def close_(self, logits: Tensor, rows: Tensor, guard: str) -> None:
+        """Leave rows nothing but tokens without text.
+
+        Args:
+            logits: [R, V] float.
+            rows: [N] int64.
+            guard: who could not guard them.
+        """
+        if not len(rows):
+            return
+        index, token = self.has_text.expand(len(rows), -1).nonzero(as_tuple=True)
+        lower_(logits, rows[index], token)
+        self.counts[guard] = self.counts.get(guard, 0) + len(rows)

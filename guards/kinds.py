@@ -19,7 +19,8 @@ from guards.types import Entry, LogitsGuard
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+    from guards.closing import RowCloser
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class EngineContext(Protocol):
     """What a guard of the engine may know when it is made."""
 
     vocabulary: Any  # the served model's `guards.suppression.vocabulary.Vocabulary`
-    has_text: Tensor  # [V] bool on the engine's device, whether a token is text that a reader would see
+    closer: RowCloser  # closes rows that it cannot guard; knows which tokens are text
     device: torch.device
 
 

@@ -116,8 +116,8 @@ class AssistantLines:
     """What assistants say about a step's rows, P lines: one for each row and assistant of its plan."""
 
     row: Tensor  # [P] int64, which row
-    nth: Tensor  # [P] int64, which of its plan's entries of contrast
-    logits: Tensor  # [P, V] float
+    entries: tuple[Entry, ...]  # [P] the entry of the row's plan for which the assistant speaks
+    logits: Tensor  # [P, V] float; a line that is not finite was not said
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class Settings(BaseSettings):
     shadow_quiet_s: float = Field(1.0, ge=0, description="how long there must have been no more of them before one begins")
     shadow_at_once: int = Field(1, gt=0, description="shadow answers at a time")
     shadow_tokens_per_minute: int = Field(20_000, gt=0, description="the most that shadow answers may generate")
+    training_niceness: int = Field(19, ge=0, le=19, description="how far training stands behind answers where processors are busy")
     refresh_ms: int = Field(500, gt=0, description="how often a server looks for changes made by other processes")
 
     @property

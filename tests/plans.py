@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from guards.closing import RowCloser
 from guards.kinds import SetArtifacts
 from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.declaration import Suppress
@@ -22,7 +23,7 @@ def suppress(*fingerprints: str) -> tuple[Suppress, ...]:
 def context(vocabulary: Vocabulary) -> Any:
     """What the engine gives a guard, on the CPU."""
     device = torch.device("cpu")
-    return SimpleNamespace(vocabulary=vocabulary, has_text=torch.from_numpy(vocabulary.lengths > 0), device=device)
+    return SimpleNamespace(vocabulary=vocabulary, closer=RowCloser(torch.from_numpy(vocabulary.lengths > 0)), device=device)
 
 
 def suppression_guard(vocabulary: Vocabulary, *artifacts: CompiledPhrases) -> SuppressionGuard:

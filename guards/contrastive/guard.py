@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from guards.closing import close_rows_
+from guards.closing import RowCloser
 from guards.contrastive.assistant import Assistant
 from guards.contrastive.declaration import Contrast, RuleName
 from guards.contrastive.rules import subtract_assistants
@@ -27,10 +27,9 @@ class ContrastGuard:
     fails closed.
     """
 
-    def __init__(self, has_text: Tensor) -> None:
-        """``has_text``: [V] bool, whether a token is text that a reader would see."""
-        self.device = has_text.device
-        self._has_text = has_text
+    def __init__(self, closer: RowCloser) -> None:
+        self.device = closer.has_text.device
+        self._closer = closer
         self._difference: dict[str, bool] = {}
 
     def load(self, assistants: Mapping[str, Assistant]) -> None:
@@ -45,39 +44,44 @@ class ContrastGuard:
             rows: the step's layout; ``lines`` holds what the assistants said.
             plans: what ``rows.plan`` points into.
         """
-        if logits.shape[1] != len(self._has_text):
-            raise VocabularyMismatch(f"logits have {logits.shape[1]} columns, the vocabulary {len(self._has_text)} tokens")
-        wanted = torch.tensor([len(plan.of(Contrast)) for plan in plans] + [0], device=self.device)[rows.plan]
-        if not wanted.any():
+        if logits.shape[1] != len(self._closer.has_text):
+            raise VocabularyMismatch(f"logits have {logits.shape[1]} columns, the vocabulary {len(self._closer.has_text)} tokens")
+        if not any(plan.of(Contrast) for plan in plans):
             return logits
+        wanted = torch.tensor([len(plan.of(Contrast)) for plan in plans] + [0], device=self.device)[rows.plan]
         spoken = torch.zeros_like(wanted)
-        if rows.lines is not None and len(rows.lines.row):
-            lines = rows.lines
-            plan_of_line = rows.plan[lines.row].tolist()
-            settings = [plans[plan].of(Contrast)[nth] for plan, nth in zip(plan_of_line, lines.nth.tolist(), strict=True)]
-            # What is not a number would make the whole row one, and void every other guard on it.
-            sound = torch.isfinite(lines.logits).all(dim=1).tolist()
-            known = [setting.assistant in self._difference and good for setting, good in zip(settings, sound, strict=True)]
-            spoken.index_add_(0, lines.row, torch.tensor(known, device=self.device).to(spoken.dtype))
-            for rule in sorted({setting.rule for setting in settings}):
-                mine = [i for i, setting in enumerate(settings) if setting.rule == rule and known[i]]
-                if not mine:
-                    continue
-                chosen = [settings[i] for i in mine]
-                index = torch.tensor(mine, device=self.device)
-
-                def values(*numbers: float) -> Tensor:
-                    return torch.tensor(numbers, dtype=torch.float32, device=self.device)
-
-                logits = subtract_assistants(
-                    logits,
-                    lines.logits[index],
-                    row=lines.row[index],
-                    rule=cast("RuleName", rule),
-                    alpha=values(*(setting.alpha for setting in chosen)),
-                    margin=values(*(setting.margin for setting in chosen)),
-                    plausibility=values(*(setting.plausibility for setting in chosen)),
-                    difference=torch.tensor([self._difference[setting.assistant] for setting in chosen], device=self.device),
-                )
-        close_rows_(logits, (spoken < wanted).nonzero().squeeze(1), self._has_text)
+        lines = rows.lines
+        if lines is not None and lines.entries:
+            entries = cast("tuple[Contrast, ...]", lines.entries)
+            # What is not a number would make the whole row one, and void every other guard on it: such a line has no strength.
+            sound = torch.isfinite(lines.logits).all(dim=1)
+            said = torch.where(sound[:, None], lines.logits, 0.0)
+            known = torch.tensor([entry.assistant in self._difference for entry in entries], device=self.device)
+            spoken.index_add_(0, lines.row, (known & sound).to(spoken.dtype))
+            for rule in sorted({entry.rule for entry in entries}):
+                mine = [i for i, entry in enumerate(entries) if entry.rule == rule and entry.assistant in self._difference]
+                if mine:
+                    logits = self._subtract(logits, said, sound, lines.row, entries, mine)
+        self._closer.close_(logits, (spoken < wanted).nonzero().squeeze(1), "contrast")
         return logits
+
+    def _subtract(
+        self, logits: Tensor, said: Tensor, sound: Tensor, row: Tensor, entries: Sequence[Contrast], mine: list[int]
+    ) -> Tensor:
+        """Set those lines of ``said`` ([P, V]) against their rows that ``mine`` names, all of one rule."""
+        chosen = [entries[i] for i in mine]
+        index = torch.tensor(mine, device=self.device)
+
+        def values(*numbers: float) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.float32, device=self.device)
+
+        return subtract_assistants(
+            logits,
+            said if len(mine) == len(entries) else said[index],
+            row=row[index],
+            rule=cast("RuleName", chosen[0].rule),
+            alpha=values(*(entry.alpha for entry in chosen)) * sound[index],
+            margin=values(*(entry.margin for entry in chosen)),
+            plausibility=values(*(entry.plausibility for entry in chosen)),
+            difference=torch.tensor([self._difference[entry.assistant] for entry in chosen], device=self.device),
+        )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from guards.closing import close_rows_
+from guards.closing import RowCloser
 from guards.types import Plan, Rows
 
 
@@ -18,18 +19,17 @@ class SteeringGuard:
     """A LogitsGuard.
 
     Args:
-        has_text: [V] bool, whether a token is text that a reader would see.
-        able: whether the network does for a plan what it says.
+        unable: the guard that cannot do for a plan what it says; None if all is done.
     """
 
-    def __init__(self, has_text: Tensor, able: Callable[[Plan], bool]) -> None:
-        self._has_text = has_text
-        self._able = able
+    def __init__(self, closer: RowCloser, unable: Callable[[Plan], str | None]) -> None:
+        self._closer = closer
+        self._unable = unable
 
     def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
         """Close rows, in place: [R, V]."""
-        unable = [plan.changes_cache and not self._able(plan) for plan in plans]
-        if any(unable):
-            closed = rows.plan.new_tensor([*unable, False])[rows.plan]
-            close_rows_(logits, closed.nonzero().squeeze(1), self._has_text)
+        unable = [self._unable(plan) if plan.changes_cache else None for plan in plans]
+        for guard in filter(None, set(unable)):
+            closed = torch.tensor([*(each == guard for each in unable), False], device=rows.plan.device)[rows.plan]
+            self._closer.close_(logits, closed.nonzero().squeeze(1), guard)
         return logits

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from guards.closing import close_rows_, lower_
+from guards.closing import lower_
 from guards.errors import VocabularyMismatch
 from guards.kinds import EngineContext
 from guards.suppression.artifact import CompiledPart, CompiledPhrases
@@ -31,7 +31,7 @@ class SuppressionGuard:
         self.device = context.device
         self._artifacts: dict[str, CompiledPhrases] = {}
         self._tables: list[PhraseTable] = []
-        self._has_text = context.has_text
+        self._closer = context.closer
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -92,5 +92,5 @@ class SuppressionGuard:
             lower_(logits, engaged[row], token)
             closed = closed | unread
         if closed.any():
-            close_rows_(logits, engaged[closed], self._has_text)
+            self._closer.close_(logits, engaged[closed], "suppression")
         return logits

@@ -110,7 +110,7 @@ def serve(
     import uvloop
 
     from serve.default_model import MissingModel, default_model
-    from serve.generation.client import UnguardedWorker
+    from serve.generation.workers import UnguardedWorker
     from serve.http.app import serve as run
     from serve.http.launch import UnsafeSetting
 

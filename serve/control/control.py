@@ -42,6 +42,7 @@ class Control:
     Args:
         load: loads artifacts in every worker and returns the failures.
         model: the served model's directory, if assistants can be trained for it; base: what `describe_base` says of it.
+        training_niceness: see `Trainer`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Control:
         refresh_ms: int,
         model: Path | None = None,
         base: BaseModel | None = None,
+        training_niceness: int = 19,
     ) -> None:
         self._registry = registry
         self._artifacts = artifacts
@@ -65,7 +67,7 @@ class Control:
         self._changing = self.in_force.changing
         self._trainer = None
         if model is not None and base is not None:
-            self._trainer = Trainer(artifacts.with_name("training"), model, self._adopt)
+            self._trainer = Trainer(artifacts.with_name("training"), model, self._adopt, training_niceness)
         self._base = base
 
     @property

@@ -35,12 +35,14 @@ class Trainer:
         directory: where jobs live.
         model: the served model's directory.
         adopt: called with a set's name, the fingerprint of the content that was trained on, the file, and what made it.
+        niceness: of the processes that train, 0 to 19: how far they stand behind answers where processors are busy.
     """
 
-    def __init__(self, directory: Path, model: Path, adopt: Adopt) -> None:
+    def __init__(self, directory: Path, model: Path, adopt: Adopt, niceness: int = 19) -> None:
         self._directory = directory
         self._model = model
         self._adopt = adopt
+        self._niceness = niceness
         self._turn = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()  # cancelled, and their processes perhaps not gone yet
@@ -162,13 +164,13 @@ class Trainer:
                 (work / _ERROR).write_text(reason, "utf-8")
 
     async def _train(self, work: Path, program: str) -> tuple[int, str]:
-        # All processors, at the lowest priority: answers come first.
+        # All processors, and answers come first.
         threads = os.cpu_count() or 1
         spawning = asyncio.ensure_future(
             asyncio.create_subprocess_exec(
                 "nice",
                 "-n",
-                "19",
+                str(self._niceness),
                 sys.executable,
                 "-m",
                 program,

@@ -18,7 +18,7 @@ A = TypeVar("A")
 
 
 class ArtifactCache(Generic[A]):
-    """Loads artifacts of one kind into their guard.
+    """Loads artifacts of one kind into their guard. Nothing that goes wrong there stops the engine.
 
     An artifact that cannot be loaded stays unloaded, and the guard closes every row whose plan names it.
 
@@ -45,6 +45,9 @@ class ArtifactCache(Generic[A]):
             except GuardError as error:
                 failures[fingerprint] = str(error)
                 logger.error("lethe: %s", error)
+            except Exception as error:  # a guard of another package, say
+                failures[fingerprint] = f"{type(error).__name__}: {error}"
+                logger.exception("lethe: artifact %s cannot be read", fingerprint[:12])
         if loaded.keys() == self._loaded.keys():
             self._loaded = loaded
             return failures
@@ -52,7 +55,13 @@ class ArtifactCache(Generic[A]):
         idle = [name for name in loaded if name not in keep]
         for name in idle[: max(0, len(idle) - KEPT_IDLE)]:
             del loaded[name]
-        self._load(loaded)
+        try:
+            self._load(loaded)
+        except Exception as error:
+            logger.exception("lethe: artifacts cannot be loaded; whoever needs them is closed")
+            failures |= dict.fromkeys(loaded.keys() - self._loaded.keys(), f"{type(error).__name__}: {error}")
+            self._load(self._loaded)
+            return failures
         self._loaded = loaded
         return failures
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import VllmConfig
 
 from guards.base_model import BaseModel
+from guards.closing import RowCloser
 from guards.suppression.vocabulary import Vocabulary
 from serve.engine.slots import SlotTable
+from serve.engine.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +21,10 @@ class Context:
     """One per engine."""
 
     vocabulary: Vocabulary
-    has_text: Tensor  # [V] bool, whether a token is text that a reader would see
+    closer: RowCloser
     device: torch.device
     base: BaseModel | None  # the served model as artifacts name it; None if it takes none that depend on its weights
     model: Callable[[], nn.Module]  # the guarded model, once it is made
     vllm_config: VllmConfig
     slots: SlotTable
+    step: Step

@@ -1,7 +1,9 @@
 """Contrast in the engine: runs the assistants on the fork beside the base, and hands what they say to the guard on the logits.
 
-Covered: the last token of every request in a step whose plan names assistants. A fork that cannot follow the base is never used
-again: its rows have nobody who speaks for them, so they are closed; the engine, and everybody else's requests, go on.
+It runs in `compute_logits`, outside of whatever graph the forward pass is in, for the rows that come there.
+
+Covered: every row of logits of a request whose plan names assistants. A fork that cannot follow the base is never used again: its
+rows have nobody who speaks for them, so they are closed; the engine, and everybody else's requests, go on.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vllm.forward_context import get_forward_context
 
 from guards.contrastive.assistant import Assistant
 from guards.contrastive.declaration import Contrast
@@ -21,46 +22,31 @@ from guards.errors import InvalidArtifact
 from guards.steering.declaration import Steer
 from guards.types import Plan, Rows
 from serve.engine.context import Context
-from serve.engine.fork import LateFork, Unforkable
+from serve.engine.fork import LateFork, Lines, Unforkable
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Expected:
-    """For whom assistants must speak in this step, P lines; an assistant's lines stand together."""
+class Spoken:
+    """What the assistants said about some rows, P lines; an assistant's lines stand together."""
 
-    assistants: tuple[str, ...]
-    request: Tensor  # [P] int64, number in the batch
-    slot: Tensor  # [P] int64
-    nth: Tensor  # [P] int64, which of the plan's entries of contrast
-    last: Tensor  # [P] int64, the request's last token in this step
-    unsteered: tuple[bool, ...]  # [P]
-
-
-@dataclass(frozen=True, slots=True)
-class _Spoken:
-    """What the assistants said in this step, P lines."""
-
-    slot: Tensor  # [P] int64
-    position: Tensor  # [P] int64
-    nth: Tensor  # [P] int64, which of the plan's entries of contrast
-    final: Tensor  # [P, H] hidden states, ready for the head
+    row: Tensor  # [P] int64
+    entries: tuple[Contrast, ...]  # [P] the entry of the row's plan for which it was said
+    final: Tensor  # [P, H] hidden states, ready for the head; not a number where the row is another's than was thought
 
 
 class ForkedContrast:
     """One per engine."""
 
     def __init__(self, context: Context) -> None:
-        self._guard = ContrastGuard(context.has_text)
+        self._guard = ContrastGuard(context.closer)
         self._context = context
         self._slots = context.slots
         self._fork: LateFork | None = None
-        self._fork_proved = False
+        self._proved = False
         """Whether the fork has once, without assistants, given the base's own hidden states."""
         self._fork_fault: str | None = None
-        self._expected: _Expected | None = None
-        self._spoken: _Spoken | None = None
 
     def check(self, assistant: Assistant) -> None:
         """Raise InvalidArtifact or Unforkable if an assistant cannot be run beside this model."""
@@ -74,70 +60,63 @@ class ForkedContrast:
         self._the_fork().load(assistants)
         self._guard.load(assistants)
 
-    def expect(self, rows_of_batch: Tensor | None) -> None:
-        """Before the forward pass: find out for which requests assistants must speak.
+    def speak(self, tags: Tensor, hidden: Tensor) -> Spoken | None:
+        """After the base, before the head: let the assistants speak for the rows whose plans name them.
 
         Args:
-            rows_of_batch: [num_reqs] int64, slot of each batch row, -1 = unguarded; None if nobody knows.
+            tags: [R, TAG_DIGITS] what the rows carried; hidden: [R, H] the base's own final hidden states.
         """
-        self._spoken, self._expected = None, None
-        if self._fork is None:
-            return
-        self._fork.expect(None)
-        metadata = get_forward_context().attn_metadata
-        if not self._slots.engaged or rows_of_batch is None or not isinstance(metadata, dict):
-            return
-        lines = [
-            (each.assistant, request, slot, nth)
-            for request, slot in enumerate(rows_of_batch.tolist())
-            if slot >= 0
-            for nth, each in enumerate(self._slots.plan(slot).of(Contrast))
-            if each.assistant in self._fork.loaded
-        ]
-        if not lines:
-            return
-        lines.sort()  # an assistant's lines stand together
-        names, *numbers = zip(*lines, strict=True)
-        unsteered = tuple(not self._slots.plan(line[2]).of(Steer) for line in lines)
-        request, slot, nth = (torch.tensor(each) for each in numbers)
-        last = next(iter(metadata.values())).query_start_loc[1:].long()[request] - 1
-        self._fork.expect(last)
-        self._expected = _Expected(names, request, slot, nth, last, unsteered)
-
-    def run(self, positions: Tensor, hidden: Tensor) -> None:
-        """After the base, still inside the forward pass: let the assistants speak for the last token of those requests.
-
-        Args:
-            positions: [T] int64; hidden: [T, H] the base's own final hidden states.
-        """
-        if self._expected is None or self._fork is None:
-            return
-        lines = self._expected
-        at = positions[lines.last]
+        if self._fork is None or not any(plan.of(Contrast) for plan in self._slots.live_plans):
+            return None
         try:
-            # Rows that are steered in the base's last layers are not what the fork alone gives: others prove it.
-            if not self._fork_proved and any(lines.unsteered):
-                chosen = torch.tensor(lines.unsteered)
-                again, own = self._fork.run(at, lines.request, ())[chosen].float(), hidden[lines.last][chosen].float()
-                if not torch.allclose(again, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
-                    raise Unforkable(f"without assistants the fork differs from the base by {float((again - own).abs().max()):.3g}")
-                self._fork_proved = True
-            final = self._fork.run(at, lines.request, lines.assistants)
-        except (Unforkable, RuntimeError, ValueError, TypeError, IndexError) as error:
+            return self._spoken(self._fork, tags, hidden)
+        except Exception as error:
+            # Whatever it was: these rows have nobody who speaks for them, and are closed; nobody else's are.
             self._fork_fault = f"this model's layers cannot be forked: {error}"
             self._fork = None
             logger.exception("lethe: assistants are closed until the server is restarted with another model")
-            return
-        self._spoken = _Spoken(lines.slot, at.long(), lines.nth, final)
-
-    def spoken_for(self, tags: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What assistants said about the rows that carried ``tags``: P lines of row [P], nth [P] and hidden state [P, H]."""
-        if self._spoken is None or not self._slots.engaged:
             return None
-        slot, position = self._slots.read(tags)
-        same = (slot[:, None] == self._spoken.slot) & (position[:, None] == self._spoken.position)
-        row, line = same.nonzero(as_tuple=True)
-        return (row, self._spoken.nth[line], self._spoken.final[line]) if len(row) else None
+
+    def _spoken(self, fork: LateFork, tags: Tensor, hidden: Tensor) -> Spoken | None:
+        step, (slots, positions) = self._context.step, self._slots.read(tags)
+        of_rows = step.requests_of_rows(len(tags))
+        if of_rows is None:
+            in_batch = {slot: request for request, slot in enumerate(step.requests) if slot >= 0}
+            of_rows = [in_batch.get(slot, -1) for slot in slots.tolist()]
+        lines = [
+            (entry.assistant, row, request, nth)
+            for row, request in enumerate(of_rows)
+            if request >= 0 and (slot := step.requests[request]) >= 0
+            for nth, entry in enumerate(self._slots.plan(slot).of(Contrast))
+            if entry.assistant in fork.loaded
+        ]
+        if not lines or step.starts is None or step.offsets is None:
+            return None
+        lines.sort()  # an assistant's lines stand together
+        names, *numbers = zip(*lines, strict=True)
+        plans = [self._slots.plan(step.requests[request]) for _, _, request, _ in lines]
+        row, request, expected = (
+            torch.tensor(each, device=tags.device) for each in (*numbers[:2], [step.requests[line[2]] for line in lines])
+        )
+        own = slots[row] == expected
+        position = torch.where(own, positions[row], step.offsets[request])
+        token = step.starts[request] + position - step.offsets[request]
+        at = Lines(token, position, request)
+        # Rows that are steered in the base's last layers are not what the fork alone gives: others prove it.
+        unsteered = [i for i, plan in enumerate(plans) if not plan.of(Steer)]
+        if not self._proved and unsteered:
+            self._prove(fork, at, hidden[row], torch.tensor(unsteered, device=tags.device))
+        final = fork.run(at, names, step.attention)
+        final = torch.where(own[:, None], final, torch.nan)
+        entries = tuple(plan.of(Contrast)[line[3]] for plan, line in zip(plans, lines, strict=True))
+        return Spoken(row, entries, final)
+
+    def _prove(self, fork: LateFork, at: Lines, hidden: Tensor, unsteered: Tensor) -> None:
+        """Raise Unforkable unless the fork, without assistants, gives the base's own hidden states ([P, H])."""
+        again, own = fork.run(at, (), self._context.step.attention)[unsteered].float(), hidden[unsteered].float()
+        if not torch.allclose(again, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
+            raise Unforkable(f"without assistants the fork differs from the base by {float((again - own).abs().max()):.3g}")
+        self._proved = True
 
     def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
         """See `ContrastGuard.apply`."""

@@ -6,8 +6,9 @@ into the network, so they have rooms of their own in the engine.
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,22 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from guards.base_model import BaseModel
 from guards.catalogue import GUARDS
+from guards.closing import RowCloser
 from guards.kinds import resolve
+from guards.steering.declaration import Corrupt, Steer
 from guards.suppression.guard import SuppressionGuard
 from guards.types import ArtifactRef, AssistantLines, Plan
 from serve.engine.artifacts import ArtifactCache
 from serve.engine.context import Context
 from serve.engine.contrast import ForkedContrast
-from serve.engine.slots import TAG_DIGITS, SlotTable
+from serve.engine.slots import SlotTable
 from serve.engine.steering import SteeringInNetwork
+from serve.engine.step import Step
 from serve.protocol.artifacts import load_artifact
 from serve.protocol.vocabulary import vocabulary_of
 from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY
+
+logger = logging.getLogger(__name__)
 
 
 class EngineGuards:
@@ -47,6 +52,10 @@ class EngineGuards:
         settings = (vllm_config.additional_config or {}).get(PLAN_KEY)
         if settings is None:
             raise ValueError("a guarded model must be started by `lethe serve`: additional_config has no 'lethe' entry")
+        if not (vllm_config.use_v2_model_runner or model.enforce_eager or vllm_config.device_config.device_type == "cpu"):
+            raise ValueError(
+                "Model Runner V1 replays CUDA graphs past lethe's tracker; unset VLLM_USE_V2_MODEL_RUNNER, or add --enforce-eager"
+            )
         if model.uses_mrope:
             raise ValueError(
                 f"lethe does not support multi-axis positions (M-RoPE) yet, which {model.model} uses; serve another model"
@@ -56,15 +65,16 @@ class EngineGuards:
         self.vocabulary = vocabulary_of(cached_tokenizer_from_config(model), model.get_vocab_size())
         self.vocabulary.warm()
         self.slots = SlotTable(vllm_config.scheduler_config.max_num_seqs, model.max_model_len, self.vocabulary.special, self.device)
+        self.step = Step()
         self.tracked = False
         """Set by the tracker. Without one no plan would ever reach a row, so the API process refuses to start."""
-        self.rows_of_batch: Tensor | None = None
-        """V1 only, set by its tracker before every step: [num_reqs] int64, slot of each batch row, -1 = unguarded."""
+        self.requests: Sequence[int] | None = None
+        """V1 only, set by its tracker before every step: see `Step.requests`."""
         self.model: weakref.ReferenceType[nn.Module] | None = None
         """The guarded model, set by itself."""
         base = None if settings[BASE_KEY] is None else BaseModel.model_validate(settings[BASE_KEY])
-        has_text = torch.from_numpy(self.vocabulary.lengths > 0).to(self.device)
-        context = Context(self.vocabulary, has_text, self.device, base, self._the_model, vllm_config, self.slots)
+        self.closer = RowCloser(torch.from_numpy(self.vocabulary.lengths > 0).to(self.device))
+        context = Context(self.vocabulary, self.closer, self.device, base, self._the_model, vllm_config, self.slots, self.step)
         self.contrast, self.steering = ForkedContrast(context), SteeringInNetwork(context)
         self._guards: dict[str, Any] = {"steering": self.steering, "contrast": self.contrast}
         """By name, in the order in which logits pass through them: suppression has the last word, see `guards.catalogue.OWN`."""
@@ -115,58 +125,63 @@ class EngineGuards:
         assert model is not None, "the model is made before anything is loaded"
         return model
 
-    def begin_steering(self, input_ids: Tensor | None, positions: Tensor, embeddings: Tensor | None) -> Tensor | None:
-        """Before the base: [T, H] embeddings to start from, or None for its own."""
-        if not self.steering.needed:
-            return None
-        return self.steering.begin(self.slots_of_tokens(len(positions)), input_ids, positions, embeddings)
+    def enter(self, requests: Sequence[int], starts: Tensor, input_ids: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Before the base, with guarded requests in the batch: note whose each token is, and what is said so far.
+
+        Args:
+            requests, starts, positions: see `Step.begin`. input_ids: [T].
+
+        Returns:
+            [T, TAG_DIGITS] what the tokens' rows carry.
+        """
+        try:
+            slots = self.step.begin(requests, starts, positions)
+            self.slots.record(slots, positions, input_ids)
+            return self.slots.tags(slots, positions, dtype)
+        except Exception as error:
+            logger.exception("lethe: a step's tokens cannot be noted")
+            return self.lose_track(len(positions), dtype, str(error))
+
+    def lose_track(self, tokens: int, dtype: torch.dtype, reason: str) -> Tensor:
+        """Nobody knows whose the tokens of a step are: [T, TAG_DIGITS] that closes all of their rows."""
+        logger.error("lethe: whose the rows of a step are is not known, so all are closed: %s", reason)
+        self.step.clear()
+        self.steering.spoil(self.slots.live_plans)
+        return self.slots.lost_tags(tokens, dtype)
 
     def apply(self, logits: Tensor, tags: Tensor, lines: AssistantLines | None = None) -> Tensor:
-        """Run every logit guard over the rows that carried ``tags``. ``lines``: what assistants said about them."""
+        """Run every logit guard over the rows that carried ``tags``. ``lines``: what assistants said about them.
+
+        What a guard could not do is not left undone: the rows that it was to guard are closed and counted, and the engine goes on.
+        """
         if not self.slots.engaged:
             return logits
         if logits.dtype is torch.float16:
             logits = logits.float()  # its range has no room for the floor
-        rows, plans = self.slots.rows(tags, self.suppression.window_tokens)
-        rows = replace(rows, lines=lines)
-        for guard in self._guards.values():
-            logits = guard.apply(logits, rows, plans)
+        try:
+            rows, plans = self.slots.rows(tags, self.suppression.window_tokens)
+            rows = replace(rows, lines=lines)
+        except Exception:
+            logger.exception("lethe: a step's rows cannot be read; all of them are closed")
+            self.closer.close_(logits, torch.arange(len(logits), device=logits.device), "engine")
+            return logits
+        for name, guard in self._guards.items():
+            try:
+                changed = guard.apply(logits, rows, plans)
+                if changed.shape != logits.shape:
+                    raise ValueError(f"it made logits of {list(changed.shape)} out of {list(logits.shape)}")
+                logits = changed
+            except Exception:
+                logger.exception("lethe: guard %s failed; the rows that it was to guard are closed", name)
+                wanted = [any(each in _ENTRIES_OF.get(name, (name,)) for each in plan.guards) for plan in plans]
+                closed = torch.tensor([*wanted, False], device=rows.plan.device)[rows.plan]
+                self.closer.close_(logits, closed.nonzero().squeeze(1), name)
+        self.closer.close_(logits, self.slots.lost(tags), "engine")
         return logits
 
-    def tag_tokens(self, input_ids: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """V1: find each token's slot through the attention metadata of this step, and record the token.
 
-        Raises:
-            RuntimeError: the tracker did not run or disagrees with the batch. The engine stops rather than guess.
-        """
-        slots = self.slots_of_tokens(len(positions))
-        if slots is None:
-            return torch.zeros((len(positions), TAG_DIGITS), dtype=dtype, device=self.device)
-        self.slots.record(slots, positions, input_ids)
-        return self.slots.tags(slots, positions, dtype)
-
-    def slots_of_tokens(self, tokens: int) -> Tensor | None:
-        """V1: [T] int64 the slot of each token of this step, -1 = unguarded; None if nobody is guarded, or nothing is computed.
-
-        Raises:
-            RuntimeError: the tracker did not run or disagrees with the batch. The engine stops rather than guess.
-        """
-        metadata = get_forward_context().attn_metadata
-        if not self.slots.engaged or metadata is None:
-            return None
-        if not isinstance(metadata, dict):
-            raise RuntimeError("lethe does not support micro-batching (--enable-dbo); start without it")
-        starts = next(iter(metadata.values())).query_start_loc.to(torch.int64)
-        slot_of_row = self.rows_of_batch
-        if slot_of_row is None or len(slot_of_row) != len(starts) - 1:
-            raise RuntimeError(
-                f"the batch has {len(starts) - 1} rows, lethe's tracker knows {None if slot_of_row is None else len(slot_of_row)}"
-            )
-        slots = torch.full((tokens,), -1, dtype=torch.int64, device=self.device)
-        covered = torch.repeat_interleave(slot_of_row, starts.diff())
-        slots[: len(covered)] = covered
-        return slots
-
+_ENTRIES_OF = {"steering": (Steer.guard, Corrupt.guard)}
+"""Guards of the engine that act for entries of another name than their own."""
 
 _guards: weakref.WeakValueDictionary[str, EngineGuards] = weakref.WeakValueDictionary()
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from guards.contrastive.assistant import FORKED_LAYERS, Assistant
@@ -38,6 +38,15 @@ class _Pass:
 
     segments: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)  # assistant, first line, last line + 1
     attention: Any = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lines:
+    """Where the lines of a run of the fork stand, P of them: one for each pair of a row and an assistant."""
+
+    token: Tensor  # [P] int64, index among the tokens of the pass
+    position: Tensor  # [P] int64, its position in its request
+    request: Tensor  # [P] int64, number in the batch
 
 
 class _SharedAttention(nn.Module):
@@ -148,8 +157,9 @@ class LateFork:
             raise Unforkable("layers with sliding-window attention cannot be forked yet")
         self._norm = inner.norm
         self.loaded: frozenset[str] = frozenset()
-        self._rows: Tensor | None = None
-        self._below: Tensor | None = None
+        self._vllm_config = vllm_config
+        like, tokens = next(inner.norm.parameters()), vllm_config.scheduler_config.max_num_batched_tokens
+        self._below = torch.zeros(tokens, vllm_config.model_config.get_hidden_size(), dtype=like.dtype, device=like.device)
         inner.layers[depth].register_forward_pre_hook(self._tap)  # only now: until here nothing about the base has changed
 
     def _copy(self, module: nn.Module) -> nn.Module:
@@ -195,68 +205,57 @@ class LateFork:
         self.loaded = frozenset(assistants)
 
     def _tap(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Where the base enters its last K layers: keep the rows that the fork will start from.
+        """Where the base enters its last K layers: keep what the fork will start from. [T, H], at a fixed address.
 
-        They are copied at once, since vLLM's fused norms write into their inputs.
+        Copied at once, since vLLM's fused norms write into their inputs.
         """
-        if self._rows is not None and len(args) >= 3:
+        if len(args) >= 3:
             _positions, hidden, residual = args[:3]
-            self._below = hidden[self._rows] if residual is None else hidden[self._rows] + residual[self._rows]
+            below = self._below[: len(hidden)]
+            torch.add(hidden, residual, out=below) if residual is not None else below.copy_(hidden)
 
-    def expect(self, rows: Tensor | None) -> None:
-        """Say which tokens of the coming forward pass the fork will start from: [P] int64, or None for none."""
-        self._rows, self._below = rows, None
+    def run(self, lines: Lines, assistants: Sequence[str], attention: Mapping[str, Any]) -> Tensor:
+        """[P, H] final hidden states of the fork, one line for each pair of a row and an assistant.
 
-    def run(self, positions: Tensor, request: Tensor, assistant: Sequence[str]) -> Tensor:
-        """[P, H] final hidden states of the fork, one line for each pair of a request and an assistant.
-
-        Must be called inside the forward pass, after the base has run and written its keys and values.
+        Must be called after the base has run and written its keys and values, before its next pass.
 
         Args:
-            positions: [P] int64, of the tokens that `expect` named: the last of each line's request.
-            request: [P] int64, each line's number in the batch. Lines of one assistant stand together.
-            assistant: [P] fingerprints of loaded assistants; empty to run the base's layers as they are.
+            lines: where in the pass. assistants: [P] fingerprints of loaded assistants, an assistant's lines together; empty to run
+                the base's layers as they are. attention: the pass's metadata, by layer.
         """
-        if self._below is None or self._rows is None:
-            raise RuntimeError("the base ran without passing its last layers; lethe's fork cannot follow")
-        metadata: Any = get_forward_context().attn_metadata
-        own = metadata[self._attention[0].layer_name]
-        self._pass.attention = self._metadata(own, request, self._rows, self._below.dtype)
-        if not assistant:
-            return self._through([], positions)
-        starts = [i for i, name in enumerate(assistant) if i == 0 or assistant[i - 1] != name]
-        return self._through(
-            [(assistant[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(assistant)], strict=True)], positions
-        )
-
-    def _through(self, segments: list[tuple[str, int, int]], positions: Tensor) -> Tensor:
-        self._pass.segments = segments
-        line, residual = self._below, None
-        for layer in self._layers:
-            line, residual = layer(positions, line, residual)
-        final: Tensor = self._norm(line, residual)[0]
+        own = attention[self._attention[0].layer_name]
+        self._pass.attention = self._metadata(own, lines)
+        begin = [i for i, name in enumerate(assistants) if i == 0 or assistants[i - 1] != name]
+        end = [*begin[1:], len(assistants)][: len(begin)]
+        self._pass.segments = [(assistants[i], i, j) for i, j in zip(begin, end, strict=True)]
+        line, residual = self._below[lines.token], None
+        with set_forward_context(attention, self._vllm_config, num_tokens=len(line)):
+            for layer in self._layers:
+                line, residual = layer(lines.position, line, residual)
+            final: Tensor = self._norm(line, residual)[0]
         return final
 
-    def _metadata(self, own: Any, request: Tensor, rows: Tensor, dtype: torch.dtype) -> Any:
+    def _metadata(self, own: Any, lines: Lines) -> Any:
         """The step's attention metadata for one query per line: a decode batch, whatever the base's own batch was."""
         attention: Any = self._attention[0]
-        lengths = own.seq_lens[request].contiguous()
-        starts = torch.arange(len(request) + 1, dtype=own.query_start_loc.dtype)
+        count = len(lines.token)
+        lengths = (lines.position + 1).to(own.seq_lens.dtype)
+        starts = torch.arange(count + 1, dtype=own.query_start_loc.dtype, device=lengths.device)
         return dataclasses.replace(
             own,
-            num_actual_tokens=len(request),
+            num_actual_tokens=count,
             max_query_len=1,
             query_start_loc=starts,
             seq_lens=lengths,
-            block_table=own.block_table[request].contiguous(),
-            slot_mapping=own.slot_mapping[rows],
+            block_table=own.block_table[lines.request].contiguous(),
+            slot_mapping=own.slot_mapping[lines.token],
             scheduler_metadata=ops.cpu_attn_get_scheduler_metadata(
-                num_reqs=len(request),
+                num_reqs=count,
                 num_heads=attention.num_heads,
                 num_kv_heads=attention.num_kv_heads,
                 head_dim=attention.head_size,
                 seq_lens=lengths,
-                dtype=dtype,
+                dtype=self._below.dtype,
                 query_start_loc=starts,
                 causal=True,
                 sliding_window_size=-1,

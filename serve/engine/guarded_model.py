@@ -24,6 +24,7 @@ from vllm.sequence import IntermediateTensors
 from guards.types import AssistantLines
 from serve.engine.engine_guards import EngineGuards, guards_of
 from serve.engine.slots import TAG_DIGITS
+from serve.engine.tracker_v1 import tags_of_context
 from serve.protocol.wire import GUARDED_PREFIX
 
 
@@ -53,9 +54,9 @@ class GuardedModel:
 
         The runner cuts rows out of this tensor itself, so a row cannot be mistaken for another.
         """
-        token_ids = input_ids
-        self.lethe.contrast.expect(self.lethe.rows_of_batch)
-        corrupted = self.lethe.begin_steering(input_ids, positions, inputs_embeds)
+        if lethe_tags is None:
+            lethe_tags = tags_of_context(self.lethe, input_ids, positions)
+        corrupted = self.lethe.steering.begin(input_ids, positions, inputs_embeds)
         if corrupted is not None:
             input_ids, inputs_embeds = None, corrupted  # type: ignore[assignment]
         try:
@@ -64,24 +65,21 @@ class GuardedModel:
             self.lethe.steering.end()
         if isinstance(hidden, IntermediateTensors):
             return hidden
-        if lethe_tags is None:
-            lethe_tags = self.lethe.tag_tokens(token_ids, positions, hidden.dtype)
-        self.lethe.contrast.run(positions, hidden)
-        return torch.cat([hidden, lethe_tags], dim=-1)
+        return torch.cat([hidden, lethe_tags.to(hidden.dtype)], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         """[R, V] logits with every guard applied."""
         hidden, tags = hidden_states.split([hidden_states.shape[-1] - TAG_DIGITS, TAG_DIGITS], dim=-1)
-        spoken = self.lethe.contrast.spoken_for(tags)
+        spoken = self.lethe.contrast.speak(tags, hidden)
         if spoken is not None:
-            hidden = torch.cat([hidden, spoken[2]])  # one pass through the head for both
+            hidden = torch.cat([hidden, spoken.final])  # one pass through the head for both
         logits = super().compute_logits(hidden, *args, **kwargs)  # type: ignore[misc]
         if logits is None:
             return None
         lines = None
         if spoken is not None:
-            logits, assistants = logits.split([len(tags), len(spoken[2])])
-            lines = AssistantLines(spoken[0], spoken[1], assistants)
+            logits, assistants = logits.split([len(tags), len(spoken.row)])
+            lines = AssistantLines(spoken.row, spoken.entries, assistants)
         return self.lethe.apply(logits, tags, lines)
 
     def compute_logits_local(self, *args: Any, **kwargs: Any) -> Tensor:

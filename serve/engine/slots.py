@@ -30,13 +30,13 @@ class SlotTable:
     """
 
     def __init__(self, max_requests: int, max_tokens: int, special: np.ndarray, device: torch.device) -> None:
-        if max_requests >= 256**2 or max_tokens >= 256**3:
+        if max_requests + 1 >= 256**2 or max_tokens >= 256**3:
             raise ValueError(f"{max_requests} requests of {max_tokens} tokens do not fit the digits that rows carry")
         self.device = device
         self.plans: list[Plan | None] = [None] * max_requests
         self._free = list(range(max_requests - 1, -1, -1))
         self._special = special
-        self._history = torch.zeros((max_requests, max_tokens), dtype=torch.int32, device=device)
+        self._history = torch.zeros((max_requests + 1, max_tokens), dtype=torch.int32, device=device)
         self._recorded_from = torch.zeros(max_requests, dtype=torch.int64, device=device)
         self._engaged = 0
 
@@ -90,9 +90,11 @@ class SlotTable:
         Args:
             slots: [T] int64, -1 = unguarded; positions, token_ids: [T].
         """
-        guarded = slots >= 0
-        output = guarded & (positions >= self._recorded_from[slots.clamp(min=0)])
-        self._history[slots[output], positions[output]] = token_ids[output].to(torch.int32)
+        output = (slots >= 0) & (positions >= self._recorded_from[slots.clamp(min=0)])
+        row = torch.where(
+            output, slots, len(self.plans)
+        )  # the last row is read by nobody: choosing tokens would wait for the device
+        self._history[row, positions] = token_ids.to(torch.int32)
 
     def tags(self, slots: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, TAG_DIGITS] digits for the rows to carry."""
@@ -108,11 +110,17 @@ class SlotTable:
         slot = digits[:, 0] * 256 + digits[:, 1] - 1
         return slot, (digits[:, 2] * 256 + digits[:, 3]) * 256 + digits[:, 4]
 
+    def lost_tags(self, tokens: int, dtype: torch.dtype) -> Tensor:
+        """[T, TAG_DIGITS] for tokens of which nobody knows whose they are: a slot that does not exist."""
+        slots = torch.full((tokens,), len(self.plans), dtype=torch.int64, device=self.device)
+        return self.tags(slots, torch.zeros_like(slots), dtype)
+
     def rows(self, tags: Tensor, window: int) -> tuple[Rows, list[Plan]]:
-        """The layout of the rows that carried ``tags``: [R, TAG_DIGITS]."""
+        """The layout of the rows that carried ``tags``: [R, TAG_DIGITS]. Lost rows are unguarded here, see `lost`."""
         slot, position = self.read(tags)
         index = position[:, None] + torch.arange(1 - window, 1, device=self.device)
-        suffix = self._history[slot.clamp(min=0)[:, None], index.clamp(min=0)].to(torch.int64)
+        known = slot.clamp(min=0, max=len(self.plans) - 1)
+        suffix = self._history[known[:, None], index.clamp(min=0)].to(torch.int64)
         suffix = torch.where(index < 0, BOUNDARY, suffix)
         numbers: dict[int, int] = {}
         plans: list[Plan] = []
@@ -120,6 +128,10 @@ class SlotTable:
             if plan is not None:
                 numbers[i] = len(plans)
                 plans.append(plan)
-        plan_of = torch.full((len(self.plans) + 1,), -1, dtype=torch.int64)
+        plan_of = torch.full((len(self.plans) + 2,), -1, dtype=torch.int64)  # the last is for -1, the one before for lost rows
         plan_of[list(numbers)] = torch.tensor(list(numbers.values()), dtype=torch.int64)
         return Rows(plan=plan_of.to(self.device)[slot], suffix=suffix), plans
+
+    def lost(self, tags: Tensor) -> Tensor:
+        """[N] int64, the rows of which nobody knows whose they are, see `lost_tags`."""
+        return (self.read(tags)[0] == len(self.plans)).nonzero().squeeze(1)

@@ -18,7 +18,8 @@ batched product over slots; the arithmetic here is written so that only the inde
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,7 @@ class Steerer:
         self._groups: list[tuple[str, float, Tensor]] = []  # artifact, strength, [N] its tokens in this pass
         self._acted: set[str] = set()  # artifacts that a hook of this pass applied
         self._idle: set[str] = set()  # those that were to act and were not reached: this model computes in another way
+        self._failed = False  # whether a hook of this pass could not do what it should
 
     def able(self, plan: Plan) -> bool:
         """Whether everything that a plan asks for can be done."""
@@ -116,10 +118,12 @@ class Steerer:
             # First of all hooks, so that the fork's tap sees what the layer sees, whichever was made first.
             self._hooks.append(
                 self._layers[layer].register_forward_pre_hook(
-                    lambda _, args, kwargs, layer=layer: self._redirected(layer, args, kwargs), prepend=True, with_kwargs=True
+                    lambda _, args, kwargs, layer=layer: self._tried(self._redirected, layer, args, kwargs),
+                    prepend=True,
+                    with_kwargs=True,
                 )
             )
-        self._hooks += [module.register_forward_hook(self._adapted) for module in self._factors]
+        self._hooks += [module.register_forward_hook(partial(self._tried, self._adapted)) for module in self._factors]
 
     def begin(
         self,
@@ -138,7 +142,7 @@ class Steerer:
         Returns:
             [T, H] embeddings to start from, or None for the model's own.
         """
-        self._groups, self._acted = [], set()
+        self._groups, self._acted, self._failed = [], set(), False
         wanted: dict[tuple[str, float], list[int]] = {}
         corrupted: list[int] = []
         for slot, plan in enumerate(plans):
@@ -157,12 +161,13 @@ class Steerer:
         chosen = [(slot, cast("Plan", plans[slot])) for slot in corrupted]
         return self._corrupted(slots, chosen, input_ids, positions, embeddings)
 
-    def end(self) -> None:
-        """After the base: what runs on its layers from now on (the fork) is nobody's to steer."""
+    def end(self) -> bool:
+        """After the base: what runs on its layers from now on (the fork) is nobody's to steer. Returns whether all was done."""
         if idle := {artifact for artifact, _, _ in self._groups} - self._acted:
             self._idle |= idle
             logger.error("lethe: %s did not act on this model's layers; its requests are closed", ", ".join(sorted(idle)))
         self._groups = []
+        return not self._failed
 
     def _corrupted(
         self,
@@ -191,6 +196,16 @@ class Steerer:
                 seed=settings.seed,
             )
         return made
+
+    def _tried(self, act: Callable[..., Any], *args: Any) -> Any:
+        """What a hook does; if it cannot, the base goes on as it is, and what was to be steered is closed."""
+        try:
+            return act(*args)
+        except Exception:
+            if not self._failed:
+                logger.exception("lethe: a layer could not be steered")
+            self._failed = True
+            return None
 
     def _redirected(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Where tokens enter a layer that has maps: (positions, hidden, residual or not, ...). One map after the other."""

@@ -28,8 +28,9 @@ class SteeringInNetwork:
         self._context = context
         self._slots = context.slots
         self._steerer: Steerer | None = None
-        self._never_steered: set[str] = set()
-        self._guard = SteeringGuard(context.has_text, self._is_steered)
+        self._spoilt: set[str] = set()
+        """Salts (`Plan.cache_salt`) under which blocks may be cached that were not steered. Requests that have them are closed."""
+        self._guard = SteeringGuard(context.closer, self._unable)
 
     def check(self, steering: Steering) -> None:
         """Raise InvalidArtifact or Unsteerable if this model cannot be steered by an artifact."""
@@ -44,37 +45,44 @@ class SteeringInNetwork:
 
     def admit(self, plan: Plan, failed: Iterable[str]) -> None:
         """A request enters the batch. ``failed``: artifacts of its plan that could not be loaded."""
-        # Blocks that were computed without it are cached under its salt: it must not be taken for loaded when it comes later.
-        self._never_steered |= set(failed) & set(plan.artifacts_of(Steer))
+        if set(failed) & set(plan.artifacts_of(Steer)):
+            self.spoil([plan])  # also should the artifact come later
         if plan.of(Corrupt) and self._steerer is None:
             try:
                 self._the_steerer()
             except InvalidArtifact as error:
                 logger.error("lethe: %s", error)  # its rows are closed
 
-    def begin(self, slots: Tensor | None, input_ids: Tensor | None, positions: Tensor, embeddings: Tensor | None) -> Tensor | None:
-        """Before the base: [T, H] embeddings to start from, or None for its own. ``slots``: [T], see `SlotTable`."""
-        if self._steerer is None or slots is None:
-            return None
-        return self._steerer.begin(slots, self._slots.plans, input_ids, positions, embeddings)
+    def spoil(self, plans: Iterable[Plan]) -> None:
+        """What these plans' requests computed just now was, or may have been, computed without steering."""
+        self._spoilt |= {plan.cache_salt for plan in plans if plan.cache_salt is not None}
 
-    @property
-    def needed(self) -> bool:
-        """Whether any request in the batch is to be steered."""
-        return self._steerer is not None and any(plan.changes_cache for plan in self._slots.live_plans)
+    def begin(self, input_ids: Tensor | None, positions: Tensor, embeddings: Tensor | None) -> Tensor | None:
+        """Before the base: [T, H] embeddings to start from, or None for its own."""
+        slots = self._context.step.slots
+        if self._steerer is None or slots is None or not any(plan.changes_cache for plan in self._slots.live_plans):
+            return None
+        try:
+            return self._steerer.begin(slots, self._slots.plans, input_ids, positions, embeddings)
+        except Exception:
+            logger.exception("lethe: a step could not be steered; its steered requests are closed")
+            self.spoil(self._slots.live_plans)
+            return None
 
     def end(self) -> None:
         """After the base, whatever became of it."""
-        if self._steerer is not None:
-            self._steerer.end()
+        if self._steerer is not None and not self._steerer.end():
+            self.spoil(self._slots.live_plans)
 
     def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
         """Close the rows of requests that should have been steered and were not, see `SteeringGuard.apply`."""
         return self._guard.apply(logits, rows, plans)
 
-    def _is_steered(self, plan: Plan) -> bool:
-        failed = not self._never_steered.isdisjoint(plan.artifacts_of(Steer))
-        return not failed and self._steerer is not None and self._steerer.able(plan)
+    def _unable(self, plan: Plan) -> str | None:
+        """The guard that does not do for a plan what it says."""
+        if self._steerer is not None and self._steerer.able(plan) and not (self._spoilt and plan.cache_salt in self._spoilt):
+            return None
+        return Steer.guard if plan.of(Steer) else Corrupt.guard
 
     def _the_steerer(self) -> Steerer:
         """Made when the first artifact, or the first plan that corrupts, comes. Raises Unsteerable."""

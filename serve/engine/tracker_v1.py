@@ -10,23 +10,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from serve.engine.engine_guards import guards_of
+from serve.engine.engine_guards import EngineGuards, guards_of
 from serve.engine.seeds import repair_seeds
+from serve.engine.slots import TAG_DIGITS
 from serve.protocol.wire import decode_plan
 
 
 class TrackerV1(LogitsProcessor):
-    """Keeps `EngineGuards.rows_of_batch` true."""
+    """Keeps `EngineGuards.requests` true."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.guards = guards_of(vllm_config)
         self.guards.tracked = True
         if self.guards.device.type == "cpu":
             repair_seeds()
-        self._slot_of_row = torch.full((vllm_config.scheduler_config.max_num_seqs + 1,), -1, dtype=torch.int64)
-        self.guards.rows_of_batch = self._slot_of_row[:0].to(self.guards.device)
+        self._slot_of_row = [-1] * (vllm_config.scheduler_config.max_num_seqs + 1)
+        self.guards.requests = ()
         self._forced: dict[int, tuple[tuple[int, ...], list[int]]] = {}  # row -> what it is made to say, what it has said
 
     def is_argmax_invariant(self) -> bool:
@@ -54,7 +56,7 @@ class TrackerV1(LogitsProcessor):
                 self.guards.load(plan)
                 self._slot_of_row[row] = self.guards.slots.admit(plan, prompt, output)
         for source, target, direction in batch_update.moved:
-            moving, displaced = int(self._slot_of_row[source]), int(self._slot_of_row[target])
+            moving, displaced = self._slot_of_row[source], self._slot_of_row[target]
             if direction is MoveDirectionality.SWAP:
                 self._slot_of_row[source] = displaced
             else:
@@ -66,11 +68,27 @@ class TrackerV1(LogitsProcessor):
                 self._forced[target] = here
             if there is not None and direction is MoveDirectionality.SWAP:
                 self._forced[source] = there
-        self.guards.rows_of_batch = self._slot_of_row[: batch_update.batch_size].to(self.guards.device, copy=True)
+        self.guards.requests = tuple(self._slot_of_row[: batch_update.batch_size])
 
     def _vacate(self, row: int) -> None:
         self._forced.pop(row, None)
-        slot = int(self._slot_of_row[row])
+        slot = self._slot_of_row[row]
         if slot >= 0:
             self.guards.slots.release(slot)
             self._slot_of_row[row] = -1
+
+
+def tags_of_context(guards: EngineGuards, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """[T, TAG_DIGITS] what the tokens' rows carry. V1 tells no model of its batch, but leaves its metadata in the context."""
+    metadata, dtype = get_forward_context().attn_metadata, torch.float32
+    if not guards.slots.engaged or metadata is None:  # nobody is guarded, or nothing is computed for anybody
+        guards.step.clear()
+        return torch.zeros((len(positions), TAG_DIGITS), dtype=dtype, device=guards.device)
+    if not isinstance(metadata, dict):
+        return guards.lose_track(len(positions), dtype, "it runs in micro-batches; start without --enable-dbo")
+    starts = next(iter(metadata.values())).query_start_loc
+    if guards.requests is None or len(guards.requests) != len(starts) - 1:
+        known = None if guards.requests is None else len(guards.requests)
+        return guards.lose_track(len(positions), dtype, f"the batch has {len(starts) - 1} requests, the tracker knows {known}")
+    guards.step.attention = metadata
+    return guards.enter(guards.requests, starts, input_ids, positions, dtype)

@@ -59,19 +59,22 @@ class TrackerV2:
         super().remove_request(req_id)  # type: ignore[misc]
         self._release(req_id)
 
+    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.guards.step.attention = attention = super().prepare_attn(input_batch, *args, **kwargs)  # type: ignore[misc]
+        return attention
+
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)  # type: ignore[misc]
         tags = self._tags[: input_batch.num_tokens_after_padding]
-        tags.zero_()
         if self.guards.slots.engaged:
-            tokens = input_batch.num_tokens
             # By request id: the ids of dummy batches are nobody's, so they can touch no slot.
-            slot_of_row = torch.tensor([self._slot_of.get(req_id, -1) for req_id in input_batch.req_ids], device=tags.device)
-            counts = input_batch.query_start_loc[: input_batch.num_reqs + 1].diff().to(torch.int64)
-            slots = torch.repeat_interleave(slot_of_row, counts, output_size=tokens)
-            positions = input_batch.positions[:tokens]
-            self.guards.slots.record(slots, positions, input_batch.input_ids[:tokens])
-            tags[:tokens] = self.guards.slots.tags(slots, positions, tags.dtype)
+            requests = tuple(self._slot_of.get(req_id, -1) for req_id in input_batch.req_ids)
+            starts = input_batch.query_start_loc[: input_batch.num_reqs + 1]
+            ids, positions = (each[: len(tags)] for each in (input_batch.input_ids, input_batch.positions))
+            tags.copy_(self.guards.enter(requests, starts, ids, positions, tags.dtype))
+        else:
+            self.guards.step.clear()
+            tags.zero_()
         return {**inputs, TAGS: tags}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:

@@ -23,6 +23,10 @@ class WorkerExtension:
             "vocabulary": model.lethe.vocabulary.fingerprint,
         }
 
+    def lethe_closed_rows(self) -> dict[str, int]:
+        """Rows that guards could not guard since the start, by guard."""
+        return self.model_runner.get_model().lethe.closer.counts  # type: ignore[attr-defined]
+
     def lethe_load(self, artifacts: list[tuple[str, str]]) -> dict[str, str]:
         """Load artifacts (guard, fingerprint) before any request needs them. Returns the failures: fingerprint -> reason."""
         wanted = [ArtifactRef(guard, fingerprint) for guard, fingerprint in artifacts]

@@ -28,7 +28,7 @@ from guards.suppression.artifact import CompiledPhrases
 from guards.suppression.declaration import Suppress
 from guards.suppression.vocabulary import Vocabulary
 from guards.text_plan import TextPlan
-from guards.types import ArtifactRef, Plan
+from guards.types import Plan
 from serve.control.similarity import Similarity
 from serve.control.text_guards import TextGuards
 from serve.generation.gate import Request
@@ -47,10 +47,6 @@ SHADOW_PRIORITY = 100
 
 REPETITION_PENALTIES = (0.1, 100.0)
 """What vLLM multiplies or divides logits by; within these bounds the floor of banned tokens stays out of reach, and finite."""
-
-
-class UnguardedWorker(RuntimeError):
-    """A worker that does not run the guarded model. The server does not start."""
 
 
 class GuardedEngineClient:
@@ -289,29 +285,6 @@ class GuardedEngineClient:
 
 
 EngineClient.register(GuardedEngineClient)
-
-
-async def check_workers(client: EngineClient, vocabulary: str) -> None:
-    """Make sure that every worker runs the guarded model, with a tracker, over the same vocabulary.
-
-    Raises:
-        UnguardedWorker: one does not.
-    """
-    for worker in await client.collective_rpc("lethe_describe"):
-        if not worker["guarded"] or not worker["tracked"]:
-            raise UnguardedWorker(f"worker runs {worker['model']} without lethe's guards; start it with `lethe serve`")
-        if worker["vocabulary"] != vocabulary:
-            raise UnguardedWorker(
-                f"worker has vocabulary {worker['vocabulary'][:12]}, this process {vocabulary[:12]}; use one tokenizer for both"
-            )
-
-
-async def load_artifacts(client: EngineClient, artifacts: Iterable[ArtifactRef]) -> dict[str, str]:
-    """Load artifacts in every worker. Returns the failures: fingerprint -> reason."""
-    failures: dict[str, str] = {}
-    for worker in await client.collective_rpc("lethe_load", args=([tuple(artifact) for artifact in artifacts],)):
-        failures.update(worker)
-    return failures
 
 
 def _refuse_what_cannot_be_guarded(prompt: Any, params: SamplingParams) -> None:

@@ -124,7 +124,9 @@ class Scorer:
         if own != continuation and own == continuation[: len(own)]:
             raise Unscorable(f"this server ends answers after {len(own)} tokens (--override-generation-config); shorten the answer")
         if own != continuation:
-            raise Unscorable("this engine's tokens cannot be forced (Model Runner V2); score on a server with Model Runner V1")
+            raise Unscorable(
+                "this engine said something else than it was made to say, so nothing can be read off; please report it"
+            )
         tops = found["top_logprobs"] or [{}] * len(own)
         places = []
         for token, logprob, likeliest in zip(own, found["token_logprobs"], tops, strict=True):

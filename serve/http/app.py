@@ -30,9 +30,10 @@ from serve.experiments.measurements import Measurements
 from serve.experiments.shadow import Shadow
 from serve.experiments.store import Experiments
 from serve.generation.ask import InternalRoad
-from serve.generation.client import GuardedEngineClient, check_workers, load_artifacts
+from serve.generation.client import GuardedEngineClient
 from serve.generation.score import Scorer
 from serve.generation.side_by_side import SideBySide
+from serve.generation.workers import check_workers, count_closed_rows, load_artifacts
 from serve.hits import RecentHits
 from serve.http import admin_routes as admin
 from serve.http import experiment_routes
@@ -78,6 +79,7 @@ async def guarded_app(
             refresh_ms=settings.refresh_ms,
             model=model_directory(args),
             base=None if base is None else BaseModel.model_validate(base),
+            training_niceness=settings.training_niceness,
         )
         await control.start()
         try:
@@ -136,9 +138,11 @@ async def guarded_app(
             )
             app.middleware_stack = admission
             live.start(road)
+            counting = asyncio.create_task(count_closed_rows(inner))
             try:
                 yield app, admission
             finally:
+                counting.cancel()
                 await live.stop()
                 await budgets.stop()
                 measurements.close()

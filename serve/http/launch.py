@@ -96,10 +96,7 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
         config = get_config(args.model, args.trust_remote_code, args.revision)
         overrides["architectures"] = config.architectures
     args.hf_overrides = {**overrides, "architectures": [GUARDED_PREFIX + name for name in overrides["architectures"]]}
-    tracker = _tracker()
-    if tracker and not current_platform.is_cpu() and not args.enforce_eager:
-        raise UnsafeSetting("on a GPU, Model Runner V1 replays CUDA graphs past the tracker; use V2, or add --enforce-eager")
-    args.logits_processors = [*(args.logits_processors or []), *tracker]
+    args.logits_processors = [*(args.logits_processors or []), "serve.engine.processor:LetheProcessor"]
     args.scheduling_policy = "priority"  # clients' requests have one and the same; shadow answers come behind them
     args.worker_extension_cls = "serve.engine.worker.WorkerExtension"
     args.additional_config = {
@@ -154,14 +151,6 @@ def _describe_base(args: Namespace) -> dict[str, Any] | None:
         return None if directory is None else describe_base(directory).model_dump()
     except (InvalidArtifact, OSError):
         return None
-
-
-def _tracker() -> list[str]:
-    """The V1 runner's tracker; Model Runner V2 asks the model for its own and rejects logits processors."""
-    from vllm.triton_utils import HAS_TRITON
-
-    uses_v2 = HAS_TRITON and os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "0"
-    return [] if uses_v2 else ["serve.engine.tracker_v1:TrackerV1"]
 
 
 def check_binding(host: str | None, registry: Registry) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from guards.closing import RowCloser
 from guards.contrastive.declaration import Contrast
 from guards.contrastive.guard import ContrastGuard
 from guards.contrastive.rules import RULES
@@ -37,7 +38,7 @@ def suppression() -> tuple[LogitsGuard, list[Plan]]:
 
 def contrast() -> tuple[LogitsGuard, list[Plan]]:
     """One plan for every rule, and one that nobody can contrast."""
-    guard = ContrastGuard(torch.from_numpy(VOCABULARY.lengths > 0))
+    guard = ContrastGuard(RowCloser(torch.from_numpy(VOCABULARY.lengths > 0)))
     guard.load({"whole": an_assistant("whole"), "difference": an_assistant("difference")})
     by_rule = [
         Plan(1, rule, (Contrast("difference", rule, 1.5, 0.5, 0.1), Contrast("whole", rule, 0.7, 1.0, 0.01))) for rule in RULES
@@ -48,7 +49,11 @@ def contrast() -> tuple[LogitsGuard, list[Plan]]:
 
 def steering() -> tuple[LogitsGuard, list[Plan]]:
     """Closes what should have been steered and was not; touches nothing else."""
-    guard = SteeringGuard(torch.from_numpy(VOCABULARY.lengths > 0), lambda plan: plan.of(Steer)[0].artifact == "loaded")
+
+    def unable(plan: Plan) -> str | None:
+        return None if plan.of(Steer)[0].artifact == "loaded" else "steering"
+
+    guard = SteeringGuard(RowCloser(torch.from_numpy(VOCABULARY.lengths > 0)), unable)
     loaded, missing = (Plan(1, name, (Steer(name, 1.0),)) for name in ("loaded", "missing"))
     return guard, [loaded, missing, Plan(1, "nothing"), loaded]
 
@@ -63,7 +68,7 @@ def choose(rows: Rows, order: list[int]) -> Rows:
         chosen = [(new, line) for new, old in enumerate(order) for line in (lines.row == old).nonzero().squeeze(1).tolist()]
         index = torch.tensor([line for _, line in chosen], dtype=torch.int64)
         new_rows = torch.tensor([new for new, _ in chosen], dtype=torch.int64)
-        lines = AssistantLines(new_rows, lines.nth[index], lines.logits[index])
+        lines = AssistantLines(new_rows, tuple(lines.entries[line] for _, line in chosen), lines.logits[index])
     return Rows(rows.plan[order], rows.suffix[order], lines)
 
 
@@ -82,8 +87,9 @@ def steps(draw: st.DrawFn) -> tuple[LogitsGuard, list[Plan], torch.Tensor, Rows]
         (row, nth) for row, number in enumerate(plan.tolist()) if number >= 0 for nth in range(len(plans[number].of(Contrast)))
     ]
     said = torch.randn(len(pairs), VOCABULARY.size, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) * 5
-    row, nth = (torch.tensor([pair[part] for pair in pairs], dtype=torch.int64) for part in (0, 1))
-    return guard, plans, logits, Rows(plan, suffix, AssistantLines(row, nth, said))
+    row = torch.tensor([row for row, _ in pairs], dtype=torch.int64)
+    entries = tuple(plans[plan[row]].of(Contrast)[nth] for row, nth in pairs)
+    return guard, plans, logits, Rows(plan, suffix, AssistantLines(row, entries, said))
 
 
 @settings(deadline=None)

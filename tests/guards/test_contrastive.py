@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from guards.base_model import BaseModel, describe_base
+from guards.closing import RowCloser
 from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
 from guards.contrastive.declaration import Contrast
 from guards.contrastive.guard import ContrastGuard
@@ -111,15 +112,17 @@ def test_another_vocabulary_is_refused() -> None:
     with pytest.raises(VocabularyMismatch, match="50 tokens, the assistant 49"):
         contrast_first_row(torch.zeros(1, 50), torch.zeros(1, 49), alpha=1.0)
     with pytest.raises(VocabularyMismatch):
-        ContrastGuard(torch.ones(4, dtype=torch.bool)).apply(torch.zeros(1, 5), Rows(torch.zeros(1), torch.zeros(1, 1)), [])
+        ContrastGuard(RowCloser(torch.ones(4, dtype=torch.bool))).apply(
+            torch.zeros(1, 5), Rows(torch.zeros(1), torch.zeros(1, 1)), []
+        )
 
 
 def test_an_engaged_row_for_which_not_every_assistant_spoke_may_produce_no_text() -> None:
     has_text = torch.tensor([True] * 6 + [False])
-    guard = ContrastGuard(has_text)
+    guard = ContrastGuard(RowCloser(has_text))
     guard.load({"a": an_assistant(), "b": an_assistant()})
     both = Plan(1, "p", (Contrast("a", "uld", 1, 1, 0.1), Contrast("b", "uld", 1, 1, 0.1)))
-    lines = AssistantLines(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), torch.zeros(3, 7))
+    lines = AssistantLines(torch.tensor([0, 0, 1]), (*both.of(Contrast), both.of(Contrast)[0]), torch.zeros(3, 7))
     result = guard.apply(torch.zeros(3, 7), Rows(torch.tensor([0, 0, -1]), torch.zeros(3, 1, dtype=torch.int64), lines), [both])
     assert (result[0] > -1e6).all()
     assert (result[1, :6] < -1e6).all()
@@ -128,12 +131,12 @@ def test_an_engaged_row_for_which_not_every_assistant_spoke_may_produce_no_text(
 
 
 def test_a_row_whose_assistant_said_nonsense_is_closed_and_no_other() -> None:
-    guard = ContrastGuard(torch.tensor([True] * 6 + [False]))
+    guard = ContrastGuard(RowCloser(torch.tensor([True] * 6 + [False])))
     guard.load({"a": an_assistant()})
     plan = Plan(1, "p", (Contrast("a", "uld", 1, 1, 0.1),))
     said = torch.zeros(2, 7)
     said[0, 3] = math.nan
-    lines = AssistantLines(torch.tensor([0, 1]), torch.tensor([0, 0]), said)
+    lines = AssistantLines(torch.tensor([0, 1]), plan.of(Contrast) * 2, said)
     result = guard.apply(torch.zeros(2, 7), Rows(torch.tensor([0, 0]), torch.zeros(2, 1, dtype=torch.int64), lines), [plan])
     assert torch.isfinite(result).all()
     assert (result[0, :6] < -1e6).all()

@@ -36,8 +36,14 @@ ENGINE_OPTIONS = (
     "--tool-call-parser=hermes",
     "--disable-uvicorn-access-log",
 )
-# Two servers run at a time on two cores; left to itself vLLM would bind each to the same one.
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+# Two servers run on two cores: left to itself vLLM would bind both to the same one, and training would wait for an idle one.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "LETHE_TRAINING_NICENESS": "0",
+}
 
 
 class Server:
@@ -52,13 +58,13 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.directory = directory
         self.state = directory / "state"
-        self._log = directory / f"server-{self.port}.log"
+        self.log = directory / f"server-{self.port}.log"
         self._command = [*command, f"--port={self.port}", *options]
         self._environment = {**os.environ, **ENVIRONMENT, **environment}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        with self._log.open("ab") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -67,13 +73,13 @@ class Server:
         deadline = time.monotonic() + 600
         assert self.process is not None
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, f"the server stopped:\n{self._log.read_text()[-4000:]}"
+            assert self.process.poll() is None, f"the server stopped:\n{self.log.read_text()[-4000:]}"
             try:
                 if httpx.get(f"{self.url}/health").status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.5)
-        raise AssertionError(f"the server did not start:\n{self._log.read_text()[-4000:]}")
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
 
     def running(self) -> Iterator[Server]:
         """A fixture's life: started, and stopped whatever the tests did."""
@@ -107,8 +113,18 @@ class Server:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What ends the shared server comes last, in whatever order the files are named."""
-    items.sort(key=lambda item: "test_z_" in item.nodeid)
+    """What ends the shared server comes last; in a file, tests run as they were written there, also if they come from another.
+
+    Two processes share the files between them (``-n 2 --dist loadgroup``), but what needs a server of another kind stays together.
+    """
+
+    def place(item: pytest.Item) -> tuple[bool, str, int]:
+        assert isinstance(item, pytest.Function)
+        return "test_z_" in item.nodeid, str(item.path), item.function.__code__.co_firstlineno
+
+    items.sort(key=place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("v2" if item.path.parent.name == "v2" else item.path.name))
 
 
 @pytest.fixture(scope="session")
@@ -116,28 +132,27 @@ def model_path() -> Path:
     return default_model(Settings().cache_dir)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Server]:
-    """The guarded server of this process."""
-    directory = tmp_path_factory.mktemp("server")
+def guarded_server(directory: Path, model_path: Path, **environment: str) -> Iterator[Server]:
+    """A server of lethe with a state of its own, while it runs. ``environment``: beside the tests' own."""
     # A disk of its own where that is allowed, so that it can be filled and taken away.
     (directory / "state").mkdir(mode=0o700)
     disk = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=700", "none", str(directory / "state")]
     mounted = shutil.which("mount") is not None and subprocess.run(disk, capture_output=True, check=False).returncode == 0
-    guarded = Server(
-        [str(Path(sys.executable).parent / "lethe"), "serve", "--verbose", f"--model={model_path}"],
-        directory,
-        {
-            "LETHE_STATE_DIR": str(directory / "state"),
-            # Guards of another package are installed, and off unless a policy names them.
-            "PYTHONPATH": os.pathsep.join([str(TOYS), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        },
-    )
+    # Guards of another package are installed, and off unless a policy names them.
+    path = os.pathsep.join(filter(None, [str(TOYS), environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH")]))
+    command = [str(Path(sys.executable).parent / "lethe"), "serve", "--verbose", f"--model={model_path}"]
+    guarded = Server(command, directory, {**environment, "LETHE_STATE_DIR": str(directory / "state"), "PYTHONPATH": path})
     try:
         yield from guarded.running()
     finally:
         if mounted:
             subprocess.run(["umount", "-l", str(directory / "state")], check=True)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Server]:
+    """The guarded server of this process."""
+    yield from guarded_server(tmp_path_factory.mktemp("server"), model_path)
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +162,23 @@ def plain(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterato
     yield from Server(command, tmp_path_factory.mktemp("plain"), {}).running()
 
 
+def admin_of(server: Server) -> httpx.Client:
+    return httpx.Client(base_url=f"{server.url}/lethe/v1", timeout=120)
+
+
+def client_of(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0, timeout=300)
+
+
 @pytest.fixture(scope="session")
 def admin(server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"{server.url}/lethe/v1", timeout=120) as client:
+    with admin_of(server) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0, timeout=300) as client:
+    with client_of(server) as client:
         yield client
 
 

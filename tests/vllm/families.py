@@ -56,7 +56,7 @@ def main(family: str, directory: Path) -> None:
         enable_chunked_prefill=True,
         max_num_seqs=8,
         hf_overrides={"architectures": [f"Lethe{architecture}"]},
-        logits_processors=["serve.engine.tracker_v1:TrackerV1"],
+        logits_processors=["serve.engine.processor:LetheProcessor"],
         additional_config={PLAN_KEY: {ARTIFACTS_KEY: str(directory / "artifacts"), BASE_KEY: base.model_dump()}},
         worker_extension_cls="serve.engine.worker.WorkerExtension",
     )

@@ -59,10 +59,10 @@ def test_every_label_of_an_expression_is_one_of_its_metrics() -> None:
     from serve.control import in_force, similarity
     from serve.experiments import live, shadow
     from serve.generation import client as choke
-    from serve.generation import gate, stream
+    from serve.generation import gate, stream, workers
 
     declared: dict[str, set[str]] = {}
-    for module in (in_force, live, shadow, similarity, choke, gate, stream):
+    for module in (in_force, live, shadow, similarity, choke, gate, stream, workers):
         for value in vars(module).values():
             if hasattr(value, "_labelnames") and hasattr(value, "_name"):
                 declared[value._name] = {*value._labelnames, "le"}

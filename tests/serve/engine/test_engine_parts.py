@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guards.closing import RowCloser
 from guards.contrastive.declaration import Contrast
 from guards.steering.declaration import Corrupt, Steer
 from guards.suppression.artifact import CompiledPhrases
@@ -20,9 +21,11 @@ from guards.suppression.guard import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import BOUNDARY, UNKNOWN, ArtifactRef, Plan
 from serve.engine.artifacts import KEPT_IDLE, ArtifactCache
-from serve.engine.contrast import ForkedContrast, _Expected
-from serve.engine.fork import Unforkable
+from serve.engine.contrast import ForkedContrast
+from serve.engine.engine_guards import EngineGuards
+from serve.engine.fork import Lines, Unforkable
 from serve.engine.slots import TAG_DIGITS, SlotTable
+from serve.engine.step import Step
 from serve.protocol.artifacts import artifact_path, load_artifact
 from serve.protocol.wire import PLAN_KEY, decode_plan, encode_plan
 from tests.plans import suppress, suppression_guard
@@ -104,12 +107,15 @@ def test_a_prompt_without_tokens_closes_its_rows() -> None:
 class Guards(SimpleNamespace):
     """What a tracker needs of EngineGuards."""
 
+    enter = EngineGuards.enter
+    lose_track = EngineGuards.lose_track
+
     def load(self, plan: Plan) -> None:
         self.loaded.append(plan)
 
 
 def guards() -> Guards:
-    return Guards(slots=table(), device=torch.device("cpu"), rows_of_batch=None, tracked=False, loaded=[])
+    return Guards(slots=table(), step=Step(), device=torch.device("cpu"), requests=None, tracked=False, loaded=[])
 
 
 def params(plan: Plan | None) -> Any:
@@ -171,7 +177,7 @@ def test_tracker_v1_follows_every_row_of_the_batch(steps: list[tuple[set[int], i
 
     tracker = TrackerV1.__new__(TrackerV1)
     tracker.guards = guards()
-    tracker._slot_of_row = torch.full((9,), -1, dtype=torch.int64)
+    tracker._slot_of_row = [-1] * 9
     tracker._forced = {}
     batch, arrived = BatchModel(), 0
     for finished, arriving in steps:
@@ -179,9 +185,9 @@ def test_tracker_v1_follows_every_row_of_the_batch(steps: list[tuple[set[int], i
         new = list(range(arrived, arrived + min(arriving, room)))
         arrived += len(new)
         tracker.update_state(batch.step(finished, new))
-        if tracker.guards.rows_of_batch is None:
+        if tracker.guards.requests is None:
             continue
-        seen = [None if slot < 0 else tracker.guards.slots.plans[slot].revision for slot in tracker.guards.rows_of_batch.tolist()]
+        seen = [None if slot < 0 else tracker.guards.slots.plans[slot].revision for slot in tracker.guards.requests]
         assert seen == [request if request is not None and request % 2 == 0 else None for request in batch.rows]
         assert len(tracker.guards.slots.live_plans) == sum(request is not None for request in seen)
         logits = torch.ones(len(batch.rows), 64)
@@ -302,20 +308,22 @@ class _BadFork:
     def __init__(self, raises: bool) -> None:
         self._raises = raises
 
-    def run(self, positions: torch.Tensor, request: torch.Tensor, assistants: Any) -> torch.Tensor:
+    def run(self, lines: Lines, assistants: Any, attention: Any) -> torch.Tensor:
         if self._raises:
             raise RuntimeError("another signature")
-        return torch.full((len(request), 4), 9.0)
+        return torch.full((len(lines.token), 4), 9.0)
 
 
 @pytest.mark.parametrize("raises", [True, False])
 def test_a_fork_that_cannot_follow_the_base_is_dropped_and_nobody_speaks(raises: bool) -> None:
-    contrast = ForkedContrast.__new__(ForkedContrast)
-    contrast._fork, contrast._fork_fault, contrast._fork_proved, contrast._spoken = _BadFork(raises), None, False, None  # type: ignore
-    one = torch.tensor([0])
-    contrast._expected = _Expected(("a",), one, one, one, one, (True,))
-    contrast.run(torch.tensor([5]), torch.ones(1, 4))
-    assert contrast._spoken is None, "its rows must find nobody who spoke, which closes them"
+    slots, step = table(), Step()
+    closer = RowCloser(torch.ones(4, dtype=torch.bool))
+    contrast = ForkedContrast(SimpleNamespace(slots=slots, step=step, closer=closer))  # type: ignore[arg-type]
+    contrast._fork = _BadFork(raises)  # type: ignore[assignment]
+    slot = slots.admit(Plan(1, "p", (Contrast("a", "uld", 1.0, 1.0, 0.1),)), [1, 2, 3], [])
+    tokens = step.begin([slot], torch.tensor([0, 3]), torch.arange(3))
+    tags = slots.tags(tokens, torch.arange(3), torch.float32)[-1:]
+    assert contrast.speak(tags, torch.ones(1, 4)) is None, "its rows must find nobody who spoke, which closes them"
     assert contrast._fork is None
     with pytest.raises(Unforkable, match="cannot be forked"):
         contrast._the_fork()

@@ -1,0 +1,35 @@
+"""One guarded server on Model Runner V2, in the place of the one that the tests were written for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.vllm.conftest import Server, admin_of, client_of, guarded_server
+
+RIG = Path(__file__).parents[2] / "rig"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("v2")
+    runner = {"PYTHONPATH": str(RIG), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    for server in guarded_server(directory, model_path, VLLM_CACHE_ROOT=str(directory / "cache"), **runner):
+        assert "Using V2 Model Runner" in server.log.read_text(), "nothing here would show what it says"
+        yield server
+
+
+@pytest.fixture(scope="session")
+def admin(server: Server) -> Iterator[httpx.Client]:
+    with admin_of(server) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with client_of(server) as client:
+        yield client
