@@ -20,8 +20,6 @@ from guards.types import Entry, LogitsGuard
 if TYPE_CHECKING:
     import torch
 
-    from guards.closing import RowCloser
-
 
 @dataclass(frozen=True, slots=True)
 class SetArtifacts:
@@ -118,7 +116,7 @@ class EngineContext(Protocol):
     """What a guard of the engine may know when it is made."""
 
     vocabulary: Any  # the served model's `guards.suppression.vocabulary.Vocabulary`
-    closer: RowCloser  # closes rows that it cannot guard; knows which tokens are text
+    closer: Any  # the engine's `guards.closing.RowCloser`: closes rows that it cannot guard, and knows which tokens are text
     device: torch.device
 
 

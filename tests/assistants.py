@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -19,15 +20,22 @@ from serve.registry.store import Registry
 SIZES = {"q_proj": (576, 576), "o_proj": (576, 576), "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}
 
 
-def random_assistant(model: Path, form: str = "whole", seed: int = 0, rank: int = 8) -> Assistant:
-    """Large enough to change what is said, small enough to stay a language."""
+def random_assistant(
+    model: Path,
+    form: str = "whole",
+    seed: int = 0,
+    rank: int = 8,
+    size: float = 0.15,
+    sizes: Mapping[str, tuple[int, int]] = SIZES,
+) -> Assistant:
+    """Large enough to change what is said, small enough to stay a language. ``sizes``: of the model's projections."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for i in range(FORKED_LAYERS):
         for module in MODULES:
-            size_in, size_out = SIZES[module]
+            size_in, size_out = sizes[module]
             tensors[f"layers.{i}.{module}.A"] = torch.randn(rank, size_in, generator=generator) / math.sqrt(size_in)
-            tensors[f"layers.{i}.{module}.B"] = torch.randn(size_out, rank, generator=generator) * 0.15
+            tensors[f"layers.{i}.{module}.B"] = torch.randn(size_out, rank, generator=generator) * size
     recipe = Recipe(rank=rank, form=form)  # type: ignore[arg-type]
     return Assistant(Manifest(base=describe_base(model), recipe=recipe, data="random"), tensors)
 

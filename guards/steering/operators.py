@@ -36,17 +36,6 @@ def redirect(hidden: Tensor, *, into: Tensor, out: Tensor, center: Tensor, stren
     return strength * (((hidden.float() - center) @ into) @ out)
 
 
-def add_low_rank_(output: Tensor, x: Tensor, index: Tensor, *, a: Tensor, b: Tensor, first: int, end: int, strength: float) -> None:
-    """Add an adapter's term to some rows and columns of a projection's output, in place.
-
-    Args:
-        output: [T, O]; x: [T, I] its input; index: [N] int64, the rows.
-        a: [I, r]; b: [r, end - first]; first, end: the columns, since some engines pack projections into one.
-    """
-    term = (x[index] @ a) @ b
-    output[:, first:end].index_add_(0, index, term.to(output.dtype), alpha=strength)
-
-
 def corrupt(embeddings: Tensor, positions: Tensor, *, kind: Corruption, strength: float, first_n: int, seed: int) -> Tensor:
     """Embeddings that no longer say what they said.
 

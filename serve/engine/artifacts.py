@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from guards.errors import GuardError
@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 KEPT_IDLE = 64
 """Artifacts of a kind that stay loaded although no request in the batch names them."""
 
+ELSEWHERE = "another worker could not load it; its log says why"
 A = TypeVar("A")
 
 
@@ -25,21 +26,33 @@ class ArtifactCache(Generic[A]):
     Args:
         read: reads and checks one by fingerprint; raises GuardError.
         load: makes exactly these the loaded ones.
+        agree: of what worked here, what worked in every process of the engine: what one of them lacks, none may use.
     """
 
-    def __init__(self, read: Callable[[str], A], load: Callable[[Mapping[str, A]], None]) -> None:
+    def __init__(
+        self,
+        read: Callable[[str], A],
+        load: Callable[[Mapping[str, A]], None],
+        agree: Callable[[Sequence[bool]], Sequence[bool]] = tuple,
+    ) -> None:
         self._read = read
         self._load = load
+        self._agree = agree
         self._loaded: OrderedDict[str, A] = OrderedDict()
 
     def ensure(self, fingerprints: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, str]:
         """Load what is missing. Returns the failures: fingerprint -> reason."""
         wanted = list(dict.fromkeys(fingerprints))
-        failures, loaded = {}, self._loaded.copy()
+        missing = [fingerprint for fingerprint in wanted if fingerprint not in self._loaded]
+        failures: dict[str, str] = {}
+        loaded = self._loaded.copy()
         for fingerprint in wanted:
             if fingerprint in loaded:
                 loaded.move_to_end(fingerprint)
-                continue
+        if not missing:
+            self._loaded = loaded
+            return failures
+        for fingerprint in missing:
             try:
                 loaded[fingerprint] = self._read(fingerprint)
             except GuardError as error:
@@ -48,22 +61,30 @@ class ArtifactCache(Generic[A]):
             except Exception as error:  # a guard of another package, say
                 failures[fingerprint] = f"{type(error).__name__}: {error}"
                 logger.exception("lethe: artifact %s cannot be read", fingerprint[:12])
-        if loaded.keys() == self._loaded.keys():
-            self._loaded = loaded
-            return failures
-        keep = set(wanted) | set(in_use)
-        idle = [name for name in loaded if name not in keep]
-        for name in idle[: max(0, len(idle) - KEPT_IDLE)]:
-            del loaded[name]
-        try:
-            self._load(loaded)
-        except Exception as error:
-            logger.exception("lethe: artifacts cannot be loaded; whoever needs them is closed")
-            failures |= dict.fromkeys(loaded.keys() - self._loaded.keys(), f"{type(error).__name__}: {error}")
-            self._load(self._loaded)
-            return failures
+        for fingerprint, everywhere in zip(missing, self._agree([name not in failures for name in missing]), strict=True):
+            if not everywhere and loaded.pop(fingerprint, None) is not None:
+                failures[fingerprint] = ELSEWHERE
+        if loaded.keys() != self._loaded.keys():
+            keep = set(wanted) | set(in_use)
+            idle = [name for name in loaded if name not in keep]
+            for name in idle[: max(0, len(idle) - KEPT_IDLE)]:
+                del loaded[name]
+            fault = self._try(loaded)
+            if not self._agree([fault is None])[0]:
+                failures |= dict.fromkeys(loaded.keys() - self._loaded.keys(), fault or ELSEWHERE)
+                self._load(self._loaded)
+                return failures
         self._loaded = loaded
         return failures
+
+    def _try(self, artifacts: Mapping[str, A]) -> str | None:
+        """Load, and say what went wrong."""
+        try:
+            self._load(artifacts)
+        except Exception as error:
+            logger.exception("lethe: artifacts cannot be loaded; whoever needs them is closed")
+            return f"{type(error).__name__}: {error}"
+        return None
 
     @property
     def loaded(self) -> list[str]:

@@ -21,8 +21,9 @@ from guards.contrastive.guard import ContrastGuard
 from guards.errors import InvalidArtifact
 from guards.steering.declaration import Steer
 from guards.types import Plan, Rows
+from serve.engine.attention import Lines, PagedBatch
 from serve.engine.context import Context
-from serve.engine.fork import LateFork, Lines, Unforkable
+from serve.engine.fork import LateFork, Unforkable
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class ForkedContrast:
     def _spoken(self, fork: LateFork, tags: Tensor, hidden: Tensor) -> Spoken | None:
         step, (slots, positions) = self._context.step, self._slots.read(tags)
         of_rows = step.requests_of_rows(len(tags))
+        exact = of_rows is None
         if of_rows is None:
             in_batch = {slot: request for request, slot in enumerate(step.requests) if slot >= 0}
             of_rows = [in_batch.get(slot, -1) for slot in slots.tolist()]
@@ -92,6 +94,8 @@ class ForkedContrast:
         ]
         if not lines or step.starts is None or step.offsets is None:
             return None
+        if step.pages is None:
+            raise Unforkable("the runner does not say where the keys and values of its requests are")
         lines.sort()  # an assistant's lines stand together
         names, *numbers = zip(*lines, strict=True)
         plans = [self._slots.plan(step.requests[request]) for _, _, request, _ in lines]
@@ -101,19 +105,21 @@ class ForkedContrast:
         own = slots[row] == expected
         position = torch.where(own, positions[row], step.offsets[request])
         token = step.starts[request] + position - step.offsets[request]
-        at = Lines(token, position, request)
+        # The last token's position is known to the host, any other must be asked for.
+        lengths = (position + 1).to("cpu", torch.int32) if exact else step.pages.lengths[[line[2] for line in lines]]
+        at = Lines(token, position, request, lengths)
         # Rows that are steered in the base's last layers are not what the fork alone gives: others prove it.
         unsteered = [i for i, plan in enumerate(plans) if not plan.of(Steer)]
         if not self._proved and unsteered:
-            self._prove(fork, at, hidden[row], torch.tensor(unsteered, device=tags.device))
-        final = fork.run(at, names, step.attention)
+            self._prove(fork, at, step.pages, hidden[row], torch.tensor(unsteered, device=tags.device))
+        final = fork.run(at, names, step.pages)
         final = torch.where(own[:, None], final, torch.nan)
         entries = tuple(plan.of(Contrast)[line[3]] for plan, line in zip(plans, lines, strict=True))
         return Spoken(row, entries, final)
 
-    def _prove(self, fork: LateFork, at: Lines, hidden: Tensor, unsteered: Tensor) -> None:
+    def _prove(self, fork: LateFork, at: Lines, pages: PagedBatch, hidden: Tensor, unsteered: Tensor) -> None:
         """Raise Unforkable unless the fork, without assistants, gives the base's own hidden states ([P, H])."""
-        again, own = fork.run(at, (), self._context.step.attention)[unsteered].float(), hidden[unsteered].float()
+        again, own = fork.run(at, (), pages)[unsteered].float(), hidden[unsteered].float()
         if not torch.allclose(again, own, rtol=0.02, atol=0.02 * float(own.abs().max())):
             raise Unforkable(f"without assistants the fork differs from the base by {float((again - own).abs().max()):.3g}")
         self._proved = True

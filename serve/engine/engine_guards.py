@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from guards.base_model import BaseModel
@@ -70,6 +71,8 @@ class EngineGuards:
         """Set by the tracker. Without one no plan would ever reach a row, so the API process refuses to start."""
         self.requests: Sequence[int] | None = None
         """V1 only, set by its tracker before every step: see `Step.requests`."""
+        self.runner: Any = None
+        """V1 only: the model runner, which keeps the block tables; set when the worker is first asked for anything."""
         self.model: weakref.ReferenceType[nn.Module] | None = None
         """The guarded model, set by itself."""
         base = None if settings[BASE_KEY] is None else BaseModel.model_validate(settings[BASE_KEY])
@@ -89,6 +92,7 @@ class EngineGuards:
             kind.name: ArtifactCache[Any](
                 partial(self._read, directory, kind.name),
                 self._guards[kind.name].load,
+                _agree,
             )
             for kind in GUARDS.values()
             if kind.files is not None and kind.name in self._guards
@@ -178,6 +182,15 @@ class EngineGuards:
                 self.closer.close_(logits, closed.nonzero().squeeze(1), name)
         self.closer.close_(logits, self.slots.lost(tags), "engine")
         return logits
+
+
+def _agree(worked: Sequence[bool]) -> list[bool]:
+    """What worked in every process that shares the model's layers. They act alike, or those that act would wait for the others."""
+    group = get_tp_group()
+    votes = torch.tensor(worked, dtype=torch.int32)
+    if group.world_size > 1:
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return votes.bool().tolist()
 
 
 _ENTRIES_OF = {"steering": (Steer.guard, Corrupt.guard)}

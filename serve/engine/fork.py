@@ -5,9 +5,9 @@ the base's own keys and values in its paged cache, and adds each assistant's low
 projections. It writes nothing, so whether a request is contrasted changes neither the cache nor any other request, and it runs only
 for the rows whose logits are about to be read: prefill costs nothing more, and a step without engaged rows costs nothing at all.
 
-Covered: models of plain decoder layers with ``(positions, hidden, residual)`` in and ``(hidden, residual)`` out, full attention
-and the usual projections (the Llama, Qwen and Gemma lines among others), on the CPU attention backend. Not covered, and refused
-when an assistant is loaded: tensor parallelism, other attention backends, CUDA graphs (see DECISIONS.md).
+Covered: models of plain decoder layers with ``(positions, hidden, residual)`` in and ``(hidden, residual)`` out, paged attention
+(`serve.engine.attention`) and the usual projections (`serve.engine.projections`), also split over processes. Not covered, and
+refused when an assistant is loaded: compiled models and CUDA graphs (see DECISIONS.md).
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from guards.contrastive.assistant import FORKED_LAYERS, Assistant
 from guards.errors import InvalidArtifact
+from serve.engine.attention import Lines, PagedBatch
+from serve.engine.projections import LowRankTerm, Part, parts_of
 
 
 class Unforkable(InvalidArtifact):
@@ -37,16 +38,7 @@ class _Pass:
     """What the fork's modules need to know of the pass that is under way."""
 
     segments: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)  # assistant, first line, last line + 1
-    attention: Any = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Lines:
-    """Where the lines of a run of the fork stand, P of them: one for each pair of a row and an assistant."""
-
-    token: Tensor  # [P] int64, index among the tokens of the pass
-    position: Tensor  # [P] int64, its position in its request
-    request: Tensor  # [P] int64, number in the batch
+    attention: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its metadata, by layer
 
 
 class _SharedAttention(nn.Module):
@@ -57,50 +49,38 @@ class _SharedAttention(nn.Module):
         self.__dict__["base"] = base  # not a child: its weights, if any, are the base's to load
         self._pass = current
 
-    def forward(self, query: Tensor, _key: Tensor, _value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         base: Any = self.__dict__["base"]
         output = torch.empty(len(query), base.num_heads, base.head_size, dtype=query.dtype, device=query.device)
-        query = query.view(len(query), base.num_heads, base.head_size)
-        base.impl.forward(base, query, None, None, base.kv_cache, self._pass.attention, output)
+        query, key, value = (each.view(len(query), -1, base.head_size) for each in (query, key, value))
+        # Its own key and value are not written: the base's are in the pages already.
+        base.impl.forward(base, query, key, value, base.kv_cache, self._pass.attention[base.layer_name], output)
         return output.view(len(query), -1)
 
 
 class _LowRank(nn.Module):
-    """One of vLLM's linear layers, with the assistants' low-rank terms on parts of its output.
+    """One of vLLM's linear layers, with the assistants' low-rank terms on its output."""
 
-    Args:
-        parts: name of each part and its columns in the output, since vLLM packs some projections into one.
-    """
-
-    def __init__(self, base: nn.Module, parts: Mapping[str, tuple[int, int]], current: _Pass) -> None:
+    def __init__(self, base: nn.Module, parts: Sequence[Part], current: _Pass) -> None:
         super().__init__()
         self.__dict__["base"] = base
         self._parts = parts
         self._pass = current
-        self.factors: dict[str, list[tuple[Tensor, Tensor, int, int]]] = {}  # assistant -> A [in, r], B [r, out], columns
+        self.terms: dict[str, list[LowRankTerm]] = {}  # by assistant
 
     def check(self, layer: int, assistant: Assistant) -> None:
-        """Raise InvalidArtifact if an assistant's factors have other shapes than this projection."""
-        own_in = int(self.__dict__["base"].input_size)
-        for module, (first, end) in self._parts.items():
-            a, b = (assistant.tensors[f"layers.{layer}.{module}.{factor}"] for factor in "AB")
-            if a.shape[1] != own_in or b.shape[0] != end - first:
-                raise InvalidArtifact(
-                    f"{module} in layer {layer} of assistant {assistant.fingerprint[:12]} maps {a.shape[1]} to {b.shape[0]}, "
-                    f"the served model's {own_in} to {end - first}; train it again on this server"
-                )
+        """Raise InvalidArtifact if an assistant's terms have other shapes than this projection."""
+        for part in self._parts:
+            part.check(assistant.tensors, layer, f"assistant {assistant.fingerprint[:12]}")
 
     def load(self, name: str, layer: int, assistant: Assistant, like: Tensor) -> None:
-        def factor(module: str, which: str) -> Tensor:
-            return assistant.tensors[f"layers.{layer}.{module}.{which}"].to(like).T.contiguous()
-
-        self.factors[name] = [(factor(module, "A"), factor(module, "B"), *columns) for module, columns in self._parts.items()]
+        self.terms[name] = [part.term(assistant.tensors, layer, like) for part in self._parts]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         output, bias = self.__dict__["base"](x)
         for name, start, stop in self._pass.segments:
-            for a, b, first, end in self.factors[name]:
-                output[start:stop, first:end] += (x[start:stop] @ a) @ b
+            for term in self.terms[name]:
+                output[start:stop, term.columns] += term(x[start:stop])
         return output, bias
 
 
@@ -110,10 +90,6 @@ def require_plain_engine(vllm_config: VllmConfig, what: str) -> None:
     Args:
         what: with its verb, such as "assistants do".
     """
-    if vllm_config.parallel_config.tensor_parallel_size > 1:
-        raise Unforkable(f"{what} not run under tensor parallelism yet; start with --tensor-parallel-size 1")
-    if vllm_config.device_config.device_type != "cpu":
-        raise Unforkable(f"{what} not run off vLLM's CPU backend yet; use phrases on this server")
     if not vllm_config.model_config.enforce_eager:
         raise Unforkable(f"{what} not run beside compiled models yet; start with --enforce-eager")
     if vllm_config.lora_config is not None:
@@ -153,11 +129,10 @@ class LateFork:
             self._layers.append(self._copy(layer))
         if any(len(each) != 4 for each in self._low_rank) or len(self._attention) != FORKED_LAYERS:
             raise Unforkable(f"the decoder layers of {type(model).__name__} are not of the kind that can be forked")
-        if any(each.sliding_window for each in self._attention):
-            raise Unforkable("layers with sliding-window attention cannot be forked yet")
         self._norm = inner.norm
         self.loaded: frozenset[str] = frozenset()
         self._vllm_config = vllm_config
+        self._most_lines = vllm_config.scheduler_config.max_num_seqs
         like, tokens = next(inner.norm.parameters()), vllm_config.scheduler_config.max_num_batched_tokens
         self._below = torch.zeros(tokens, vllm_config.model_config.get_hidden_size(), dtype=like.dtype, device=like.device)
         inner.layers[depth].register_forward_pre_hook(self._tap)  # only now: until here nothing about the base has changed
@@ -173,8 +148,8 @@ class LateFork:
         shell._modules = {}
         shell._forward_pre_hooks = module._forward_pre_hooks.copy()  # or our own hook on the base would run in the fork as well
         for name, child in module._modules.items():
-            parts = None if child is None else parts_of(name, child)
-            if child is not None and parts is not None:
+            parts = () if child is None else parts_of(name, child)
+            if child is not None and parts:
                 low_rank = _LowRank(child, parts, self._pass)
                 self._low_rank[-1].append(low_rank)
                 shell._modules[name] = low_rank
@@ -201,7 +176,7 @@ class LateFork:
                 for name in assistants.keys() - self.loaded:
                     module.load(name, i, assistants[name], like)
                 for name in self.loaded - assistants.keys():
-                    del module.factors[name]
+                    del module.terms[name]
         self.loaded = frozenset(assistants)
 
     def _tap(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -214,67 +189,27 @@ class LateFork:
             below = self._below[: len(hidden)]
             torch.add(hidden, residual, out=below) if residual is not None else below.copy_(hidden)
 
-    def run(self, lines: Lines, assistants: Sequence[str], attention: Mapping[str, Any]) -> Tensor:
+    def run(self, lines: Lines, assistants: Sequence[str], pages: PagedBatch) -> Tensor:
         """[P, H] final hidden states of the fork, one line for each pair of a row and an assistant.
 
         Must be called after the base has run and written its keys and values, before its next pass.
 
         Args:
             lines: where in the pass. assistants: [P] fingerprints of loaded assistants, an assistant's lines together; empty to run
-                the base's layers as they are. attention: the pass's metadata, by layer.
+                the base's layers as they are.
         """
-        own = attention[self._attention[0].layer_name]
-        self._pass.attention = self._metadata(own, lines)
+        # Builders of metadata keep buffers for as many requests as the engine takes.
+        parts = [(i, i + self._most_lines) for i in range(0, len(lines.token), self._most_lines)]
+        return torch.cat([self._run(lines.part(i, j), assistants[i:j], pages) for i, j in parts])
+
+    def _run(self, lines: Lines, assistants: Sequence[str], pages: PagedBatch) -> Tensor:
         begin = [i for i, name in enumerate(assistants) if i == 0 or assistants[i - 1] != name]
         end = [*begin[1:], len(assistants)][: len(begin)]
         self._pass.segments = [(assistants[i], i, j) for i, j in zip(begin, end, strict=True)]
+        self._pass.attention = pages.metadata([each.layer_name for each in self._attention], lines)
         line, residual = self._below[lines.token], None
-        with set_forward_context(attention, self._vllm_config, num_tokens=len(line)):
+        with set_forward_context(self._pass.attention, self._vllm_config, num_tokens=len(line)):
             for layer in self._layers:
                 line, residual = layer(lines.position, line, residual)
             final: Tensor = self._norm(line, residual)[0]
         return final
-
-    def _metadata(self, own: Any, lines: Lines) -> Any:
-        """The step's attention metadata for one query per line: a decode batch, whatever the base's own batch was."""
-        attention: Any = self._attention[0]
-        count = len(lines.token)
-        lengths = (lines.position + 1).to(own.seq_lens.dtype)
-        starts = torch.arange(count + 1, dtype=own.query_start_loc.dtype, device=lengths.device)
-        return dataclasses.replace(
-            own,
-            num_actual_tokens=count,
-            max_query_len=1,
-            query_start_loc=starts,
-            seq_lens=lengths,
-            block_table=own.block_table[lines.request].contiguous(),
-            slot_mapping=own.slot_mapping[lines.token],
-            scheduler_metadata=ops.cpu_attn_get_scheduler_metadata(
-                num_reqs=count,
-                num_heads=attention.num_heads,
-                num_kv_heads=attention.num_kv_heads,
-                head_dim=attention.head_size,
-                seq_lens=lengths,
-                dtype=self._below.dtype,
-                query_start_loc=starts,
-                causal=True,
-                sliding_window_size=-1,
-                isa=attention.isa,
-                enable_kv_split=True,
-                dynamic_causal=None,
-                kv_cache_dtype=attention.impl.kv_cache_dtype,
-            ),
-        )
-
-
-def parts_of(name: str, child: nn.Module) -> dict[str, tuple[int, int]] | None:
-    """Which columns of a projection take low-rank terms, by the names under which assistants know them; None for none."""
-    size: Any = child
-    if name == "qkv_proj":
-        return {"q_proj": (0, int(size.total_num_heads * size.head_size))}
-    if name == "gate_up_proj":
-        gate, up = size.output_sizes
-        return {"gate_proj": (0, gate), "up_proj": (gate, gate + up)}
-    if name in ("o_proj", "down_proj"):
-        return {name: (0, int(size.output_size))}
-    return None

@@ -9,10 +9,10 @@ its rows are closed.
 Keys and values of steered tokens differ, so that such requests carry a salt (`Plan.cache_salt`); the late fork reads what the
 steered base wrote and so composes with this.
 
-Covered: models of plain decoder layers whose projections `serve.engine.fork` knows, eager, one process. Not covered, and refused
-when an artifact is loaded: tensor parallelism, compiled models and CUDA graphs. For graphs the indices would become a mask of fixed
-address and width, [T] for each of a fixed number of artifact slots, filled by the tracker as tags are, and the low-rank terms a
-batched product over slots; the arithmetic here is written so that only the indexing changes.
+Covered: models of plain decoder layers whose projections `serve.engine.projections` knows, eager, also split over processes. Not
+covered, and refused when an artifact is loaded: compiled models and CUDA graphs. For graphs the indices would become a mask of
+fixed address and width, [T] for each of a fixed number of artifact slots, filled by the tracker as tags are, and the low-rank terms
+a batched product over slots; the arithmetic here is written so that only the indexing changes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from vllm.config import VllmConfig
 from guards.errors import InvalidArtifact
 from guards.steering.artifact import MODULES, Steering
 from guards.steering.declaration import Corrupt, Corruption, Steer
-from guards.steering.operators import add_low_rank_, corrupt, redirect
+from guards.steering.operators import corrupt, redirect
 from guards.types import Plan
-from serve.engine.fork import Unforkable, decoder_of, parts_of, require_plain_engine
+from serve.engine.fork import Unforkable, decoder_of, require_plain_engine
+from serve.engine.projections import LowRankTerm, Part, parts_of
 
 logger = logging.getLogger(__name__)
-
-Factors = list[tuple[Tensor, Tensor, int, int]]  # A [in, r], B [r, out], columns
 
 
 class Unsteerable(Unforkable):
@@ -62,7 +61,7 @@ class Steerer:
         self._layers: list[nn.Module] = list(inner.layers)
         self._loaded: dict[str, Steering] = {}
         self._maps: dict[int, list[tuple[str, Tensor, Tensor, Tensor]]] = {}  # layer -> artifact, into, out, center
-        self._factors: dict[nn.Module, dict[str, Factors]] = {}
+        self._terms: dict[nn.Module, dict[str, list[LowRankTerm]]] = {}
         self._hooks: list[Any] = []
         self._groups: list[tuple[str, float, Tensor]] = []  # artifact, strength, [N] its tokens in this pass
         self._acted: set[str] = set()  # artifacts that a hook of this pass applied
@@ -82,23 +81,17 @@ class Steerer:
             layers = steering.manifest.recipe.layers
             raise InvalidArtifact(f"an adapter over {layers} layers needs a deeper model than this one")
         for i, layer in enumerate(self._layers[first:]):
-            found = _projections(layer)
-            if missing := set(MODULES) - {name for _, parts in found for name in parts}:
+            found = [part for _, parts in _projections(layer) for part in parts]
+            if missing := set(MODULES) - {part.name for part in found}:
                 raise InvalidArtifact(f"layer {first + i} has no {min(missing)} of its own kind, so no adapter can act on it")
-            for module, parts in found:
-                for name, (start, end) in parts.items():
-                    a, b = (steering.tensors[f"layers.{i}.{name}.{factor}"] for factor in "AB")
-                    if a.shape[1] != int(cast("Any", module).input_size) or b.shape[0] != end - start:
-                        raise InvalidArtifact(
-                            f"{name} in layer {i} of adapter {steering.fingerprint[:12]} maps {a.shape[1]} to {b.shape[0]}, "
-                            f"the served model's {cast('Any', module).input_size} to {end - start}; train it again here"
-                        )
+            for part in found:
+                part.check(steering.tensors, i, f"adapter {steering.fingerprint[:12]}")
 
     def load(self, artifacts: Mapping[str, Steering]) -> None:
         """Make exactly these, by fingerprint, the loaded ones. They have passed `check`. Hooks stand only where one acts."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._maps, self._factors, self._loaded = [], {}, {}, dict(artifacts)
+        self._hooks, self._maps, self._terms, self._loaded = [], {}, {}, dict(artifacts)
         like = self._like
         for name, steering in sorted(artifacts.items()):  # in an order that no history decides
             layer, tensors = steering.manifest.layer, steering.tensors
@@ -107,13 +100,8 @@ class Steerer:
                 self._maps.setdefault(layer, []).append((name, into, out, center))
                 continue
             for i, decoder in enumerate(self._layers[layer:]):
-                for module, columns in _projections(decoder):
-
-                    def factor(part: str, which: str, tensors: Mapping[str, Tensor] = tensors, i: int = i) -> Tensor:
-                        return tensors[f"layers.{i}.{part}.{which}"].to(like).T.contiguous()
-
-                    made = [(factor(part, "A"), factor(part, "B"), *where) for part, where in columns.items()]
-                    self._factors.setdefault(module, {})[name] = made
+                for module, parts in _projections(decoder):
+                    self._terms.setdefault(module, {})[name] = [part.term(tensors, i, like) for part in parts]
         for layer in self._maps:
             # First of all hooks, so that the fork's tap sees what the layer sees, whichever was made first.
             self._hooks.append(
@@ -123,7 +111,7 @@ class Steerer:
                     with_kwargs=True,
                 )
             )
-        self._hooks += [module.register_forward_hook(partial(self._tried, self._adapted)) for module in self._factors]
+        self._hooks += [module.register_forward_hook(partial(self._tried, self._adapted)) for module in self._terms]
 
     def begin(
         self,
@@ -230,13 +218,14 @@ class Steerer:
             return
         result = output[0] if isinstance(output, tuple) else output
         for artifact, strength, index in self._groups:
-            if artifact in self._factors[module]:
+            if artifact in self._terms[module]:
                 self._acted.add(artifact)
-            for a, b, first, end in self._factors[module].get(artifact, ()):
-                add_low_rank_(result, args[0], index, a=a, b=b, first=first, end=end, strength=strength)
+            for term in self._terms[module].get(artifact, ()):
+                added = term(args[0][index])
+                result[:, term.columns].index_add_(0, index, added.to(result.dtype), alpha=strength)
 
 
-def _projections(layer: nn.Module) -> list[tuple[nn.Module, dict[str, tuple[int, int]]]]:
-    """A decoder layer's projections that take low-rank terms, with the parts of their columns."""
+def _projections(layer: nn.Module) -> list[tuple[nn.Module, tuple[Part, ...]]]:
+    """A decoder layer's projections that take low-rank terms."""
     found = [(module, parts_of(name.rpartition(".")[2], module)) for name, module in layer.named_modules()]
-    return [(module, parts) for module, parts in found if parts is not None]
+    return [(module, parts) for module, parts in found if parts]

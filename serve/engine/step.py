@@ -6,19 +6,20 @@ for the device to learn which rows concern them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from serve.engine.attention import PagedBatch
 
 
 class Step:
     """One per engine, written anew before each forward pass. Shapes: T tokens (with padding), N requests."""
 
     def __init__(self) -> None:
-        self.attention: Mapping[str, Any] = {}
-        """The runner's attention metadata, by layer; empty while nothing is computed for anybody."""
+        self.pages: PagedBatch | None = None
+        """Where the keys and values are; None if the runner has not said."""
         self.clear()
 
     def clear(self) -> None:

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from serve.engine.attention import PagedBatch
 from serve.engine.engine_guards import EngineGuards, guards_of
 from serve.engine.seeds import repair_seeds
 from serve.engine.slots import TAG_DIGITS
@@ -90,5 +91,8 @@ def tags_of_context(guards: EngineGuards, input_ids: Tensor, positions: Tensor) 
     if guards.requests is None or len(guards.requests) != len(starts) - 1:
         known = None if guards.requests is None else len(guards.requests)
         return guards.lose_track(len(positions), dtype, f"the batch has {len(starts) - 1} requests, the tracker knows {known}")
-    guards.step.attention = metadata
+    if guards.runner is not None:
+        count, paged = len(guards.requests), guards.runner.input_batch.block_table
+        tables = [paged[group].get_device_tensor(count) for group in range(len(guards.runner.attn_groups))]
+        guards.step.pages = PagedBatch(guards.runner.attn_groups, tables, guards.runner.optimistic_seq_lens_cpu[:count])
     return guards.enter(guards.requests, starts, input_ids, positions, dtype)

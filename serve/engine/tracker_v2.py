@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
+from serve.engine.attention import PagedBatch
 from serve.engine.engine_guards import EngineGuards
 from serve.engine.slots import TAG_DIGITS
 from serve.protocol.wire import decode_plan
@@ -59,9 +60,22 @@ class TrackerV2:
         super().remove_request(req_id)  # type: ignore[misc]
         self._release(req_id)
 
-    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.guards.step.attention = attention = super().prepare_attn(input_batch, *args, **kwargs)  # type: ignore[misc]
-        return attention
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: Any,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[Any]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        lengths = input_batch.seq_lens_cpu_upper_bound[: input_batch.num_reqs]
+        self.guards.step.pages = PagedBatch(attn_groups, block_tables, lengths)
+        made: dict[str, Any] = super().prepare_attn(  # type: ignore[misc]
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
+        )
+        return made
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from guards.types import ArtifactRef
@@ -16,10 +17,12 @@ class WorkerExtension:
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         if not isinstance(model, GuardedModel):
             return {"guarded": False, "model": type(model).__name__}
+        model.lethe.runner = weakref.proxy(self.model_runner)  # type: ignore[attr-defined]
         return {
             "guarded": True,
             "tracked": model.lethe.tracked,
             "model": type(model).__name__,
+            "runner": "V2" if model.lethe.vllm_config.use_v2_model_runner else "V1",
             "vocabulary": model.lethe.vocabulary.fingerprint,
         }
 

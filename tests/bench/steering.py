@@ -10,6 +10,7 @@ a dirty tree.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -39,11 +40,20 @@ POLICIES = {
 }
 
 
-def random_steering(model: Path, method: str, *, layers: int = 8, rank: int = 32, size: float = 0.01, seed: int = 3) -> Steering:
+def random_steering(
+    model: Path,
+    method: str,
+    *,
+    layers: int = 8,
+    rank: int = 32,
+    size: float = 0.01,
+    seed: int = 3,
+    sizes: Mapping[str, tuple[int, int]] = SIZES,
+) -> Steering:
     """An artifact for the default model that says nothing in particular.
 
     Args:
-        size: of what it changes; small enough to stay a language.
+        size: of what it changes; small enough to stay a language. sizes: of the model's projections.
     """
     generator, base = torch.Generator().manual_seed(seed), describe_base(model)
 
@@ -59,7 +69,7 @@ def random_steering(model: Path, method: str, *, layers: int = 8, rank: int = 32
     tensors = {}
     for i in range(layers):
         for module in MODULES:
-            size_in, size_out = SIZES[module]
+            size_in, size_out = sizes[module]
             tensors[f"layers.{i}.{module}.A"] = random(rank, size_in) / math.sqrt(size_in)
             tensors[f"layers.{i}.{module}.B"] = random(size_out, rank) * size
     return Steering(manifest, tensors)

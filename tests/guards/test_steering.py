@@ -17,7 +17,7 @@ from guards.forget_set import ForgetSet, Question
 from guards.low_rank import LowRank, add_low_rank
 from guards.steering.artifact import MODULES, DistillationTarget, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import FEWEST, project, steer
-from guards.steering.operators import add_low_rank_, corrupt, redirect
+from guards.steering.operators import corrupt, redirect
 from guards.steering.train import _Adapted, make
 from guards.training import ChatModel, Progress
 from tests.guards.test_contrastive_train import model
@@ -60,19 +60,6 @@ def test_noise_is_normal_and_uncorrelated_over_places_and_dimensions() -> None:
     assert abs(standard.mean()) < 0.03 and abs(standard.std() - 1) < 0.03 and standard.abs().max() < 6
     assert (torch.corrcoef(standard.T) - torch.eye(8)).abs().max() < 0.08
     assert abs((standard[1:] * standard[:-1]).mean()) < 0.03
-
-
-def test_an_adapter_touches_its_rows_and_columns_and_no_others() -> None:
-    x, output = normal(6, 8), normal(6, 10, seed=1)
-    a, b, index = normal(8, 2, seed=2), normal(2, 3, seed=3), torch.tensor([1, 4])
-    after = output.clone()
-    add_low_rank_(after, x, index, a=a, b=b, first=5, end=8, strength=2.0)
-    expected = output.clone()
-    expected[index, 5:8] += 2 * (x[index] @ a) @ b
-    torch.testing.assert_close(after, expected)
-    untouched = torch.ones(6, 10, dtype=torch.bool)
-    untouched[index, 5:8] = False
-    assert torch.equal(after[untouched], output[untouched])
 
 
 def test_projection_removes_what_the_set_alone_uses() -> None:

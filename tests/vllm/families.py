@@ -1,6 +1,6 @@
-"""Run as a script, in a process of its own: an engine for a tiny random model of one family, and what contrast does there.
+"""Run as a script, in a process of its own: an engine for a tiny random model of one family, and what every guard does there.
 
-An assistant whose B is zero is the base: under ``delta`` nothing may move. A random one must move something.
+Takes an order as JSON (`Order`), prints what was said as JSON in its last line.
 """
 
 from __future__ import annotations
@@ -9,75 +9,128 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any, TypedDict
 
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR")
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind")
+
+HIDDEN, HEADS, HEAD, MLP, LAYERS = 64, 4, 32, 96, 6
+WIDTH = HEADS * HEAD
+SIZES = {
+    "q_proj": (HIDDEN, WIDTH),
+    "o_proj": (WIDTH, HIDDEN),
+    "gate_proj": (HIDDEN, MLP),
+    "up_proj": (HIDDEN, MLP),
+    "down_proj": (MLP, HIDDEN),
+}
 
 
-def main(family: str, directory: Path) -> None:
+class Order(TypedDict):
+    """What to run."""
+
+    config: str  # transformers' class of the configuration, such as LlamaConfig
+    model: str  # and of the model
+    options: dict[str, Any]  # of the configuration
+    engine: dict[str, Any]  # of vLLM's LLM
+    directory: str  # where the model is made
+    tokenizer: str
+
+
+def main(order: Order) -> None:
     import torch
     import transformers
     from vllm import LLM, SamplingParams
 
     from guards.base_model import describe_base
-    from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
     from guards.contrastive.declaration import Contrast
-    from guards.types import ArtifactRef, Plan
+    from guards.steering.declaration import Corrupt, Steer
+    from guards.types import ArtifactRef, Entry, Plan
     from serve.protocol.artifacts import artifact_path
-    from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY, encode_plan
+    from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY, encode_plan
+    from tests.assistants import random_assistant
+    from tests.bench.steering import random_steering
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = getattr(transformers, f"{family}Config")(**sizes, vocab_size=49_152, head_dim=32, initializer_range=0.2)
-    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(directory)
+    directory = Path(order["directory"])
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 2,
+        "head_dim": HEAD,
+        "vocab_size": 49_152,
+        "initializer_range": 0.2,
+    }
+    config = getattr(transformers, order["config"])(**sizes | order["options"])
+    getattr(transformers, order["model"])(config).save_pretrained(directory)
     base = describe_base(directory)
-    shapes = {"q_proj": (64, 64), "o_proj": (64, 64), "gate_proj": (64, 96), "up_proj": (64, 96), "down_proj": (96, 64)}
 
-    def assistant(scale: float) -> str:
-        tensors = {}
-        for i in range(4):
-            for module in MODULES:
-                tensors[f"layers.{i}.{module}.A"] = torch.randn(4, shapes[module][0])
-                tensors[f"layers.{i}.{module}.B"] = torch.randn(shapes[module][1], 4) * scale
-        made = Assistant(Manifest(base=base, recipe=Recipe(rank=4), data=str(scale)), tensors)
-        path = artifact_path(directory / "artifacts", ArtifactRef("contrast", made.fingerprint))
+    def saved(guard: str, artifact: Any) -> str:
+        path = artifact_path(directory / "artifacts", ArtifactRef(guard, artifact.fingerprint))
         path.parent.mkdir(parents=True, exist_ok=True)
-        made.save(path)
-        return made.fingerprint
+        artifact.save(path)
+        return str(artifact.fingerprint)
 
-    made = {"zero": assistant(0.0), "random": assistant(0.1)}
-    architecture = config.architectures[0] if config.architectures else f"{family}ForCausalLM"
+    zero, random = (saved("contrast", random_assistant(directory, rank=4, size=size, sizes=SIZES)) for size in (0.0, 0.5))
+    adapter = saved("steering", random_steering(directory, "adapter", layers=4, rank=4, size=0.3, sizes=SIZES))
+    project = saved("steering", random_steering(directory, "project", rank=24))
+    plans: dict[str, tuple[Entry, ...]] = {
+        "none": (),
+        "zero": (Contrast(zero, "delta", 5.0, 0.0, 0.0),),
+        "contrast": (Contrast(random, "delta", 1.0, 0.0, 0.0),),
+        "adapter": (Steer(adapter, 1.0),),
+        "project": (Steer(project, 1.0),),
+        "corrupt": (Corrupt("rand_noise_first_n", 1.0, 8, 3, ((1, 4),)),),
+        "all": (Contrast(random, "uld", 1.0, 0.0, 0.0), Steer(adapter, 0.5), Corrupt("flip_sign_first_n", 1.0, 8, 3, ((1, 4),))),
+    }
     engine = LLM(
         str(directory),
-        tokenizer=sys.argv[3],
+        tokenizer=order["tokenizer"],
         dtype="float32",
-        enforce_eager=True,
         max_model_len=256,
         max_num_batched_tokens=64,
         enable_chunked_prefill=True,
         max_num_seqs=8,
-        hf_overrides={"architectures": [f"Lethe{architecture}"]},
+        hf_overrides={"architectures": [GUARDED_PREFIX + order["model"]]},
         logits_processors=["serve.engine.processor:LetheProcessor"],
         additional_config={PLAN_KEY: {ARTIFACTS_KEY: str(directory / "artifacts"), BASE_KEY: base.model_dump()}},
         worker_extension_cls="serve.engine.worker.WorkerExtension",
+        **{"enforce_eager": True, **order["engine"]},
     )
+    [described, *_] = engine.collective_rpc("lethe_describe")  # as lethe does when it starts
+    wanted = [("contrast", zero), ("contrast", random), ("steering", adapter), ("steering", project)]
+    failures = [worker.values() for worker in engine.collective_rpc("lethe_load", args=(wanted,))]
     prompts = [{"prompt_token_ids": [(7 * i + 3 * j) % 500 for j in range(length)]} for i, length in enumerate((5, 90, 150))]
+    jobs = [(name, prompt) for prompt in prompts for name in plans]
+    sampling = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=8,
+            logprobs=1,
+            ignore_eos=True,
+            extra_args={PLAN_KEY: encode_plan(Plan(1, "p", plans[name]))} if plans[name] else None,
+        )
+        for name, _ in jobs
+    ]
+    answers: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in plans}
+    outputs = engine.generate([{**prompt} | _salt(plans[name]) for name, prompt in jobs], sampling, use_tqdm=False)
+    for (name, _), output in zip(jobs, outputs, strict=True):
+        [said] = output.outputs
+        answers[name].append(
+            [(token, step[token].logprob) for token, step in zip(said.token_ids, said.logprobs or [], strict=True)]
+        )
+    closed = engine.collective_rpc("lethe_closed_rows")[0]
+    print(
+        json.dumps({"described": described, "failures": [sorted(each) for each in failures], "closed": closed, "answers": answers})
+    )
 
-    def said(name: str | None) -> list[list[tuple[int, float]]]:
-        plan = None if name is None else Plan(1, "p", (Contrast(made[name], "delta", 5.0, 0.0, 0.0),))
-        extra = None if plan is None else {PLAN_KEY: encode_plan(plan)}
-        sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=1, ignore_eos=True, extra_args=extra)
-        outputs = engine.generate(prompts, sampling, use_tqdm=False)
-        return [
-            [(token, step[token].logprob) for token, step in zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True)]
-            for o in outputs
-        ]
 
-    plain, zero, random = said(None), said("zero"), said("random")
-    failures = engine.collective_rpc("lethe_load", args=([("contrast", name) for name in made.values()],))[0]
-    same = [[token for token, _ in answer] for answer in plain] == [[token for token, _ in answer] for answer in zero]
-    pairs = [(a, b) for one, other in zip(plain, zero, strict=True) for (_, a), (_, b) in zip(one, other, strict=True)]
-    print(json.dumps({"failures": failures, "same": same, "worst": max(abs(a - b) for a, b in pairs), "moved": random != plain}))
+def _salt(entries: tuple[Any, ...]) -> dict[str, str]:
+    from guards.types import Plan
+
+    salt = Plan(1, "p", entries).cache_salt
+    return {} if salt is None else {"cache_salt": salt}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(json.loads(sys.argv[1]))

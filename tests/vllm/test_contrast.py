@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -283,16 +280,3 @@ def test_an_impossible_training_order_is_refused(admin: httpx.Client, order: dic
         assert admin.get("/forget_sets/untrainable").json()["training"] is None
     finally:
         admin.delete("/forget_sets/untrainable")
-
-
-@pytest.mark.parametrize("family", ["Qwen3", "Gemma"])
-def test_other_families_are_forked_by_the_same_mechanism(family: str, tmp_path: Path, model_path: Path) -> None:
-    """On an engine of its own, in a process of its own, with a tiny random model: see families.py."""
-    command = [sys.executable, str(Path(__file__).with_name("families.py")), family, str(tmp_path), str(model_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found = json.loads(ran.stdout.splitlines()[-1])
-    assert found["failures"] == {}
-    assert found["same"], "an assistant that is the base changed an answer"
-    assert found["worst"] < 1e-3
-    assert found["moved"], "a random assistant changed nothing"

@@ -11,14 +11,14 @@ import pytest
 
 from tests.vllm.conftest import Server, admin_of, client_of, guarded_server
 
-RIG = Path(__file__).parents[2] / "rig"
+V2 = {"PYTHONPATH": str(Path(__file__).parents[2] / "rig"), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+"""What makes vLLM run Model Runner V2 on a CPU."""
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("v2")
-    runner = {"PYTHONPATH": str(RIG), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    for server in guarded_server(directory, model_path, VLLM_CACHE_ROOT=str(directory / "cache"), **runner):
+    for server in guarded_server(directory, model_path, VLLM_CACHE_ROOT=str(directory / "cache"), **V2):
         assert "Using V2 Model Runner" in server.log.read_text(), "nothing here would show what it says"
         yield server
 

@@ -1,0 +1,86 @@
+"""Low-rank terms on vLLM's linear layers, which pack several projections into one and split them over processes.
+
+A projection that is split by its outputs (query, gate, up) takes the rows of B that belong to this process. One that is split by
+its inputs (attention's output, the MLP's) takes the columns of A; what A gives, no wider than the rank, is then summed over the
+processes, as the base's own output has been.
+
+Covered: the projections of the Llama, Qwen and Gemma lines among others. Not covered: experts of a mixture, which have no layer of
+their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+
+from guards.errors import InvalidArtifact
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One projection, as far as it is in this process's layer."""
+
+    name: str  # as artifacts know it
+    size: tuple[int, int]  # the whole projection's inputs and outputs
+    inputs: slice  # of them, what this process's input holds
+    outputs: slice  # of them, what this process's output holds
+    columns: slice  # where in this process's output they stand
+    summed: bool  # whether the inputs are split, so that the processes' terms must be added up
+
+    def term(self, tensors: Mapping[str, Tensor], layer: int, like: Tensor) -> LowRankTerm:
+        """An artifact's term on it. ``tensors``: A [r, inputs] and B [outputs, r], see `check`."""
+        a, b = (tensors[f"layers.{layer}.{self.name}.{factor}"] for factor in "AB")
+        return LowRankTerm(
+            a[:, self.inputs].to(like).T.contiguous(), b[self.outputs].to(like).T.contiguous(), self.columns, self.summed
+        )
+
+    def check(self, tensors: Mapping[str, Tensor], layer: int, artifact: str) -> None:
+        """Raise InvalidArtifact, naming ``artifact``, if its term has another size."""
+        a, b = (tensors[f"layers.{layer}.{self.name}.{factor}"] for factor in "AB")
+        if (a.shape[1], b.shape[0]) != self.size:
+            raise InvalidArtifact(
+                f"{self.name} in layer {layer} of {artifact} maps {a.shape[1]} to {b.shape[0]}, "
+                f"the served model's {self.size[0]} to {self.size[1]}; train it again on this server"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankTerm:
+    """What is added to some columns of a layer's output."""
+
+    a: Tensor  # [I, r], I inputs of this process
+    b: Tensor  # [r, O], O columns
+    columns: slice
+    summed: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, O] for inputs [N, I]. With several processes all must call it alike."""
+        low = x @ self.a
+        return (tensor_model_parallel_all_reduce(low) if self.summed else low) @ self.b
+
+
+def parts_of(name: str, layer: nn.Module) -> tuple[Part, ...]:
+    """The projections in one of vLLM's linear layers that take low-rank terms; () for layers of another kind."""
+    child: Any = layer
+    processes, number = int(getattr(layer, "tp_size", 1)), int(getattr(layer, "tp_rank", 0))
+
+    def by_outputs(part: str, whole: int, first: int) -> Part:
+        mine = whole // processes
+        outputs, columns = slice(number * mine, (number + 1) * mine), slice(first, first + mine)
+        return Part(part, (int(child.input_size), whole), slice(None), outputs, columns, summed=False)
+
+    if name == "qkv_proj":
+        return (by_outputs("q_proj", int(child.total_num_heads * child.head_size), 0),)
+    if name == "gate_up_proj":
+        gate, up = child.output_sizes
+        return by_outputs("gate_proj", gate, 0), by_outputs("up_proj", up, gate // processes)
+    if name in ("o_proj", "down_proj"):
+        size = int(child.input_size), int(child.output_size)
+        mine = size[0] // processes
+        inputs = slice(number * mine, (number + 1) * mine)
+        return (Part(name, size, inputs, slice(None), slice(None), summed=processes > 1),)
+    return ()

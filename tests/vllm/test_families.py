@@ -1,0 +1,84 @@
+"""Every guard of the engine on tiny random models of several families, runners and processes, each on an engine of its own.
+
+What is right is known without another implementation: an assistant that is the base changes nothing, one that is not changes
+something, and an engine in two processes, or on Model Runner V2, says what one process on V1 says.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.families import Order
+from tests.vllm.v2.conftest import V2
+
+TOLERANCE = 1e-3
+"""Nats: sums are taken in another order in a batch of another size, or in two halves."""
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", {}),
+    "Qwen3": ("Qwen3Config", {}),
+    "Gemma": ("GemmaConfig", {}),
+    "Gemma3": ("Gemma3TextConfig", {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Any:
+    """Ask once for each family and engine."""
+
+    @functools.cache
+    def asked(family: str, v2: bool = False, processes: int = 1) -> dict[str, Any]:
+        config, options = MODELS[family]
+        order: Order = {
+            "config": config,
+            "model": f"{family}ForCausalLM",
+            "options": options,
+            "engine": {"tensor_parallel_size": processes},
+            "directory": str(tmp_path_factory.mktemp(family)),
+            "tokenizer": str(model_path),
+        }
+        root = Path(__file__).parents[2]
+        path = os.pathsep.join(filter(None, [V2["PYTHONPATH"] if v2 else "", str(root), os.environ.get("PYTHONPATH")]))
+        alone = {} if processes > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **alone, **(V2 if v2 else {}), "PYTHONPATH": path}
+        command = [sys.executable, "-m", "tests.vllm.families", json.dumps(order)]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=root)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+        assert found["described"]["runner"] == ("V2" if v2 else "V1")
+        return found
+
+    return asked
+
+
+def worst(one: list[Any], other: list[Any]) -> float:
+    """The largest difference between what two engines say of the same tokens, in nats."""
+    assert [[token for token, _ in answer] for answer in one] == [[token for token, _ in answer] for answer in other]
+    pairs = [(a, b) for x, y in zip(one, other, strict=True) for (_, a), (_, b) in zip(x, y, strict=True)]
+    return max(abs(a - b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_guard_of_the_engine_acts_on_a_family_by_the_same_mechanism(family: str, run: Any) -> None:
+    found = run(family)
+    assert found["failures"] == [[]] and found["closed"] == {}
+    said = found["answers"]
+    assert worst(said["zero"], said["none"]) < TOLERANCE, "an assistant that is the base changed an answer"
+    for guard in ("contrast", "adapter", "project", "corrupt", "all"):
+        assert said[guard] != said["none"], f"{guard} changed nothing"
+    assert len({json.dumps(answers) for name, answers in said.items() if name != "zero"}) == 6
+
+
+@pytest.mark.parametrize(("v2", "processes"), [(False, 2), (True, 1), (True, 2)])
+def test_another_runner_and_two_processes_say_what_one_says(v2: bool, processes: int, run: Any) -> None:
+    found, expected = run("Llama", v2, processes), run("Llama")
+    assert found["failures"] == [[]] * processes and found["closed"] == {}
+    for name, answers in expected["answers"].items():
+        assert worst(found["answers"][name], answers) < TOLERANCE, name
