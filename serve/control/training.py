@@ -176,6 +176,8 @@ class Trainer:
                 program,
                 str(work),
                 f"--threads={threads}",
+                # Beside others, a thread that waits for a slower one by spinning keeps it from ending.
+                env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
             )

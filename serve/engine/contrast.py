@@ -49,6 +49,14 @@ class ForkedContrast:
         """Whether the fork has once, without assistants, given the base's own hidden states."""
         self._fork_fault: str | None = None
 
+    def prepare(self) -> None:
+        """Reach into a model that is about to be compiled: what is not in its layers by then is not in what is compiled."""
+        if self._context.base is not None:
+            try:
+                self._the_fork()
+            except Unforkable as error:
+                self._fork_fault = str(error)
+
     def check(self, assistant: Assistant) -> None:
         """Raise InvalidArtifact or Unforkable if an assistant cannot be run beside this model."""
         if self._context.base is None:

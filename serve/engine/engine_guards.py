@@ -34,6 +34,7 @@ from serve.engine.slots import SlotTable
 from serve.engine.steering import SteeringInNetwork
 from serve.engine.step import Step
 from serve.protocol.artifacts import load_artifact
+from serve.protocol.engine_rules import refuse_unguarded
 from serve.protocol.vocabulary import vocabulary_of
 from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, PLAN_KEY
 
@@ -45,22 +46,10 @@ class EngineGuards:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         model = vllm_config.model_config
-        if vllm_config.speculative_config is not None:
-            raise ValueError(
-                "lethe cannot guard speculative decoding (drafted tokens would bypass the guards); "
-                "start without --speculative-config"
-            )
+        refuse_unguarded(vllm_config)
         settings = (vllm_config.additional_config or {}).get(PLAN_KEY)
         if settings is None:
             raise ValueError("a guarded model must be started by `lethe serve`: additional_config has no 'lethe' entry")
-        if not (vllm_config.use_v2_model_runner or model.enforce_eager or vllm_config.device_config.device_type == "cpu"):
-            raise ValueError(
-                "Model Runner V1 replays CUDA graphs past lethe's tracker; unset VLLM_USE_V2_MODEL_RUNNER, or add --enforce-eager"
-            )
-        if model.uses_mrope:
-            raise ValueError(
-                f"lethe does not support multi-axis positions (M-RoPE) yet, which {model.model} uses; serve another model"
-            )
         self.vllm_config = vllm_config
         self.device = torch.device(vllm_config.device_config.device)
         self.vocabulary = vocabulary_of(cached_tokenizer_from_config(model), model.get_vocab_size())

@@ -84,14 +84,8 @@ class _LowRank(nn.Module):
         return output, bias
 
 
-def require_plain_engine(vllm_config: VllmConfig, what: str) -> None:
-    """Raise Unforkable if the engine runs in a way that ``what`` has not been built for.
-
-    Args:
-        what: with its verb, such as "assistants do".
-    """
-    if not vllm_config.model_config.enforce_eager:
-        raise Unforkable(f"{what} not run beside compiled models yet; start with --enforce-eager")
+def refuse_lora(vllm_config: VllmConfig, what: str) -> None:
+    """Raise Unforkable if vLLM's own LoRA has replaced the layers. ``what``: with its verb, such as "assistants do"."""
     if vllm_config.lora_config is not None:
         raise Unforkable(f"{what} not run beside vLLM's own LoRA yet; start without --enable-lora")
 
@@ -113,7 +107,7 @@ class LateFork:
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        require_plain_engine(vllm_config, "assistants do")
+        refuse_lora(vllm_config, "assistants do")
         inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
             raise Unforkable(f"{type(model).__name__} has no plain stack of decoder layers, so assistants cannot run beside it")

@@ -4,8 +4,8 @@ The class is made from the base's own class when it is asked for by name (``Leth
 ``LlamaForCausalLM``), so the same few lines serve every family whose model takes these arguments; Llama is the one that has been
 run. Weights, attention, LoRA and quantisation remain the base's business.
 
-Covered: every logit that vLLM computes for a request, sampled or not. Not covered, and refused at start-up: speculative decoding,
-and execution paths that bypass ``compute_logits`` (batch-sharded sampling).
+Covered: every logit that vLLM computes for a request, sampled or not. Not covered, and refused at start-up:
+execution paths that bypass ``compute_logits`` (batch-sharded sampling).
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class GuardedModel:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.lethe = guards_of(vllm_config)
         self.lethe.model = weakref.ref(cast("nn.Module", self))
+        if not vllm_config.model_config.enforce_eager:
+            self.lethe.contrast.prepare()
 
     def forward(
         self,

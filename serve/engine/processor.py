@@ -35,12 +35,14 @@ class ForcedTokens(ProcessorV2):
         return req_idx in self._forced
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
-        for row, request in enumerate(ctx.idx_mapping_np.tolist()):
-            if request in self._forced:
-                said = int(ctx.seq_lens_upper_bound_np[row]) - int(self._states.prompt_len.np[request])
-                if 0 <= said < len(self._forced[request]):
-                    logits[row] = -torch.inf
-                    logits[row, self._forced[request][said]] = 0.0
+        if self._forced.keys().isdisjoint(ctx.idx_mapping_np.tolist()):
+            return logits
+        # Rows, not requests: one whose tokens are drafted has several. Waiting for the device is no matter here.
+        for row, (request, position) in enumerate(zip(ctx.expanded_idx_mapping.tolist(), ctx.pos.tolist(), strict=True)):
+            said = position + 1 - int(self._states.prompt_len.np[request])
+            if request in self._forced and 0 <= said < len(self._forced[request]):
+                logits[row] = -torch.inf
+                logits[row, self._forced[request][said]] = 0.0
         return logits
 
 

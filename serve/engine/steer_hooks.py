@@ -31,7 +31,7 @@ from guards.steering.artifact import MODULES, Steering
 from guards.steering.declaration import Corrupt, Corruption, Steer
 from guards.steering.operators import corrupt, redirect
 from guards.types import Plan
-from serve.engine.fork import Unforkable, decoder_of, require_plain_engine
+from serve.engine.fork import Unforkable, decoder_of, refuse_lora
 from serve.engine.projections import LowRankTerm, Part, parts_of
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,9 @@ class Steerer:
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        require_plain_engine(vllm_config, "steering does")
+        refuse_lora(vllm_config, "steering does")
+        if not vllm_config.model_config.enforce_eager:
+            raise Unsteerable("steering does not run in compiled models yet; start with --enforce-eager")
         inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(model, "embed_input_ids"):
             raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")

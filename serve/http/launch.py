@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
@@ -20,6 +21,7 @@ from guards.errors import InvalidArtifact
 from serve.environment import UNSAFE
 from serve.http.rules import is_loopback
 from serve.http.tools import DEFAULT_PARSER, chat_template_of, tool_parser_of
+from serve.protocol.engine_rules import refuse_unguarded
 from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY
 from serve.registry.store import Registry
 from serve.settings import Settings
@@ -75,8 +77,6 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
     Raises:
         UnsafeSetting: see `parse_arguments`.
     """
-    if args.speculative_config is not None:
-        raise UnsafeSetting("speculative decoding drafts tokens past the guards; start without --speculative-config")
     if args.api_key:
         raise UnsafeSetting("--api-key knows no scopes; make keys with `lethe key create` instead")
     for name in (
@@ -103,6 +103,11 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
         **(args.additional_config or {}),
         PLAN_KEY: {ARTIFACTS_KEY: str(settings.artifacts_dir), BASE_KEY: _describe_base(args)},
     }
+    if args.speculative_config is not None:  # the engine would say the same, after a minute, in its log
+        try:
+            refuse_unguarded(AsyncEngineArgs.from_cli_args(args).create_engine_config())
+        except ValueError as error:
+            raise UnsafeSetting(str(error)) from error
     _choose_tool_parser(args)
     if not args.served_model_name:  # a directory's name, not its path, which tells about the machine
         args.served_model_name = [os.path.basename(os.path.abspath(args.model)) if os.path.isdir(args.model) else args.model]

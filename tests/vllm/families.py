@@ -64,6 +64,9 @@ def main(order: Order) -> None:
     config = getattr(transformers, order["config"])(**sizes | order["options"])
     getattr(transformers, order["model"])(config).save_pretrained(directory)
     base = describe_base(directory)
+    if "model" in (drafts := order["engine"].get("speculative_config", {})):  # another model of the family, which says other things
+        config.num_hidden_layers, drafts["model"] = 2, str(directory / "draft")
+        getattr(transformers, order["model"])(config).save_pretrained(drafts["model"])
 
     def saved(guard: str, artifact: Any) -> str:
         path = artifact_path(directory / "artifacts", ArtifactRef(guard, artifact.fingerprint))

@@ -34,26 +34,30 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Any:
     """Ask once for each family and engine."""
 
     @functools.cache
-    def asked(family: str, v2: bool = False, processes: int = 1) -> dict[str, Any]:
+    def once(family: str, v2: bool, engine: str) -> dict[str, Any]:
         config, options = MODELS[family]
         order: Order = {
             "config": config,
             "model": f"{family}ForCausalLM",
             "options": options,
-            "engine": {"tensor_parallel_size": processes},
+            "engine": json.loads(engine),
             "directory": str(tmp_path_factory.mktemp(family)),
             "tokenizer": str(model_path),
         }
         root = Path(__file__).parents[2]
         path = os.pathsep.join(filter(None, [V2["PYTHONPATH"] if v2 else "", str(root), os.environ.get("PYTHONPATH")]))
-        alone = {} if processes > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **alone, **(V2 if v2 else {}), "PYTHONPATH": path}
+        alone = {} if "tensor_parallel_size" in engine else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        cache = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm"), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **cache, **alone, **(V2 if v2 else {}), "PYTHONPATH": path}
         command = [sys.executable, "-m", "tests.vllm.families", json.dumps(order)]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=root)
         assert ran.returncode == 0, ran.stderr[-3000:]
         found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
         assert found["described"]["runner"] == ("V2" if v2 else "V1")
         return found
+
+    def asked(family: str, v2: bool = False, **engine: Any) -> dict[str, Any]:
+        return once(family, v2, json.dumps(engine, sort_keys=True))
 
     return asked
 
@@ -76,9 +80,24 @@ def test_every_guard_of_the_engine_acts_on_a_family_by_the_same_mechanism(family
     assert len({json.dumps(answers) for name, answers in said.items() if name != "zero"}) == 6
 
 
-@pytest.mark.parametrize(("v2", "processes"), [(False, 2), (True, 1), (True, 2)])
-def test_another_runner_and_two_processes_say_what_one_says(v2: bool, processes: int, run: Any) -> None:
-    found, expected = run("Llama", v2, processes), run("Llama")
-    assert found["failures"] == [[]] * processes and found["closed"] == {}
+TWO = {"tensor_parallel_size": 2}
+NGRAMS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2, "prompt_lookup_min": 1}}
+DRAFTS = {"speculative_config": {"method": "draft_model", "model": "made there", "num_speculative_tokens": 2}}
+ENGINES = {"V1 in two": (False, TWO), "V2": (True, {}), "V2, ngram": (True, NGRAMS), "V2, draft model": (True, DRAFTS)}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_engine_says_what_one_eager_process_on_v1_says(engine: str, run: Any) -> None:
+    v2, options = ENGINES[engine]
+    found, expected = run("Llama", v2, **options), run("Llama")
+    assert not any(found["failures"]) and found["closed"] == {}
     for name, answers in expected["answers"].items():
         assert worst(found["answers"][name], answers) < TOLERANCE, name
+
+
+def test_a_compiled_model_is_contrasted_as_an_eager_one_and_says_that_it_is_not_steered(run: Any) -> None:
+    found, expected = run("Llama", enforce_eager=False), run("Llama")
+    assert [["start with --enforce-eager" in reason for reason in each] for each in found["failures"]] == [[True, True]]
+    for name in ("none", "zero", "contrast"):
+        assert worst(found["answers"][name], expected["answers"][name]) < TOLERANCE, name
+    assert set(found["closed"]) == {"steering", "corrupt"}

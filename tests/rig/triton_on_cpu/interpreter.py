@@ -32,13 +32,17 @@ def _repair(interpreter: Any) -> None:
     import triton.language as tl
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    handle, plain = interpreter.TensorHandle, interpreter.InterpreterBuilder.create_masked_store
+    builder = interpreter.InterpreterBuilder
+    plain_load, plain_store = builder.create_masked_load, builder.create_masked_store
 
-    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def boolean(mask: Any) -> Any:
         """Masks that come out of arithmetic are integers; on a GPU they do as booleans."""
-        return plain(self, pointers, value, handle(mask.data.astype(bool), tl.int1), *rest)
+        return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
 
-    interpreter.InterpreterBuilder.create_masked_store = store
+    builder.create_masked_load = lambda self, pointers, mask, *rest: plain_load(self, pointers, boolean(mask), *rest)
+    builder.create_masked_store = lambda self, pointers, value, mask, *rest: plain_store(
+        self, pointers, value, boolean(mask), *rest
+    )
     # Its kernel calls a method of a loop's variable, which is an int here; vLLM has the same in PyTorch.
     topk_topp_sampler.HAS_TRITON = False
     # Overflow is what the random generator lives by, and checking for it calls into numpy twice for each operation.

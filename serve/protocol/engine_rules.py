@@ -1,0 +1,23 @@
+"""What an engine must not be, or rows would pass the guards. Its workers check it, and the server before it starts one."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+
+def refuse_unguarded(config: VllmConfig) -> None:
+    """Raise ValueError, with the way out, for an engine in which something bypasses the guards or has not been proved not to."""
+    drafts, model = config.speculative_config, config.model_config
+    if drafts is not None and not config.use_v2_model_runner:
+        raise ValueError("speculative decoding is guarded on Model Runner V2 only; start without --speculative-config")
+    if drafts is not None and not (drafts.use_ngram() or drafts.uses_draft_model()):
+        raise ValueError(
+            f"speculative decoding by {drafts.method!r} has not been proved to keep the guards; "
+            'use "ngram" or "draft_model", or start without --speculative-config'
+        )
+    if not (config.use_v2_model_runner or model.enforce_eager or config.device_config.device_type == "cpu"):
+        raise ValueError(
+            "Model Runner V1 replays CUDA graphs past lethe's tracker; unset VLLM_USE_V2_MODEL_RUNNER, or add --enforce-eager"
+        )
+    if model.uses_mrope:
+        raise ValueError(f"lethe does not support multi-axis positions (M-RoPE) yet, which {model.model} uses; serve another model")
