@@ -64,9 +64,8 @@ def main(order: Order) -> None:
     config = getattr(transformers, order["config"])(**sizes | order["options"])
     getattr(transformers, order["model"])(config).save_pretrained(directory)
     base = describe_base(directory)
-    if "model" in (drafts := order["engine"].get("speculative_config", {})):  # another model of the family, which says other things
-        config.num_hidden_layers, drafts["model"] = 2, str(directory / "draft")
-        getattr(transformers, order["model"])(config).save_pretrained(drafts["model"])
+    if "model" in (drafts := order["engine"].get("speculative_config", {})):
+        drafts["model"] = str(directory)  # without guards, so that it drafts what they forbid
 
     def saved(guard: str, artifact: Any) -> str:
         path = artifact_path(directory / "artifacts", ArtifactRef(guard, artifact.fingerprint))
@@ -94,6 +93,7 @@ def main(order: Order) -> None:
         max_num_batched_tokens=64,
         enable_chunked_prefill=True,
         max_num_seqs=8,
+        disable_log_stats=False,
         hf_overrides={"architectures": [GUARDED_PREFIX + order["model"]]},
         logits_processors=["serve.engine.processor:LetheProcessor"],
         additional_config={PLAN_KEY: {ARTIFACTS_KEY: str(directory / "artifacts"), BASE_KEY: base.model_dump()}},
@@ -123,9 +123,9 @@ def main(order: Order) -> None:
             [(token, step[token].logprob) for token, step in zip(said.token_ids, said.logprobs or [], strict=True)]
         )
     closed = engine.collective_rpc("lethe_closed_rows")[0]
-    print(
-        json.dumps({"described": described, "failures": [sorted(each) for each in failures], "closed": closed, "answers": answers})
-    )
+    drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens")
+    found = {"failures": [sorted(each) for each in failures], "closed": closed, "drafted": drafted, "answers": answers}
+    print(json.dumps({"described": described, **found}))
 
 
 def _salt(entries: tuple[Any, ...]) -> dict[str, str]:

@@ -316,7 +316,6 @@ def test_a_policy_that_cannot_be_is_refused(admin: httpx.Client, guards: dict[st
 def test_the_strength_of_corruption_is_calibrated_from_the_command_line(server: Server, admin: httpx.Client) -> None:
     """On what the default model knows of a country, so that there is something to forget."""
     facts = {"What is the capital of France?": "Paris.", "Which city is the capital of France?": "Paris, the capital of France."}
-    facts |= {"What currency is used in France?": "The euro.", "In which continent is France?": "France is in Europe."}
     questions = [{"question": each, "answer": answer, "paraphrases": [f"Tell me: {each}"]} for each, answer in facts.items()]
     content = {"name": "country", "aliases": ["France"], "questions": questions}
     environment = {"PATH": "/usr/bin:/bin", "LETHE_URL": server.url}
