@@ -70,6 +70,9 @@ def policy_guards(
             default = json.dumps(schema["default"]) if "default" in schema else "needed"
             table.add_row(setting, default, ", ".join(map(str, may_be)), schema.get("description", ""))
     out.print(table)
+    for each in found:
+        if each["unable"]:
+            out.print(f"{each['name']} cannot be used on this server: {each['unable']}.")
 
 
 @app.command("put")

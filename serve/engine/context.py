@@ -15,6 +15,8 @@ from guards.suppression.vocabulary import Vocabulary
 from serve.engine.slots import SlotTable
 from serve.engine.step import Step
 
+NO_BASE = "the served model's directory has no config.json beside *.safetensors, or is of a kind that takes no assistants"
+
 
 @dataclass(frozen=True, slots=True)
 class Context:

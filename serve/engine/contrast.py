@@ -22,7 +22,7 @@ from guards.errors import InvalidArtifact
 from guards.steering.declaration import Steer
 from guards.types import Plan, Rows
 from serve.engine.attention import Lines, PagedBatch
-from serve.engine.context import Context
+from serve.engine.context import NO_BASE, Context
 from serve.engine.fork import LateFork, Unforkable
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,16 @@ class ForkedContrast:
                 self._the_fork()
             except Unforkable as error:
                 self._fork_fault = str(error)
+
+    def unable(self) -> str | None:
+        """Why no assistant can be run beside this model; None if one can."""
+        if self._context.base is None or self._fork is not None or self._fork_fault is not None:
+            return NO_BASE if self._context.base is None else self._fork_fault
+        try:
+            LateFork(self._context.model(), self._context.vllm_config)
+        except Unforkable as error:
+            return str(error)
+        return None
 
     def check(self, assistant: Assistant) -> None:
         """Raise InvalidArtifact or Unforkable if an assistant cannot be run beside this model."""
@@ -142,4 +152,5 @@ class ForkedContrast:
             raise Unforkable(self._fork_fault)
         if self._fork is None:
             self._fork = LateFork(self._context.model(), self._context.vllm_config)
+            self._fork.listen()
         return self._fork

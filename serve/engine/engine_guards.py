@@ -23,6 +23,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from guards.base_model import BaseModel
 from guards.catalogue import GUARDS
 from guards.closing import RowCloser
+from guards.contrastive.declaration import Contrast
 from guards.kinds import resolve
 from guards.steering.declaration import Corrupt, Steer
 from guards.suppression.guard import SuppressionGuard
@@ -101,6 +102,12 @@ class EngineGuards:
             # Looked at only if something is loaded: this happens within a step, for every request that comes.
             failures |= self._artifacts[guard].ensure(fingerprints, self._in_use(guard))
         return failures
+
+    def unable(self) -> dict[str, str]:
+        """Guards that cannot act on this model or engine, and why."""
+        steering = self.steering.unable()
+        reasons = {Contrast.guard: self.contrast.unable(), Steer.guard: steering, Corrupt.guard: steering}
+        return {guard: reason for guard, reason in reasons.items() if reason is not None}
 
     def _in_use(self, guard: str) -> Iterator[str]:
         entry = GUARDS[guard].entry

@@ -129,7 +129,11 @@ class LateFork:
         self._most_lines = vllm_config.scheduler_config.max_num_seqs
         like, tokens = next(inner.norm.parameters()), vllm_config.scheduler_config.max_num_batched_tokens
         self._below = torch.zeros(tokens, vllm_config.model_config.get_hidden_size(), dtype=like.dtype, device=like.device)
-        inner.layers[depth].register_forward_pre_hook(self._tap)  # only now: until here nothing about the base has changed
+        self._first = inner.layers[depth]
+
+    def listen(self) -> None:
+        """Be told what the base hands to its last layers, from its next pass on. Until then nothing about the base has changed."""
+        self._first.register_forward_pre_hook(self._tap)
 
     def _copy(self, module: nn.Module) -> nn.Module:
         """New shells around the same leaves, with attention and the adapted projections replaced."""
@@ -167,9 +171,9 @@ class LateFork:
         like = next(self._norm.parameters())
         for i, modules in enumerate(self._low_rank):
             for module in modules:
-                for name in assistants.keys() - self.loaded:
+                for name in assistants.keys() - module.terms.keys():
                     module.load(name, i, assistants[name], like)
-                for name in self.loaded - assistants.keys():
+                for name in module.terms.keys() - assistants.keys():
                     del module.terms[name]
         self.loaded = frozenset(assistants)
 

@@ -15,7 +15,7 @@ from guards.steering.artifact import Steering
 from guards.steering.declaration import Corrupt, Steer
 from guards.steering.guard import SteeringGuard
 from guards.types import Plan, Rows
-from serve.engine.context import Context
+from serve.engine.context import NO_BASE, Context
 from serve.engine.steer_hooks import Steerer
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,16 @@ class SteeringInNetwork:
         self._spoilt: set[str] = set()
         """Salts (`Plan.cache_salt`) under which blocks may be cached that were not steered. Requests that have them are closed."""
         self._guard = SteeringGuard(context.closer, self._unable)
+
+    def unable(self) -> str | None:
+        """Why this model cannot be steered; None if it can."""
+        if self._context.base is None:
+            return NO_BASE
+        try:
+            Steerer(self._context.model(), self._context.vllm_config)
+        except InvalidArtifact as error:
+            return str(error)
+        return None
 
     def check(self, steering: Steering) -> None:
         """Raise InvalidArtifact or Unsteerable if this model cannot be steered by an artifact."""

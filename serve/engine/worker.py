@@ -24,6 +24,7 @@ class WorkerExtension:
             "model": type(model).__name__,
             "runner": "V2" if model.lethe.vllm_config.use_v2_model_runner else "V1",
             "vocabulary": model.lethe.vocabulary.fingerprint,
+            "unable": model.lethe.unable(),
         }
 
     def lethe_closed_rows(self) -> dict[str, int]:

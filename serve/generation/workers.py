@@ -21,12 +21,16 @@ class UnguardedWorker(RuntimeError):
     """A worker that does not run the guarded model. The server does not start."""
 
 
-async def check_workers(client: EngineClient, vocabulary: str) -> None:
+async def check_workers(client: EngineClient, vocabulary: str) -> dict[str, str]:
     """Make sure that every worker runs the guarded model, with a tracker, over the same vocabulary.
+
+    Returns:
+        Guards that cannot act on this model or engine, and why.
 
     Raises:
         UnguardedWorker: one does not.
     """
+    unable: dict[str, str] = {}
     for worker in await client.collective_rpc("lethe_describe"):
         if not worker["guarded"] or not worker["tracked"]:
             raise UnguardedWorker(f"worker runs {worker['model']} without lethe's guards; start it with `lethe serve`")
@@ -34,6 +38,8 @@ async def check_workers(client: EngineClient, vocabulary: str) -> None:
             raise UnguardedWorker(
                 f"worker has vocabulary {worker['vocabulary'][:12]}, this process {vocabulary[:12]}; use one tokenizer for both"
             )
+        unable |= worker["unable"]
+    return unable
 
 
 async def load_artifacts(client: EngineClient, artifacts: Iterable[ArtifactRef]) -> dict[str, str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from importlib import metadata
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -111,11 +112,13 @@ def attach(
     side_by_side: SideBySide,
     hits: RecentHits,
     more: Sequence[APIRouter] = (),
+    unable: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Add the admin routes to vLLM's app.
 
     Args:
         more: other routers that the OpenAPI document describes.
+        unable: guards that cannot act on the served model, and why.
     """
     router = APIRouter(prefix=ADMIN_PREFIX, route_class=OurRoute, tags=["forget sets and policies"], responses=ERRORS)
 
@@ -236,6 +239,7 @@ def attach(
                 "acts_on": kind.acts_on,
                 "on_by_default": kind.default is not None,
                 "several": kind.many,
+                "unable": unable.get(kind.name),
                 "artifacts": [] if kind.files is None else list(kind.files.kinds),
                 "settings": kind.config.model_json_schema(),
             }

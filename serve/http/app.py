@@ -67,7 +67,9 @@ async def guarded_app(
         model: ModelConfig = inner.model_config
         vocabulary = vocabulary_of(inner.renderer.get_tokenizer(), model.get_vocab_size())
         await asyncio.to_thread(vocabulary.warm)
-        await check_workers(inner, vocabulary.fingerprint)
+        unable = await check_workers(inner, vocabulary.fingerprint)
+        for guard, reason in unable.items():
+            terminal.say(f"{guard} cannot be used here: {reason}")
         base = args.additional_config[PLAN_KEY][BASE_KEY]
         similarity = Similarity(settings.encoder or bundled_encoder(), settings.artifacts_dir)
         control = Control(
@@ -122,7 +124,7 @@ async def guarded_app(
             live = LiveExperiments(lambda: control.snapshot, measurements, control.phrases, similarity, shadow)
             of_experiments = experiment_routes.attach(app, control, experiments, measurements, live)
             hits = RecentHits()
-            admin.attach(app, control, registry, scorer, side_by_side, hits, [of_experiments])
+            admin.attach(app, control, registry, scorer, side_by_side, hits, [of_experiments], unable)
             # Outermost, around every middleware that vLLM or a plugin of its brought along.
             admission = Admission(
                 behind_admission,

@@ -107,6 +107,7 @@ class GuardShown(Answer):
     acts_on: str
     on_by_default: bool
     several: bool = Field(description="a policy may hold several of it, as a list")
+    unable: str | None = Field(description="why it cannot act on the served model; null if it can")
     artifacts: list[str] = Field(description="kinds of artifacts that it acts by")
     settings: dict[str, Any] = Field(description="JSON schema of its settings")
 

@@ -101,8 +101,10 @@ def main(order: Order) -> None:
         **{"enforce_eager": True, **order["engine"]},
     )
     [described, *_] = engine.collective_rpc("lethe_describe")  # as lethe does when it starts
-    wanted = [("contrast", zero), ("contrast", random), ("steering", adapter), ("steering", project)]
-    failures = [worker.values() for worker in engine.collective_rpc("lethe_load", args=(wanted,))]
+    names = {"zero": ("contrast", zero), "contrast": ("contrast", random), "adapter": ("steering", adapter)}
+    names["project"] = ("steering", project)
+    workers = engine.collective_rpc("lethe_load", args=(list(names.values()),))
+    failures = {name: worker[artifact[1]] for name, artifact in names.items() for worker in workers if artifact[1] in worker}
     prompts = [{"prompt_token_ids": [(7 * i + 3 * j) % 500 for j in range(length)]} for i, length in enumerate((5, 90, 150))]
     jobs = [(name, prompt) for prompt in prompts for name in plans]
     sampling = [
@@ -124,7 +126,7 @@ def main(order: Order) -> None:
         )
     closed = engine.collective_rpc("lethe_closed_rows")[0]
     drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens")
-    found = {"failures": [sorted(each) for each in failures], "closed": closed, "drafted": drafted, "answers": answers}
+    found = {"failures": failures, "closed": closed, "drafted": drafted, "answers": answers}
     print(json.dumps({"described": described, **found}))
 
 
