@@ -42,6 +42,8 @@ class RowCloser:
         """
         if not len(rows):
             return
-        index, token = self.has_text.expand(len(rows), -1).nonzero(as_tuple=True)
-        lower_(logits, rows[index], token)
+        closed = logits[rows]
+        low = closed.clamp(max=floor_of(logits))
+        # Columns that nobody knows are closed altogether.
+        logits[rows] = low if logits.shape[1] != len(self.has_text) else torch.where(self.has_text, low, closed)
         self.counts[guard] = self.counts.get(guard, 0) + len(rows)

@@ -72,7 +72,10 @@ class ArtifactCache(Generic[A]):
             fault = self._try(loaded)
             if not self._agree([fault is None])[0]:
                 failures |= dict.fromkeys(loaded.keys() - self._loaded.keys(), fault or ELSEWHERE)
-                self._load(self._loaded)
+                if self._try(self._loaded) is not None:  # not even what was there: nobody may use anything of this guard
+                    failures |= dict.fromkeys(self._loaded, fault or ELSEWHERE)
+                    self._loaded = OrderedDict()
+                    self._try(self._loaded)
                 return failures
         self._loaded = loaded
         return failures

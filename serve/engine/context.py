@@ -30,3 +30,11 @@ class Context:
     vllm_config: VllmConfig
     slots: SlotTable
     step: Step
+
+    def stop_unless_alone(self) -> None:
+        """Called where a failure is caught: raise it again where processes share the model's layers.
+
+        One of them that goes on in another way than the others would leave them waiting for it, or say other tokens.
+        """
+        if self.vllm_config.parallel_config.tensor_parallel_size > 1:
+            raise

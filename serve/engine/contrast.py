@@ -62,7 +62,7 @@ class ForkedContrast:
         if self._context.base is None or self._fork is not None or self._fork_fault is not None:
             return NO_BASE if self._context.base is None else self._fork_fault
         try:
-            LateFork(self._context.model(), self._context.vllm_config)
+            self._made()
         except Unforkable as error:
             return str(error)
         return None
@@ -94,12 +94,13 @@ class ForkedContrast:
             self._fork_fault = f"this model's layers cannot be forked: {error}"
             self._fork = None
             logger.exception("lethe: assistants are closed until the server is restarted with another model")
+            self._context.stop_unless_alone()
             return None
 
     def _spoken(self, fork: LateFork, tags: Tensor, hidden: Tensor) -> Spoken | None:
         step, (slots, positions) = self._context.step, self._slots.read(tags)
         of_rows = step.requests_of_rows(len(tags))
-        exact = of_rows is None
+        asked = of_rows is None
         if of_rows is None:
             in_batch = {slot: request for request, slot in enumerate(step.requests) if slot >= 0}
             of_rows = [in_batch.get(slot, -1) for slot in slots.tolist()]
@@ -110,10 +111,8 @@ class ForkedContrast:
             for nth, entry in enumerate(self._slots.plan(slot).of(Contrast))
             if entry.assistant in fork.loaded
         ]
-        if not lines or step.starts is None or step.offsets is None:
+        if not lines or step.starts is None or step.offsets is None or step.pages is None:
             return None
-        if step.pages is None:
-            raise Unforkable("the runner does not say where the keys and values of its requests are")
         lines.sort()  # an assistant's lines stand together
         names, *numbers = zip(*lines, strict=True)
         plans = [self._slots.plan(step.requests[request]) for _, _, request, _ in lines]
@@ -123,8 +122,8 @@ class ForkedContrast:
         own = slots[row] == expected
         position = torch.where(own, positions[row], step.offsets[request])
         token = step.starts[request] + position - step.offsets[request]
-        # The last token's position is known to the host, any other must be asked for.
-        lengths = (position + 1).to("cpu", torch.int32) if exact else step.pages.lengths[[line[2] for line in lines]]
+        # How long a request is after this pass the host knows, and so where its last token is. Any other must be asked for.
+        lengths = (position + 1).to("cpu", torch.int32) if asked else step.pages.lengths[[line[2] for line in lines]]
         at = Lines(token, position, request, lengths)
         # Rows that are steered in the base's last layers are not what the fork alone gives: others prove it.
         unsteered = [i for i, plan in enumerate(plans) if not plan.of(Steer)]
@@ -151,6 +150,15 @@ class ForkedContrast:
         if self._fork_fault is not None:
             raise Unforkable(self._fork_fault)
         if self._fork is None:
-            self._fork = LateFork(self._context.model(), self._context.vllm_config)
+            self._fork = self._made()
             self._fork.listen()
         return self._fork
+
+    def _made(self) -> LateFork:
+        """Raises Unforkable."""
+        try:
+            return LateFork(self._context.model(), self._context.vllm_config)
+        except Unforkable:
+            raise
+        except Exception as error:
+            raise Unforkable(f"this model is built in another way than those that can be forked: {error}") from error

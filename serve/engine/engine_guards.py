@@ -68,6 +68,7 @@ class EngineGuards:
         base = None if settings[BASE_KEY] is None else BaseModel.model_validate(settings[BASE_KEY])
         self.closer = RowCloser(torch.from_numpy(self.vocabulary.lengths > 0).to(self.device))
         context = Context(self.vocabulary, self.closer, self.device, base, self._the_model, vllm_config, self.slots, self.step)
+        self._context = context
         self.contrast, self.steering = ForkedContrast(context), SteeringInNetwork(context)
         self._guards: dict[str, Any] = {"steering": self.steering, "contrast": self.contrast}
         """By name, in the order in which logits pass through them: suppression has the last word, see `guards.catalogue.OWN`."""
@@ -140,6 +141,7 @@ class EngineGuards:
             return self.slots.tags(slots, positions, dtype)
         except Exception as error:
             logger.exception("lethe: a step's tokens cannot be noted")
+            self._context.stop_unless_alone()
             return self.lose_track(len(positions), dtype, str(error))
 
     def lose_track(self, tokens: int, dtype: torch.dtype, reason: str) -> Tensor:
@@ -147,6 +149,7 @@ class EngineGuards:
         logger.error("lethe: whose the rows of a step are is not known, so all are closed: %s", reason)
         self.step.clear()
         self.steering.spoil(self.slots.live_plans)
+        self.slots.lose()
         return self.slots.lost_tags(tokens, dtype)
 
     def apply(self, logits: Tensor, tags: Tensor, lines: AssistantLines | None = None) -> Tensor:
@@ -163,6 +166,7 @@ class EngineGuards:
             rows = replace(rows, lines=lines)
         except Exception:
             logger.exception("lethe: a step's rows cannot be read; all of them are closed")
+            self._context.stop_unless_alone()
             self.closer.close_(logits, torch.arange(len(logits), device=logits.device), "engine")
             return logits
         for name, guard in self._guards.items():
@@ -173,6 +177,7 @@ class EngineGuards:
                 logits = changed
             except Exception:
                 logger.exception("lethe: guard %s failed; the rows that it was to guard are closed", name)
+                self._context.stop_unless_alone()
                 wanted = [any(each in _ENTRIES_OF.get(name, (name,)) for each in plan.guards) for plan in plans]
                 closed = torch.tensor([*wanted, False], device=rows.plan.device)[rows.plan]
                 self.closer.close_(logits, closed.nonzero().squeeze(1), name)

@@ -3,17 +3,18 @@
 The fork is made of the base's own module objects (no weights of its own), takes the base's hidden state at depth L - K, attends to
 the base's own keys and values in its paged cache, and adds each assistant's low-rank terms to the query, output and MLP
 projections. It writes nothing, so whether a request is contrasted changes neither the cache nor any other request, and it runs only
-for the rows whose logits are about to be read: prefill costs nothing more, and a step without engaged rows costs nothing at all.
+for the rows whose logits are about to be read. Of other rows and steps it costs a copy of the hidden states at that depth.
 
 Covered: models of plain decoder layers with ``(positions, hidden, residual)`` in and ``(hidden, residual)`` out, paged attention
-(`serve.engine.attention`) and the usual projections (`serve.engine.projections`), also split over processes. Not covered, and
-refused when an assistant is loaded: compiled models and CUDA graphs (see DECISIONS.md).
+(`serve.engine.attention`) and the usual projections (`serve.engine.projections`), also split over processes, eager and compiled.
+Not covered: mixtures of experts, whose layers are refused.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,6 +131,8 @@ class LateFork:
         like, tokens = next(inner.norm.parameters()), vllm_config.scheduler_config.max_num_batched_tokens
         self._below = torch.zeros(tokens, vllm_config.model_config.get_hidden_size(), dtype=like.dtype, device=like.device)
         self._first = inner.layers[depth]
+        self._heard = False
+        """Whether the base ever entered its last layers in the way that `_tap` knows. Compiled, it does so when it is traced."""
 
     def listen(self) -> None:
         """Be told what the base hands to its last layers, from its next pass on. Until then nothing about the base has changed."""
@@ -144,7 +147,9 @@ class LateFork:
             return module
         shell = copy.copy(module)
         shell._modules = {}
-        shell._forward_pre_hooks = module._forward_pre_hooks.copy()  # or our own hook on the base would run in the fork as well
+        # Hooks on the base, our own among them, are not the fork's.
+        shell._forward_pre_hooks, shell._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
+        shell._forward_hooks, shell._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
         for name, child in module._modules.items():
             parts = () if child is None else parts_of(name, child)
             if child is not None and parts:
@@ -182,10 +187,12 @@ class LateFork:
 
         Copied at once, since vLLM's fused norms write into their inputs.
         """
-        if len(args) >= 3:
-            _positions, hidden, residual = args[:3]
-            below = self._below[: len(hidden)]
-            torch.add(hidden, residual, out=below) if residual is not None else below.copy_(hidden)
+        if len(args) < 3:
+            return  # in another way than we know, see `_heard`
+        _positions, hidden, residual = args[:3]
+        self._heard = True
+        below = self._below[: len(hidden)]
+        torch.add(hidden, residual, out=below) if residual is not None else below.copy_(hidden)
 
     def run(self, lines: Lines, assistants: Sequence[str], pages: PagedBatch) -> Tensor:
         """[P, H] final hidden states of the fork, one line for each pair of a row and an assistant.
@@ -196,6 +203,8 @@ class LateFork:
             lines: where in the pass. assistants: [P] fingerprints of loaded assistants, an assistant's lines together; empty to run
                 the base's layers as they are.
         """
+        if not self._heard:
+            raise Unforkable("the base runs without passing its last layers as other models do")
         # Builders of metadata keep buffers for as many requests as the engine takes.
         parts = [(i, i + self._most_lines) for i in range(0, len(lines.token), self._most_lines)]
         return torch.cat([self._run(lines.part(i, j), assistants[i:j], pages) for i, j in parts])

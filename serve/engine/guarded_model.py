@@ -1,8 +1,8 @@
 """The guarded model: any of vLLM's generating models, with the guards inside ``forward`` and ``compute_logits``.
 
 The class is made from the base's own class when it is asked for by name (``LetheLlamaForCausalLM`` is made from
-``LlamaForCausalLM``), so the same few lines serve every family whose model takes these arguments; Llama is the one that has been
-run. Weights, attention, LoRA and quantisation remain the base's business.
+``LlamaForCausalLM``), so the same few lines serve every family whose model takes these arguments (run: see the table of families in
+guards/README.md). Weights, attention, LoRA and quantisation remain the base's business.
 
 Covered: every logit that vLLM computes for a request, sampled or not. Not covered, and refused at start-up:
 execution paths that bypass ``compute_logits`` (batch-sharded sampling).

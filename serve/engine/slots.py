@@ -65,8 +65,8 @@ class SlotTable:
         slot = self._free.pop()
         self._engaged += 1
         if prompt is None:
-            # Text that cannot be read cannot be guarded: this plan names an artifact that no one has, which closes the row.
-            plan, prompt = Plan(plan.revision, plan.policy, (Suppress("prompt-without-tokens"),)), []
+            # Text that cannot be read cannot be guarded.
+            plan, prompt = _closing(plan), []
         known = np.asarray([*prompt, *output], dtype=np.int32)
         prompt_end = len(prompt)
         in_prompt = np.arange(len(known)) < (prompt_end if plan.output_start is None else plan.output_start)
@@ -78,6 +78,10 @@ class SlotTable:
         self._recorded_from[slot] = prompt_end
         self.plans[slot] = plan
         return slot
+
+    def lose(self) -> None:
+        """What these requests said in a step is not in their histories: they may say nothing more."""
+        self.plans = [None if plan is None else _closing(plan) for plan in self.plans]
 
     def release(self, slot: int) -> None:
         self.plans[slot] = None
@@ -94,7 +98,7 @@ class SlotTable:
         row = torch.where(
             output, slots, len(self.plans)
         )  # the last row is read by nobody: choosing tokens would wait for the device
-        self._history[row, positions] = token_ids.to(torch.int32)
+        self._history[row, positions] = torch.where(token_ids < 0, UNKNOWN, token_ids).to(torch.int32)
 
     def tags(self, slots: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, TAG_DIGITS] digits for the rows to carry."""
@@ -135,3 +139,8 @@ class SlotTable:
     def lost(self, tags: Tensor) -> Tensor:
         """[N] int64, the rows of which nobody knows whose they are, see `lost_tags`."""
         return (self.read(tags)[0] == len(self.plans)).nonzero().squeeze(1)
+
+
+def _closing(plan: Plan) -> Plan:
+    """A plan that names an artifact that no one has, which closes its rows."""
+    return Plan(plan.revision, plan.policy, (Suppress("text-that-cannot-be-read"),))

@@ -59,7 +59,7 @@ class Steerer:
         if not hasattr(inner, "layers") or not hasattr(model, "embed_input_ids"):
             raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")
         self._embed = cast("Any", model).embed_input_ids
-        self._like = torch.empty(0, dtype=vllm_config.model_config.dtype, device=next(inner.norm.parameters()).device)
+        self._like = torch.empty(0, dtype=vllm_config.model_config.dtype, device=next(model.parameters()).device)
         self._layers: list[nn.Module] = list(inner.layers)
         self._loaded: dict[str, Steering] = {}
         self._maps: dict[int, list[tuple[str, Tensor, Tensor, Tensor]]] = {}  # layer -> artifact, into, out, center
@@ -68,6 +68,7 @@ class Steerer:
         self._groups: list[tuple[str, float, Tensor]] = []  # artifact, strength, [N] its tokens in this pass
         self._acted: set[str] = set()  # artifacts that a hook of this pass applied
         self._idle: set[str] = set()  # those that were to act and were not reached: this model computes in another way
+        self._alone = vllm_config.parallel_config.tensor_parallel_size == 1
         self._failed = False  # whether a hook of this pass could not do what it should
 
     def able(self, plan: Plan) -> bool:
@@ -93,7 +94,7 @@ class Steerer:
         """Make exactly these, by fingerprint, the loaded ones. They have passed `check`. Hooks stand only where one acts."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._maps, self._terms, self._loaded = [], {}, {}, dict(artifacts)
+        self._hooks, self._maps, self._terms, self._loaded = [], {}, {}, {}
         like = self._like
         for name, steering in sorted(artifacts.items()):  # in an order that no history decides
             layer, tensors = steering.manifest.layer, steering.tensors
@@ -114,6 +115,7 @@ class Steerer:
                 )
             )
         self._hooks += [module.register_forward_hook(partial(self._tried, self._adapted)) for module in self._terms]
+        self._loaded = dict(artifacts)  # only now are they all there
 
     def begin(
         self,
@@ -194,6 +196,8 @@ class Steerer:
         except Exception:
             if not self._failed:
                 logger.exception("lethe: a layer could not be steered")
+            if not self._alone:
+                raise  # see `Context.stop_unless_alone`
             self._failed = True
             return None
 

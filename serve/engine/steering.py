@@ -16,7 +16,8 @@ from guards.steering.declaration import Corrupt, Steer
 from guards.steering.guard import SteeringGuard
 from guards.types import Plan, Rows
 from serve.engine.context import NO_BASE, Context
-from serve.engine.steer_hooks import Steerer
+from serve.engine.fork import Unforkable
+from serve.engine.steer_hooks import Steerer, Unsteerable
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ class SteeringInNetwork:
         if self._context.base is None:
             return NO_BASE
         try:
-            Steerer(self._context.model(), self._context.vllm_config)
-        except InvalidArtifact as error:
+            self._made()
+        except Unsteerable as error:
             return str(error)
         return None
 
@@ -76,6 +77,7 @@ class SteeringInNetwork:
             return self._steerer.begin(slots, self._slots.plans, input_ids, positions, embeddings)
         except Exception:
             logger.exception("lethe: a step could not be steered; its steered requests are closed")
+            self._context.stop_unless_alone()
             self.spoil(self._slots.live_plans)
             return None
 
@@ -97,5 +99,14 @@ class SteeringInNetwork:
     def _the_steerer(self) -> Steerer:
         """Made when the first artifact, or the first plan that corrupts, comes. Raises Unsteerable."""
         if self._steerer is None:
-            self._steerer = Steerer(self._context.model(), self._context.vllm_config)
+            self._steerer = self._made()
         return self._steerer
+
+    def _made(self) -> Steerer:
+        """Raises Unsteerable."""
+        try:
+            return Steerer(self._context.model(), self._context.vllm_config)
+        except Unforkable as error:
+            raise Unsteerable(str(error)) from error
+        except Exception as error:
+            raise Unsteerable(f"this model is built in another way than those that can be steered: {error}") from error

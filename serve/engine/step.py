@@ -19,7 +19,8 @@ class Step:
 
     def __init__(self) -> None:
         self.pages: PagedBatch | None = None
-        """Where the keys and values are; None if the runner has not said."""
+        """Where the keys and values are; None if the runner has not said. Written before `begin`, and not cleared: it is read only
+        for requests of the pass."""
         self.clear()
 
     def clear(self) -> None:
@@ -58,7 +59,5 @@ class Step:
 
         The first rows after a pass are those of the requests' last tokens, one each.
         """
-        if self._sampled or rows != len(self.requests):
-            return None
-        self._sampled = True
-        return range(rows)
+        first, self._sampled = not self._sampled, True
+        return range(rows) if first and rows == len(self.requests) else None

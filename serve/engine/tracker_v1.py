@@ -87,10 +87,13 @@ def tags_of_context(guards: EngineGuards, input_ids: Tensor, positions: Tensor) 
         return torch.zeros((len(positions), TAG_DIGITS), dtype=dtype, device=guards.device)
     if not isinstance(metadata, dict):
         return guards.lose_track(len(positions), dtype, "it runs in micro-batches; start without --enable-dbo")
-    starts = next(iter(metadata.values())).query_start_loc
-    if guards.requests is None or len(guards.requests) != len(starts) - 1:
-        known = None if guards.requests is None else len(guards.requests)
-        return guards.lose_track(len(positions), dtype, f"the batch has {len(starts) - 1} requests, the tracker knows {known}")
+    starts = getattr(next(iter(metadata.values()), None), "query_start_loc", None)
+    known = None if guards.requests is None else len(guards.requests)
+    if starts is None and guards.runner is not None:  # a backend that does not keep it
+        starts = guards.runner.query_start_loc.gpu[: guards.runner.input_batch.num_reqs + 1]
+    if starts is None or guards.requests is None or known != len(starts) - 1:
+        there = "an unknown number of" if starts is None else len(starts) - 1
+        return guards.lose_track(len(positions), dtype, f"the batch has {there} requests, the tracker knows {known}")
     if guards.runner is not None:
         count, paged = len(guards.requests), guards.runner.input_batch.block_table
         tables = [paged[group].get_device_tensor(count) for group in range(len(guards.runner.attn_groups))]

@@ -88,7 +88,13 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
     ):
         if getattr(args, name, None):
             raise UnsafeSetting(f"--{name.replace('_', '-')} cannot be guarded; start without it")
-    for name in ("pipeline_parallel_size", "data_parallel_size", "api_server_count"):
+    for name in (
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+        "api_server_count",
+    ):
         if (getattr(args, name, None) or 1) > 1:
             raise UnsafeSetting(f"--{name.replace('_', '-')} above 1 has not been proved to keep the guards; leave it at 1")
     overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
@@ -103,7 +109,8 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
         **(args.additional_config or {}),
         PLAN_KEY: {ARTIFACTS_KEY: str(settings.artifacts_dir), BASE_KEY: _describe_base(args)},
     }
-    if args.speculative_config is not None:  # the engine would say the same, after a minute, in its log
+    drafts = (getattr(args, name, None) for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens"))
+    if any(drafts) or not current_platform.is_cpu():  # the engine would say the same, after a minute, in its log
         try:
             refuse_unguarded(AsyncEngineArgs.from_cli_args(args).create_engine_config())
         except ValueError as error:

@@ -15,6 +15,11 @@ def refuse_unguarded(config: VllmConfig) -> None:
             f"speculative decoding by {drafts.method!r} has not been proved to keep the guards; "
             'use "ngram" or "draft_model", or start without --speculative-config'
         )
+    if drafts is not None and drafts.rejection_sample_method != "standard":
+        raise ValueError(
+            f"rejection_sample_method {drafts.rejection_sample_method!r} takes drafted tokens without asking the guarded model, "
+            'or has not been proved to ask it; leave it at "standard"'
+        )
     if not (config.use_v2_model_runner or model.enforce_eager or config.device_config.device_type == "cpu"):
         raise ValueError(
             "Model Runner V1 replays CUDA graphs past lethe's tracker; unset VLLM_USE_V2_MODEL_RUNNER, or add --enforce-eager"

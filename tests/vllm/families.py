@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any, TypedDict
 
-os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind")
-
 HIDDEN, HEADS, HEAD, MLP, LAYERS = 64, 4, 32, 96, 6
 WIDTH = HEADS * HEAD
 SIZES = {
@@ -22,6 +20,10 @@ SIZES = {
     "up_proj": (HIDDEN, MLP),
     "down_proj": (MLP, HIDDEN),
 }
+
+
+Said = list[tuple[int, float]]
+"""An answer: its tokens, and the log-probability of each."""
 
 
 class Order(TypedDict):
@@ -43,14 +45,18 @@ def main(order: Order) -> None:
     from guards.base_model import describe_base
     from guards.contrastive.declaration import Contrast
     from guards.steering.declaration import Corrupt, Steer
+    from guards.suppression.automaton import compile_phrases
+    from guards.suppression.declaration import Suppress
     from guards.types import ArtifactRef, Entry, Plan
     from serve.protocol.artifacts import artifact_path
+    from serve.protocol.vocabulary import vocabulary_of
     from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY, encode_plan
     from tests.assistants import random_assistant
     from tests.bench.steering import random_steering
 
     torch.manual_seed(0)
     directory = Path(order["directory"])
+    directory.mkdir(parents=True, exist_ok=True)
     sizes = {
         "hidden_size": HIDDEN,
         "intermediate_size": MLP,
@@ -117,17 +123,26 @@ def main(order: Order) -> None:
         )
         for name, _ in jobs
     ]
-    answers: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in plans}
+    answers: dict[str, list[Said]] = {name: [] for name in plans}
     outputs = engine.generate([{**prompt} | _salt(plans[name]) for name, prompt in jobs], sampling, use_tqdm=False)
     for (name, _), output in zip(jobs, outputs, strict=True):
-        [said] = output.outputs
-        answers[name].append(
-            [(token, step[token].logprob) for token, step in zip(said.token_ids, said.logprobs or [], strict=True)]
-        )
+        answers[name].append(_said(output))
+    # What it said without guards, as a set of phrases: whatever drafts it, it may not be said now.
+    vocabulary = vocabulary_of(engine.get_tokenizer(), 49_152)
+    spoken = [vocabulary.text_of([token for token, _ in answer[2:4]]).decode("utf-8", "replace") for answer in answers["none"]]
+    phrases = saved("suppression", compile_phrases(spoken, vocabulary))
+    suppressing = {PLAN_KEY: encode_plan(Plan(1, "p", (Suppress(phrases),)))}
+    sampling = [SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True, extra_args=suppressing)] * len(prompts)
+    answers["suppression"] = [_said(output) for output in engine.generate(prompts, sampling, use_tqdm=False)]
     closed = engine.collective_rpc("lethe_closed_rows")[0]
     drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens")
     found = {"failures": failures, "closed": closed, "drafted": drafted, "answers": answers}
     print(json.dumps({"described": described, **found}))
+
+
+def _said(output: Any) -> Said:
+    [answer] = output.outputs
+    return [(token, place[token].logprob) for token, place in zip(answer.token_ids, answer.logprobs, strict=True)]
 
 
 def _salt(entries: tuple[Any, ...]) -> dict[str, str]:
@@ -138,4 +153,7 @@ def _salt(entries: tuple[Any, ...]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind"
+    )
     main(json.loads(sys.argv[1]))

@@ -28,11 +28,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3Moe": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}),
 }
 ACTS = ("contrast", "adapter", "project", "corrupt")
+"""What a family may lack; suppression acts on all."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Any:
     """Ask once for each family and engine."""
+    directory = tmp_path_factory.mktemp("families")
 
     @functools.cache
     def once(family: str, v2: bool, engine: str) -> dict[str, Any]:
@@ -42,13 +44,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Any:
             "model": f"{family}ForCausalLM",
             "options": options,
             "engine": json.loads(engine),
-            "directory": str(tmp_path_factory.mktemp(family)),
+            "directory": str(directory / family),
             "tokenizer": str(model_path),
         }
         root = Path(__file__).parents[2]
         path = os.pathsep.join(filter(None, [V2["PYTHONPATH"] if v2 else "", str(root), os.environ.get("PYTHONPATH")]))
         alone = {} if "tensor_parallel_size" in engine else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        cache = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm"), "OMP_NUM_THREADS": "1"}
+        cache = {"VLLM_CACHE_ROOT": str(directory / "cache"), "OMP_NUM_THREADS": "1"}
         environment = {**os.environ, **cache, **alone, **(V2 if v2 else {}), "PYTHONPATH": path}
         command = [sys.executable, "-m", "tests.vllm.families", json.dumps(order)]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=root)
@@ -78,6 +80,8 @@ def test_every_guard_of_the_engine_acts_on_a_family_or_says_why_it_does_not(fami
         assert worst(said["zero"], said["none"]) < TOLERANCE, "an assistant that is the base changed an answer"
     acting = [name for name in ACTS if name not in failures]
     assert all(said[name] != said["none"] for name in acting), "a guard changed nothing"
+    pairs = zip(said["none"], said["suppression"], strict=True)
+    assert all([token for token, _ in one][2:4] != [token for token, _ in other][2:4] for one, other in pairs), "a phrase was said"
     assert len({json.dumps(said[name]) for name in ("none", *acting)}) == len(acting) + 1, "two guards do the same"
     assert bool(found["closed"]) == bool(failures), "what cannot act is closed, and nothing else"
     assert ("contrast" in found["described"]["unable"]) == ("contrast" in failures)
@@ -101,11 +105,12 @@ def test_another_engine_says_what_one_eager_process_on_v1_says(engine: str, run:
         assert worst(found["answers"][name], answers) < TOLERANCE, name
 
 
-def test_a_compiled_model_is_contrasted_as_an_eager_one_and_says_that_it_is_not_steered(run: Any) -> None:
-    found, expected = run("Llama", enforce_eager=False), run("Llama")
+@pytest.mark.parametrize("seed", [0, 1], ids=["compiled anew", "from the cache"])
+def test_a_compiled_model_is_contrasted_as_an_eager_one_and_says_that_it_is_not_steered(seed: int, run: Any) -> None:
+    found, expected = run("Llama", enforce_eager=False, seed=seed), run("Llama")
     assert set(found["described"]["unable"]) == {"steering", "corrupt"}
     assert set(found["failures"]) == {"adapter", "project"}
     assert all("start with --enforce-eager" in reason for reason in found["failures"].values())
-    for name in ("none", "zero", "contrast"):
+    for name in ("none", "zero", "contrast", "suppression"):
         assert worst(found["answers"][name], expected["answers"][name]) < TOLERANCE, name
     assert set(found["closed"]) == {"steering", "corrupt"}

@@ -21,6 +21,7 @@ from guards.suppression.guard import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import BOUNDARY, UNKNOWN, ArtifactRef, Plan
 from serve.engine.artifacts import KEPT_IDLE, ArtifactCache
+from serve.engine.attention import PagedBatch
 from serve.engine.contrast import ForkedContrast
 from serve.engine.engine_guards import EngineGuards
 from serve.engine.fork import Lines, Unforkable
@@ -101,7 +102,7 @@ def test_tokens_that_nobody_knows_yet_read_as_unknown() -> None:
 def test_a_prompt_without_tokens_closes_its_rows() -> None:
     slots = table()
     slots.admit(PLAN, None, [])
-    assert slots.live_plans[0].artifacts_of(Suppress) == ("prompt-without-tokens",)
+    assert slots.live_plans[0].artifacts_of(Suppress) == ("text-that-cannot-be-read",)
 
 
 class Guards(SimpleNamespace):
@@ -115,7 +116,9 @@ class Guards(SimpleNamespace):
 
 
 def guards() -> Guards:
-    return Guards(slots=table(), step=Step(), device=torch.device("cpu"), requests=None, tracked=False, loaded=[])
+    made = Guards(slots=table(), step=Step(), device=torch.device("cpu"), requests=None, tracked=False, loaded=[])
+    made.steering = SimpleNamespace(spoil=lambda _: None)
+    return made
 
 
 def params(plan: Plan | None) -> Any:
@@ -318,10 +321,11 @@ class _BadFork:
 def test_a_fork_that_cannot_follow_the_base_is_dropped_and_nobody_speaks(raises: bool) -> None:
     slots, step = table(), Step()
     closer = RowCloser(torch.ones(4, dtype=torch.bool))
-    contrast = ForkedContrast(SimpleNamespace(slots=slots, step=step, closer=closer))  # type: ignore[arg-type]
+    contrast = ForkedContrast(SimpleNamespace(slots=slots, step=step, closer=closer, stop_unless_alone=lambda: None))  # type: ignore[arg-type]
     contrast._fork = _BadFork(raises)  # type: ignore[assignment]
     slot = slots.admit(Plan(1, "p", (Contrast("a", "uld", 1.0, 1.0, 0.1),)), [1, 2, 3], [])
     tokens = step.begin([slot], torch.tensor([0, 3]), torch.arange(3))
+    step.pages = PagedBatch((), (), torch.tensor([3], dtype=torch.int32))
     tags = slots.tags(tokens, torch.arange(3), torch.float32)[-1:]
     assert contrast.speak(tags, torch.ones(1, 4)) is None, "its rows must find nobody who spoke, which closes them"
     assert contrast._fork is None

@@ -19,6 +19,7 @@ from guards.suppression.guard import SuppressionGuard
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import Entry, Plan, Rows
 from serve.engine.artifacts import ArtifactCache
+from serve.engine.context import Context
 from serve.engine.contrast import ForkedContrast
 from serve.engine.engine_guards import EngineGuards
 from serve.engine.slots import SlotTable
@@ -55,8 +56,8 @@ PLANS = {
 }
 
 
-def engine() -> EngineGuards:
-    """The guards of an engine that has loaded nothing."""
+def engine(processes: int = 1) -> EngineGuards:
+    """The guards of an engine that has loaded nothing, alone or one of several processes."""
     guards = EngineGuards.__new__(EngineGuards)
     guards.device = torch.device("cpu")
     guards.slots, guards.step = SlotTable(8, 32, VOCABULARY.special, guards.device), Step()
@@ -64,6 +65,9 @@ def engine() -> EngineGuards:
     context: Any = SimpleNamespace(
         vocabulary=VOCABULARY, device=guards.device, closer=guards.closer, slots=guards.slots, step=guards.step, base=None
     )
+    shared: Any = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=processes))
+    context.stop_unless_alone = Context.stop_unless_alone.__get__(SimpleNamespace(vllm_config=shared))
+    guards._context = context
     guards.suppression = SuppressionGuard(context)
     guards.contrast, guards.steering = ForkedContrast(context), SteeringInNetwork(context)
     guards._guards = {
@@ -129,6 +133,33 @@ def test_a_guard_that_fails_closes_the_rows_that_it_was_to_guard(
     assert guards.closer.counts == {guard: 1}
 
 
+def test_of_several_processes_none_goes_on_in_a_way_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    guards = engine(processes=2)
+    tags, logits = step(guards, PLANS["foreign"])
+    monkeypatch.setattr(guards._guards["foreign"], "apply", broken, raising=False)
+    with pytest.raises(IndexError, match="as code may"):
+        guards.apply(logits, tags)
+    monkeypatch.setattr(guards.slots, "record", broken)
+    with pytest.raises(IndexError):
+        step(guards, PLANS["foreign"])
+
+
+def test_what_is_lost_in_one_step_may_say_nothing_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    guards = engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(guards.slots, "record", broken)
+        tags, _ = step(guards, PLANS["foreign"])
+    tags = guards.enter([0, -1], torch.arange(3), torch.ones(2), torch.ones(2).long(), torch.float32)
+    assert closed(guards.apply(torch.randn(2, VOCABULARY.size), tags)) == [True, False]
+
+
+def test_a_row_is_closed_also_where_logits_have_columns_that_nobody_knows() -> None:
+    guards = engine()
+    wider = torch.randn(2, VOCABULARY.size + 3)
+    guards.closer.close_(wider, torch.tensor([1]), "foreign")
+    assert (wider[1] < -1e6).all() and (wider[0] > -1e6).all()
+
+
 def test_rows_of_which_nobody_knows_whose_they_are_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     guards = engine()
     monkeypatch.setattr(guards.slots, "record", broken)
@@ -174,6 +205,7 @@ class Layer(nn.Module):
 def test_a_hook_that_fails_lets_the_base_go_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     steerer = Steerer.__new__(Steerer)
     steerer._groups, steerer._acted, steerer._idle, steerer._failed = [("a", 1.0, torch.tensor([0]))], {"a"}, set(), False
+    steerer._alone = True
     monkeypatch.setattr(steerer, "_redirected", broken)
     layer = Layer()
     layer.register_forward_pre_hook(
@@ -204,3 +236,17 @@ def test_artifacts_that_cannot_be_loaded_are_reported_and_the_loaded_ones_stay()
     assert cache.ensure(["unreadable", "refused"]) == {"unreadable": "KeyError: 'as code may'", "refused": "not for this model"}
     assert cache.loaded == ["good"]
     assert loaded[-1] == ["good"]
+
+
+def test_what_cannot_even_be_put_back_may_be_used_by_nobody() -> None:
+    calls: list[int] = []
+
+    def load(artifacts: dict[str, str]) -> None:
+        calls.append(len(artifacts))
+        if len(calls) > 1 and artifacts:
+            raise MemoryError("no room")
+
+    cache = ArtifactCache(str, load)  # type: ignore[arg-type]
+    assert cache.ensure(["good"]) == {}
+    assert set(cache.ensure(["more"])) == {"more", "good"}
+    assert cache.loaded == [] and calls[-1] == 0
