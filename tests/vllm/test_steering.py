@@ -177,7 +177,7 @@ def test_logits_equal_a_plain_transformers_reference_in_a_mixed_batch(
     jobs = [(policy, prompt) for prompt in PROMPTS for policy in (*POLICIES, "none")]
     before = server.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(len(jobs)) as pool:
-        answers = list(pool.map(lambda job: complete(server, *job, max_tokens=40), jobs))
+        answers = list(pool.map(lambda job: complete(server, *job, max_tokens=64, ignore_eos=True), jobs))
     assert server.metric("vllm:num_preemptions_total") > before, "the engine had room for all; shrink it"
     for (policy, _), answer in zip(jobs, answers, strict=True):
         assert_exact(answer, policy, twin, tokenizer)
