@@ -28,7 +28,7 @@ class Lines:
     token: Tensor  # [P] int64, index among the tokens of the pass
     position: Tensor  # [P] int64, its position in its request
     request: Tensor  # [P] int64, number in the batch
-    lengths: Tensor  # [P] int32 on the host: position + 1
+    lengths: Tensor  # [P] int32 on the host: position + 1, or more where the host does not know exactly
 
     def part(self, start: int, stop: int) -> Lines:
         """Some of them."""

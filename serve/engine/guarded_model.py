@@ -4,8 +4,8 @@ The class is made from the base's own class when it is asked for by name (``Leth
 ``LlamaForCausalLM``), so the same few lines serve every family whose model takes these arguments (run: see the table of families in
 guards/README.md). Weights, attention, LoRA and quantisation remain the base's business.
 
-Covered: every logit that vLLM computes for a request, sampled or not. Not covered, and refused at start-up:
-execution paths that bypass ``compute_logits`` (batch-sharded sampling).
+Covered: every logit that vLLM computes for a request, sampled or not. Not covered, and refused at start-up: execution paths that
+bypass ``compute_logits`` (batch-sharded sampling).
 """
 
 from __future__ import annotations

@@ -95,9 +95,8 @@ class SlotTable:
             slots: [T] int64, -1 = unguarded; positions, token_ids: [T].
         """
         output = (slots >= 0) & (positions >= self._recorded_from[slots.clamp(min=0)])
-        row = torch.where(
-            output, slots, len(self.plans)
-        )  # the last row is read by nobody: choosing tokens would wait for the device
+        # Choosing tokens would wait for the device; those that are not output go to the last row, which nobody reads.
+        row = torch.where(output, slots, len(self.plans))
         self._history[row, positions] = torch.where(token_ids < 0, UNKNOWN, token_ids).to(torch.int32)
 
     def tags(self, slots: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:

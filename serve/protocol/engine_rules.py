@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
+from typing import Any
 
 
-def refuse_unguarded(config: VllmConfig) -> None:
-    """Raise ValueError, with the way out, for an engine in which something bypasses the guards or has not been proved not to."""
+def refuse_unguarded(config: Any) -> None:
+    """Raise ValueError, with the way out, for an engine in which something bypasses the guards or has not been proved not to.
+
+    Args:
+        config: the engine's whole configuration, a VllmConfig.
+    """
     drafts, model = config.speculative_config, config.model_config
     if drafts is not None and not config.use_v2_model_runner:
         raise ValueError("speculative decoding is guarded on Model Runner V2 only; start without --speculative-config")

@@ -162,23 +162,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterato
     yield from Server(command, tmp_path_factory.mktemp("plain"), {}).running()
 
 
-def admin_of(server: Server) -> httpx.Client:
-    return httpx.Client(base_url=f"{server.url}/lethe/v1", timeout=120)
-
-
-def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0, timeout=300)
-
-
 @pytest.fixture(scope="session")
 def admin(server: Server) -> Iterator[httpx.Client]:
-    with admin_of(server) as client:
+    with httpx.Client(base_url=f"{server.url}/lethe/v1", timeout=120) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with client_of(server) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0, timeout=300) as client:
         yield client
 
 

@@ -105,7 +105,7 @@ def test_another_engine_says_what_one_eager_process_on_v1_says(engine: str, run:
         assert worst(found["answers"][name], answers) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("seed", [0, 1], ids=["compiled anew", "from the cache"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["first start", "second start"])
 def test_a_compiled_model_is_contrasted_as_an_eager_one_and_says_that_it_is_not_steered(seed: int, run: Any) -> None:
     found, expected = run("Llama", enforce_eager=False, seed=seed), run("Llama")
     assert set(found["described"]["unable"]) == {"steering", "corrupt"}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-import openai
 import pytest
 
-from tests.vllm.conftest import Server, admin_of, client_of, guarded_server
+# Fixtures named here are made anew for the tests of this directory, and so ask this server.
+from tests.vllm.conftest import Server, admin, client, guarded_server  # noqa: F401
 
 V2 = {"PYTHONPATH": str(Path(__file__).parents[2] / "rig"), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 """What makes vLLM run Model Runner V2 on a CPU."""
@@ -21,15 +20,3 @@ def server(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterat
     for server in guarded_server(directory, model_path, VLLM_CACHE_ROOT=str(directory / "cache"), **V2):
         assert "Using V2 Model Runner" in server.log.read_text(), "nothing here would show what it says"
         yield server
-
-
-@pytest.fixture(scope="session")
-def admin(server: Server) -> Iterator[httpx.Client]:
-    with admin_of(server) as client:
-        yield client
-
-
-@pytest.fixture(scope="session")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with client_of(server) as client:
-        yield client
