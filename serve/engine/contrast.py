@@ -59,13 +59,14 @@ class ForkedContrast:
 
     def unable(self) -> str | None:
         """Why no assistant can be run beside this model; None if one can."""
-        if self._context.base is None or self._fork is not None or self._fork_fault is not None:
-            return NO_BASE if self._context.base is None else self._fork_fault
-        try:
-            self._made()
-        except Unforkable as error:
-            return str(error)
-        return None
+        if self._context.base is None:
+            return NO_BASE
+        if self._fork is None and self._fork_fault is None:
+            try:
+                self._made()
+            except Unforkable as error:
+                return str(error)
+        return self._fork_fault
 
     def check(self, assistant: Assistant) -> None:
         """Raise InvalidArtifact or Unforkable if an assistant cannot be run beside this model."""
