@@ -127,6 +127,11 @@ class Steering:
         return self.manifest.recipe.method
 
     @property
+    def rank(self) -> int:
+        """Of its map, or of each of its low-rank terms."""
+        return self.manifest.recipe.rank if self.kind == "adapter" else self.tensors["into"].shape[1]
+
+    @property
     def summary(self) -> str:
         """How large it is and how training went, for people."""
         return artifact_file.summary_of(self.size_bytes, self.manifest.metrics)

@@ -22,13 +22,13 @@ from torch import Tensor
 from guards.steering.declaration import Corruption
 
 
-def redirect(hidden: Tensor, *, into: Tensor, out: Tensor, center: Tensor, strength: float) -> Tensor:
+def redirect(hidden: Tensor, *, into: Tensor, out: Tensor, center: Tensor, strength: float | Tensor) -> Tensor:
     """How far hidden states move: ``strength * ((hidden - center) @ into) @ out``.
 
     Args:
         hidden: [N, H] float, the residual stream of the steered tokens.
         into: [H, r]; out: [r, H]; center: [H]. r may be 0: nothing moves.
-        strength: dimensionless; 0 moves nothing.
+        strength: dimensionless, also [N, 1]; 0 moves nothing.
 
     Returns:
         [N, H] in float32: what to add.

@@ -42,6 +42,7 @@ class GuardedModel:
         self.lethe.model = weakref.ref(cast("nn.Module", self))
         if not vllm_config.model_config.enforce_eager:
             self.lethe.contrast.prepare()
+            self.lethe.steering.prepare()
 
     def forward(
         self,
@@ -56,15 +57,11 @@ class GuardedModel:
 
         The runner cuts rows out of this tensor itself, so a row cannot be mistaken for another.
         """
-        if lethe_tags is None:
+        if lethe_tags is None:  # V1: with V2, what is to be done was noted before the pass
             lethe_tags = tags_of_context(self.lethe, input_ids, positions)
-        corrupted = self.lethe.steering.begin(input_ids, positions, inputs_embeds)
-        if corrupted is not None:
-            input_ids, inputs_embeds = None, corrupted  # type: ignore[assignment]
-        try:
-            hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
-        finally:
-            self.lethe.steering.end()
+            self.lethe.steering.begin(input_ids, positions)
+        with self.lethe.steering.acting(inputs_embeds) as embeddings:
+            hidden = super().forward(input_ids, positions, intermediate_tensors, embeddings, **kwargs)  # type: ignore[misc]
         if isinstance(hidden, IntermediateTensors):
             return hidden
         return torch.cat([hidden, lethe_tags.to(hidden.dtype)], dim=-1)

@@ -10,7 +10,7 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,11 @@ class Part:
             a[:, self.inputs].to(like).T.contiguous(), b[self.outputs].to(like).T.contiguous(), self.columns, self.summed
         )
 
+    def room(self, rank: int, like: Tensor) -> LowRankTerm:
+        """A term of noughts, to be written into."""
+        inputs, outputs = (len(range(*each.indices(size))) for each, size in zip((self.inputs, self.outputs), self.size, strict=True))
+        return LowRankTerm(like.new_zeros(inputs, rank), like.new_zeros(rank, outputs), self.columns, self.summed)
+
     def check(self, tensors: Mapping[str, Tensor], layer: int, artifact: str) -> None:
         """Raise InvalidArtifact, naming ``artifact``, if its term has another size."""
         a, b = (tensors[f"layers.{layer}.{self.name}.{factor}"] for factor in "AB")
@@ -57,10 +62,35 @@ class LowRankTerm:
     columns: slice
     summed: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[N, O] for inputs [N, I]. With several processes all must call it alike."""
+    def __call__(self, x: Tensor, strength: Tensor | None = None) -> Tensor:
+        """[N, O] for inputs [N, I]. With several processes all must call it alike.
+
+        Args:
+            strength: [N, 1] or [N, r], of each input or each of its ranks; None = 1.
+        """
         low = x @ self.a
-        return (tensor_model_parallel_all_reduce(low) if self.summed else low) @ self.b
+        if self.summed:
+            low = tensor_model_parallel_all_reduce(low)
+        return (low if strength is None else (low * strength).to(low.dtype)) @ self.b
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One of the base's linear layers that takes low-rank terms."""
+
+    module: nn.Module
+    layer: int  # of the decoder
+    parts: tuple[Part, ...]
+
+
+def projections_of(layers: Iterable[nn.Module]) -> list[Projection]:
+    """Of decoder layers, in an order that depends on the model alone."""
+    return [
+        Projection(module, i, parts)
+        for i, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if (parts := parts_of(name.rpartition(".")[2], module))
+    ]
 
 
 def parts_of(name: str, layer: nn.Module) -> tuple[Part, ...]:

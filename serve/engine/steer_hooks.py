@@ -1,30 +1,29 @@
-"""Steering inside vLLM's own model: hooks on the base's layers and projections that act on the tokens of some requests only.
+"""Steering inside vLLM's own model: what is done, at the places of `serve.engine.steer_sites`, to the tokens of some requests.
 
-Before a forward pass, the tokens of the batch are sorted by what is to be done to them: for each artifact the indices of its
-tokens, and the tokens whose embeddings are corrupted. The hooks read those indices, so that rows of other requests are bit for bit
-what they would be without, and a pass in which nobody is steered does not even enter them. There is Python for each plan in the
-batch, as in the tracker, and none for each row or token. Whatever did not act although it should have is not called loaded again:
-its rows are closed.
+Before a forward pass each artifact that somebody in the batch names gets its strength at every token, [T], nought where it is
+nobody's; what an artifact changes is multiplied by it. So nothing waits for the device, rows of other requests are what they would
+be without, and a pass in which nobody is steered is not entered. There is Python for each plan in the batch, as in the tracker, and
+none for each row or token. Whatever did not act although it should have is not called loaded again: its rows are closed.
 
 Keys and values of steered tokens differ, so that such requests carry a salt (`Plan.cache_salt`); the late fork reads what the
 steered base wrote and so composes with this.
 
-Covered: models of plain decoder layers whose projections `serve.engine.projections` knows, eager, also split over processes. Not
-covered, and refused when an artifact is loaded: compiled models and CUDA graphs. For graphs the indices would become a mask of
-fixed address and width, [T] for each of a fixed number of artifact slots, filled by the tracker as tags are, and the low-rank terms
-a batched product over slots; the arithmetic here is written so that only the indexing changes.
+Covered: models of plain decoder layers whose projections `serve.engine.projections` knows, also split over processes, eager and
+compiled; in CUDA graphs by `serve.engine.steer_graphs`. Not covered: experts of a mixture have no projections that an adapter knows.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from guards.errors import InvalidArtifact
 from guards.steering.artifact import MODULES, Steering
@@ -32,7 +31,9 @@ from guards.steering.declaration import Corrupt, Corruption, Steer
 from guards.steering.operators import corrupt, redirect
 from guards.types import Plan
 from serve.engine.fork import Unforkable, decoder_of, refuse_lora
-from serve.engine.projections import LowRankTerm, Part, parts_of
+from serve.engine.projections import LowRankTerm, projections_of
+from serve.engine.steer_graphs import GraphRoom
+from serve.engine.steer_sites import enlist, hook_embedding, hook_layer, hook_projection
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,16 @@ class Unsteerable(Unforkable):
     """The served model or its engine cannot be steered."""
 
 
+@dataclass(slots=True)
+class _Pass:
+    """What is to be done in the forward pass that is under way. T tokens."""
+
+    strengths: dict[str, Tensor] = field(default_factory=dict)  # by artifact: [T, 1] float32, 0 = not this token
+    corrupted: list[tuple[Tensor, Tensor, Corrupt]] = field(default_factory=list)  # [N] which tokens, their positions, how
+
+
 class Steerer:
-    """One per engine. Shapes: T tokens, N tokens of one artifact, H hidden size.
+    """One per engine. Shapes: T tokens, H hidden size.
 
     Args:
         model: vLLM's model, guarded or not.
@@ -53,27 +62,54 @@ class Steerer:
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         refuse_lora(vllm_config, "steering does")
-        if not vllm_config.model_config.enforce_eager:
-            raise Unsteerable("steering does not run in compiled models yet; start with --enforce-eager")
         inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(model, "embed_input_ids"):
             raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")
-        self._embed = cast("Any", model).embed_input_ids
+        embeddings = [
+            each for each in inner.children() if isinstance(each, VocabParallelEmbedding) and not isinstance(each, ParallelLMHead)
+        ]
+        if len(embeddings) != 1:
+            raise Unsteerable(f"{type(model).__name__} has {len(embeddings)} embeddings of tokens, so it cannot be steered")
+        [self._embedding] = embeddings
         self._like = torch.empty(0, dtype=vllm_config.model_config.dtype, device=next(model.parameters()).device)
         self._layers: list[nn.Module] = list(inner.layers)
-        self._loaded: dict[str, Steering] = {}
-        self._maps: dict[int, list[tuple[str, Tensor, Tensor, Tensor]]] = {}  # layer -> artifact, into, out, center
-        self._terms: dict[nn.Module, dict[str, list[LowRankTerm]]] = {}
-        self._hooks: list[Any] = []
-        self._groups: list[tuple[str, float, Tensor]] = []  # artifact, strength, [N] its tokens in this pass
-        self._acted: set[str] = set()  # artifacts that a hook of this pass applied
+        self.projections = projections_of(self._layers)
+        """By site."""
+        self._vllm_config = vllm_config
+        self._compiled = not vllm_config.model_config.enforce_eager
+        self.loaded: dict[str, Steering] = {}
+        self._maps: dict[int, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}  # layer -> artifact -> into, out, center
+        self._terms: dict[int, dict[str, list[LowRankTerm]]] = {}  # site -> artifact
+        self._hooks: list[RemovableHandle] = []
+        self._pass = _Pass()
+        self._armed = False
+        """Whether the base is in its forward pass: what runs on its layers afterwards (the fork) is nobody's to steer."""
+        self._acted: set[str] = set()  # artifacts that acted in this pass
         self._idle: set[str] = set()  # those that were to act and were not reached: this model computes in another way
         self._alone = vllm_config.parallel_config.tensor_parallel_size == 1
-        self._failed = False  # whether a hook of this pass could not do what it should
+        self._failed = False  # whether something of this pass could not be done
+        self.room: GraphRoom | None = None
+        """Where artifacts stand that CUDA graphs apply; None where there are no graphs."""
+        self._in_room = False  # whether what the coming pass needs is there
+
+    def listen(self) -> None:
+        """Stand in the model. A compiled one must be entered before it is compiled, everywhere, and not again."""
+        enlist(self, self._vllm_config)
+        hook_embedding(self._embedding)
+        if self._compiled:
+            self._stand(range(1, len(self._layers)), range(len(self.projections)))
+            if self._vllm_config.use_v2_model_runner:
+                self.room = GraphRoom(self.projections, len(self._layers), self._like, self._vllm_config)
+
+    def _stand(self, layers: Iterable[int], sites: Iterable[int]) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [hook_layer(self._layers[layer], layer) for layer in layers]
+        self._hooks += [hook_projection(self.projections[site].module, site) for site in sites]
 
     def able(self, plan: Plan) -> bool:
         """Whether everything that a plan asks for can be done."""
-        return all(each.artifact in self._loaded and each.artifact not in self._idle for each in plan.of(Steer))
+        return all(each.artifact in self.loaded and each.artifact not in self._idle for each in plan.of(Steer))
 
     def check(self, steering: Steering) -> None:
         """Raise InvalidArtifact if an artifact's tensors do not fit the served model."""
@@ -83,155 +119,164 @@ class Steerer:
         if first < 1:
             layers = steering.manifest.recipe.layers
             raise InvalidArtifact(f"an adapter over {layers} layers needs a deeper model than this one")
-        for i, layer in enumerate(self._layers[first:]):
-            found = [part for _, parts in _projections(layer) for part in parts]
+        for layer in range(first, len(self._layers)):
+            found = [part for each in self.projections if each.layer == layer for part in each.parts]
             if missing := set(MODULES) - {part.name for part in found}:
-                raise InvalidArtifact(f"layer {first + i} has no {min(missing)} of its own kind, so no adapter can act on it")
+                raise InvalidArtifact(f"layer {layer} has no {min(missing)} of its own kind, so no adapter can act on it")
             for part in found:
-                part.check(steering.tensors, i, f"adapter {steering.fingerprint[:12]}")
+                part.check(steering.tensors, layer - first, f"adapter {steering.fingerprint[:12]}")
 
     def load(self, artifacts: Mapping[str, Steering]) -> None:
-        """Make exactly these, by fingerprint, the loaded ones. They have passed `check`. Hooks stand only where one acts."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._maps, self._terms, self._loaded = [], {}, {}, {}
-        like = self._like
+        """Make exactly these, by fingerprint, the loaded ones. They have passed `check`."""
+        self._maps, self._terms, self.loaded = {}, {}, {}
         for name, steering in sorted(artifacts.items()):  # in an order that no history decides
-            layer, tensors = steering.manifest.layer, steering.tensors
+            first, tensors = steering.manifest.layer, steering.tensors
             if steering.manifest.recipe.method != "adapter":
-                into, out, center = (tensors[part].to(like.device) for part in ("into", "out", "center"))
-                self._maps.setdefault(layer, []).append((name, into, out, center))
+                into, out, center = (tensors[part].to(self._like.device) for part in ("into", "out", "center"))
+                self._maps.setdefault(first, {})[name] = into, out, center
                 continue
-            for i, decoder in enumerate(self._layers[layer:]):
-                for module, parts in _projections(decoder):
-                    self._terms.setdefault(module, {})[name] = [part.term(tensors, i, like) for part in parts]
-        for layer in self._maps:
-            # First of all hooks, so that the fork's tap sees what the layer sees, whichever was made first.
-            self._hooks.append(
-                self._layers[layer].register_forward_pre_hook(
-                    lambda _, args, kwargs, layer=layer: self._tried(self._redirected, layer, args, kwargs),
-                    prepend=True,
-                    with_kwargs=True,
-                )
-            )
-        self._hooks += [module.register_forward_hook(partial(self._tried, self._adapted)) for module in self._terms]
-        self._loaded = dict(artifacts)  # only now are they all there
+            for site, each in enumerate(self.projections):
+                if each.layer >= first:
+                    terms = [part.term(tensors, each.layer - first, self._like) for part in each.parts]
+                    self._terms.setdefault(site, {})[name] = terms
+        if not self._compiled:
+            self._stand(self._maps, self._terms)
+        if self.room is not None:
+            self.room.load(artifacts)
+        self.loaded = dict(artifacts)  # only now are they all there
 
-    def begin(
-        self,
-        slots: Tensor,
-        plans: Sequence[Plan | None],
-        input_ids: Tensor | None,
-        positions: Tensor,
-        embeddings: Tensor | None = None,
-    ) -> Tensor | None:
-        """Before the forward pass: sort its tokens by what is to be done to them.
+    def clear(self) -> None:
+        """Before a pass in which nobody is steered."""
+        self._pass, self._acted, self._failed = _Pass(), set(), False
+
+    def begin(self, slots: Tensor, plans: Sequence[Plan | None], input_ids: Tensor | None, positions: Tensor) -> None:
+        """Before the forward pass: note what is to be done to its tokens.
 
         Args:
             slots: [T] int64, -1 = unguarded; plans: by slot. input_ids, positions: [T].
-            embeddings: [T, H], if the runner made them (of images, say).
-
-        Returns:
-            [T, H] embeddings to start from, or None for the model's own.
         """
-        self._groups, self._acted, self._failed = [], set(), False
-        wanted: dict[tuple[str, float], list[int]] = {}
-        corrupted: list[int] = []
+        self.clear()
+        wanted: dict[str, list[float]] = {}
         for slot, plan in enumerate(plans):
-            if plan is not None:
-                for each in plan.of(Steer):
-                    if each.artifact in self._loaded:
-                        wanted.setdefault((each.artifact, each.strength), []).append(slot)
-                if any(each.spans for each in plan.of(Corrupt)):
-                    corrupted.append(slot)
-        for (artifact, strength), its in wanted.items():
-            index = torch.isin(slots, slots.new_tensor(its)).nonzero().squeeze(1)
-            if len(index):
-                self._groups.append((artifact, strength, index))
-        if not corrupted or input_ids is None:
-            return None
-        chosen = [(slot, cast("Plan", plans[slot])) for slot in corrupted]
-        return self._corrupted(slots, chosen, input_ids, positions, embeddings)
+            if plan is None:
+                continue
+            for each in plan.of(Steer):
+                if each.artifact in self.loaded:
+                    # The last is for tokens without a slot.
+                    wanted.setdefault(each.artifact, [0.0] * (len(plans) + 1))[slot] += each.strength
+            for settings in plan.of(Corrupt):
+                if settings.spans:
+                    self._find(slots, slot, settings, positions)
+        if wanted:
+            of_slots = torch.tensor(list(wanted.values()), device=slots.device)
+            self._pass.strengths = dict(zip(wanted, of_slots[:, slots].unsqueeze(-1), strict=True))
+        if self.room is not None and self._in_room:
+            self.room.begin(slots, wanted, self._corrupted(input_ids))
+
+    def _find(self, slots: Tensor, slot: int, settings: Corrupt, positions: Tensor) -> None:
+        spans = positions.new_tensor(settings.spans)  # [S, 2]
+        inside = ((positions[:, None] >= spans[:, 0]) & (positions[:, None] < spans[:, 1])).any(dim=1)
+        index = (inside & (slots == slot)).nonzero().squeeze(1)
+        if len(index):
+            self._pass.corrupted.append((index, positions[index], settings))
+
+    def enter_room(self, plans: Sequence[Plan | None]) -> bool:
+        """Bring what these plans name into the graphs' room. Returns whether graphs do everything that they ask of the network."""
+        asked = [([each.artifact for each in plan.of(Steer)], bool(plan.of(Corrupt))) for plan in plans if plan is not None]
+        idle = any(name in self._idle for names, _ in asked for name in names)
+        self._in_room = False
+        self._in_room = self.room is not None and not idle and self.room.does(asked)
+        return self._in_room
+
+    def corrupted(self, embeddings: Tensor | None) -> Tensor | None:
+        """[T, H] that the runner has made, corrupted in a copy where that is asked for."""
+        if embeddings is not None and self._pass.corrupted:
+            embeddings = embeddings.clone()
+            self._tried(self.corrupt_, embeddings)
+        return embeddings
+
+    def arm(self) -> None:
+        """The base enters its forward pass."""
+        self._armed = True
 
     def end(self) -> bool:
-        """After the base: what runs on its layers from now on (the fork) is nobody's to steer. Returns whether all was done."""
-        if idle := {artifact for artifact, _, _ in self._groups} - self._acted:
+        """After the base. Returns whether all was done."""
+        self._armed = False
+        if idle := self._pass.strengths.keys() - self._acted:
             self._idle |= idle
             logger.error("lethe: %s did not act on this model's layers; its requests are closed", ", ".join(sorted(idle)))
-        self._groups = []
-        return not self._failed
+        if self._pass.corrupted:
+            logger.error("lethe: names were not corrupted, since the model's embedding was not reached; their requests are closed")
+        done = not self._failed and not self._pass.corrupted
+        self.clear()
+        return done
 
-    def _corrupted(
-        self,
-        slots: Tensor,
-        plans: Sequence[tuple[int, Plan]],
-        input_ids: Tensor,
-        positions: Tensor,
-        embeddings: Tensor | None,
-    ) -> Tensor | None:
-        made: Tensor | None = None
-        for slot, plan in plans:
-            [settings] = plan.of(Corrupt)
-            spans = positions.new_tensor(settings.spans)  # [S, 2]
-            inside = ((positions[:, None] >= spans[:, 0]) & (positions[:, None] < spans[:, 1])).any(dim=1)
-            index = (inside & (slots == slot)).nonzero().squeeze(1)
-            if not len(index):
-                continue
-            if made is None:
-                made = (self._embed(input_ids) if embeddings is None else embeddings).clone()
-            made[index] = corrupt(
-                made[index],
-                positions[index],
-                kind=cast("Corruption", settings.kind),
-                strength=settings.strength,
-                first_n=settings.first_n,
-                seed=settings.seed,
-            )
-        return made
-
-    def _tried(self, act: Callable[..., Any], *args: Any) -> Any:
-        """What a hook does; if it cannot, the base goes on as it is, and what was to be steered is closed."""
+    def _tried(self, act: Callable[..., Any], *args: Any) -> None:
+        """If something cannot be done, the base goes on as it is, and what was to be steered is closed."""
         try:
-            return act(*args)
+            act(*args)
         except Exception:
             if not self._failed:
                 logger.exception("lethe: a layer could not be steered")
             if not self._alone:
                 raise  # see `Context.stop_unless_alone`
             self._failed = True
-            return None
 
-    def _redirected(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """Where tokens enter a layer that has maps: (positions, hidden, residual or not, ...). One map after the other."""
-        if not self._groups or len(args) < 2:
-            return None
-        positions, hidden, *rest = args
-        residual = rest[0] if rest and isinstance(rest[0], Tensor) and rest[0].shape == hidden.shape else None
-        moved = None
-        for name, into, out, center in self._maps[layer]:
-            for artifact, strength, index in self._groups:
-                if artifact == name:
-                    moved = hidden.clone() if moved is None else moved
-                    stream = moved[index] if residual is None else moved[index] + residual[index]
-                    shift = redirect(stream, into=into, out=out, center=center, strength=strength)
-                    moved.index_add_(0, index, shift.to(hidden.dtype))
-                    self._acted.add(name)
-        return None if moved is None else ((positions, moved, *rest), kwargs)
+    def embedded(self, embeddings: Tensor) -> None:
+        if self.room is not None and self.room.capturing:
+            self.room.embedded(embeddings)
+        elif self._armed and self._pass.corrupted:
+            self._tried(self.corrupt_, embeddings)
 
-    def _adapted(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After a projection that has adapters: its output is written into."""
-        if not self._groups:
-            return
-        result = output[0] if isinstance(output, tuple) else output
-        for artifact, strength, index in self._groups:
-            if artifact in self._terms[module]:
-                self._acted.add(artifact)
-            for term in self._terms[module].get(artifact, ()):
-                added = term(args[0][index])
-                result[:, term.columns].index_add_(0, index, added.to(result.dtype), alpha=strength)
+    def entered(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        if self.room is not None and self.room.capturing:
+            self.room.entered(layer, hidden, residual)
+        elif self._armed and self._pass.strengths and layer in self._maps:
+            self._tried(self._redirect_, layer, hidden, residual)
+
+    def projected(self, site: int, inputs: Tensor, output: Tensor) -> None:
+        if self.room is not None and self.room.capturing:
+            self.room.projected(site, inputs, output)
+        elif self._armed and self._pass.strengths and site in self._terms:
+            self._tried(self._add_, site, inputs, output)
+
+    def corrupt_(self, embeddings: Tensor) -> None:
+        """In place, what is to be corrupted of [T, H], once."""
+        for index, positions, settings in self._pass.corrupted:
+            embeddings[index] = _corrupted(embeddings[index], positions, settings)
+        self._pass.corrupted = []
+
+    def _corrupted(self, input_ids: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """What graphs write over embeddings: which tokens, [N, H]."""
+        if input_ids is None:
+            return []
+        return [
+            (index, _corrupted(self._embedding(input_ids[index]), positions, settings))
+            for index, positions, settings in self._pass.corrupted
+        ]
+
+    def _redirect_(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """One map after the other."""
+        for name, (into, out, center) in self._maps[layer].items():
+            if (strength := self._pass.strengths.get(name)) is not None:
+                stream = hidden if residual is None else hidden + residual
+                hidden += redirect(stream, into=into, out=out, center=center, strength=strength).to(hidden.dtype)
+                self._acted.add(name)
+
+    def _add_(self, site: int, inputs: Tensor, output: Tensor) -> None:
+        for name, terms in self._terms[site].items():
+            if (strength := self._pass.strengths.get(name)) is not None:
+                for term in terms:
+                    output[:, term.columns] += term(inputs, strength)
+                self._acted.add(name)
 
 
-def _projections(layer: nn.Module) -> list[tuple[nn.Module, tuple[Part, ...]]]:
-    """A decoder layer's projections that take low-rank terms."""
-    found = [(module, parts_of(name.rpartition(".")[2], module)) for name, module in layer.named_modules()]
-    return [(module, parts) for module, parts in found if parts]
+def _corrupted(embeddings: Tensor, positions: Tensor, settings: Corrupt) -> Tensor:
+    return corrupt(
+        embeddings,
+        positions,
+        kind=cast("Corruption", settings.kind),
+        strength=settings.strength,
+        first_n=settings.first_n,
+        seed=settings.seed,
+    )

@@ -6,7 +6,8 @@ Covered: what happens inside the forward pass, and closing the rows of requests 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -43,6 +44,14 @@ class SteeringInNetwork:
             return str(error)
         return None
 
+    def prepare(self) -> None:
+        """Reach into a model that is about to be compiled: what is not in its layers by then is not in what is compiled."""
+        if self._context.base is not None:
+            try:
+                self._the_steerer()
+            except Unsteerable as error:
+                logger.warning("lethe: %s", error)
+
     def check(self, steering: Steering) -> None:
         """Raise InvalidArtifact or Unsteerable if this model cannot be steered by an artifact."""
         if self._context.base is None:
@@ -68,23 +77,64 @@ class SteeringInNetwork:
         """What these plans' requests computed just now was, or may have been, computed without steering."""
         self._spoilt |= {plan.cache_salt for plan in plans if plan.cache_salt is not None}
 
-    def begin(self, input_ids: Tensor | None, positions: Tensor, embeddings: Tensor | None) -> Tensor | None:
-        """Before the base: [T, H] embeddings to start from, or None for its own."""
+    def begin(self, input_ids: Tensor | None, positions: Tensor) -> None:
+        """Before a forward pass, [T] each: note what is to be done to its tokens."""
+        if self._steerer is None:
+            return
         slots = self._context.step.slots
-        if self._steerer is None or slots is None or not any(plan.changes_cache for plan in self._slots.live_plans):
-            return None
+        if slots is None or not self._engaged:
+            self._steerer.clear()
+            return
         try:
-            return self._steerer.begin(slots, self._slots.plans, input_ids, positions, embeddings)
+            self._steerer.begin(slots, self._slots.plans, input_ids, positions)
         except Exception:
             logger.exception("lethe: a step could not be steered; its steered requests are closed")
             self._context.stop_unless_alone()
+            self._steerer.clear()
             self.spoil(self._slots.live_plans)
+
+    def clear(self) -> None:
+        """Before a pass that computes nothing for anybody."""
+        if self._steerer is not None:
+            self._steerer.clear()
+
+    @property
+    def _engaged(self) -> bool:
+        return any(plan.changes_cache for plan in self._slots.live_plans)
+
+    @contextmanager
+    def acting(self, embeddings: Tensor | None) -> Iterator[Tensor | None]:
+        """Around the base's forward pass. Yields [T, H] embeddings to start from, if the runner made them (of images, say)."""
+        if self._steerer is None:
+            yield embeddings
+            return
+        self._steerer.arm()
+        try:
+            yield self._steerer.corrupted(embeddings)
+        finally:
+            if not self._steerer.end():
+                self.spoil(self._slots.live_plans)
+
+    def graphs(self) -> int | None:
+        """Which CUDA graphs do what the coming pass needs: 0 = those without steering, 1 = those with it, None = none."""
+        if not self._engaged:
+            return 0
+        try:
+            return 1 if self._steerer is not None and self._steerer.enter_room(self._slots.plans) else None
+        except Exception:
+            logger.exception("lethe: artifacts cannot be brought into the graphs; a step runs without them")
+            self._context.stop_unless_alone()
             return None
 
-    def end(self) -> None:
-        """After the base, whatever became of it."""
-        if self._steerer is not None and not self._steerer.end():
-            self.spoil(self._slots.live_plans)
+    def capture(self, steered: bool) -> None:
+        """Which graphs are captured from now on."""
+        if self._steerer is not None and self._steerer.room is not None:
+            self._steerer.room.capturing = steered
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether there is anything that a graph could do."""
+        return self._steerer is not None and self._steerer.room is not None
 
     def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
         """Close the rows of requests that should have been steered and were not, see `SteeringGuard.apply`."""
@@ -99,7 +149,9 @@ class SteeringInNetwork:
     def _the_steerer(self) -> Steerer:
         """Made when the first artifact, or the first plan that corrupts, comes. Raises Unsteerable."""
         if self._steerer is None:
-            self._steerer = self._made()
+            steerer = self._made()
+            steerer.listen()
+            self._steerer = steerer
         return self._steerer
 
     def _made(self) -> Steerer:

@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from serve.engine.attention import PagedBatch
 from serve.engine.engine_guards import EngineGuards
+from serve.engine.graphs_v2 import keep_two_graphs
 from serve.engine.slots import TAG_DIGITS
 from serve.protocol.wire import decode_plan
 
@@ -42,6 +43,7 @@ class TrackerV2:
     def _track(self, guards: EngineGuards, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.guards = guards
         self.guards.tracked = True
+        keep_two_graphs()
         self._slot_of: dict[str, int] = {}
         self._tags = torch.zeros((max_tokens, TAG_DIGITS), dtype=dtype, device=device)
 
@@ -89,10 +91,12 @@ class TrackerV2:
         else:
             self.guards.step.clear()
             tags.zero_()
+        self.guards.steering.begin(input_batch.input_ids[: len(tags)], input_batch.positions[: len(tags)])
         return {**inputs, TAGS: tags}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)  # type: ignore[misc]
+        self.guards.steering.clear()
         return {**inputs, TAGS: self._tags[:num_tokens]}
 
     def _release(self, req_id: str) -> None:

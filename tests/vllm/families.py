@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -35,6 +36,7 @@ class Order(TypedDict):
     engine: dict[str, Any]  # of vLLM's LLM
     directory: str  # where the model is made
     tokenizer: str
+    graphs: str  # the mode of CUDA graphs, see `tests.rig.graphs_on_cpu`; "" = none
 
 
 def main(order: Order) -> None:
@@ -53,6 +55,7 @@ def main(order: Order) -> None:
     from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY, encode_plan
     from tests.assistants import random_assistant
     from tests.bench.steering import random_steering
+    from tests.rig import graphs_on_cpu
 
     torch.manual_seed(0)
     directory = Path(order["directory"])
@@ -91,6 +94,7 @@ def main(order: Order) -> None:
         "corrupt": (Corrupt("rand_noise_first_n", 1.0, 8, 3, ((1, 4),)),),
         "all": (Contrast(random, "uld", 1.0, 0.0, 0.0), Steer(adapter, 0.5), Corrupt("flip_sign_first_n", 1.0, 8, 3, ((1, 4),))),
     }
+    replayed = graphs_on_cpu.set_up(list(range(1, 65)), order["graphs"]) if order["graphs"] else Counter()
     engine = LLM(
         str(directory),
         tokenizer=order["tokenizer"],
@@ -107,6 +111,8 @@ def main(order: Order) -> None:
         **{"enforce_eager": True, **order["engine"]},
     )
     [described, *_] = engine.collective_rpc("lethe_describe")  # as lethe does when it starts
+    if order["graphs"]:
+        engine.collective_rpc(lambda worker: worker.model_runner.capture_model())
     names = {"zero": ("contrast", zero), "contrast": ("contrast", random), "adapter": ("steering", adapter)}
     names["project"] = ("steering", project)
     workers = engine.collective_rpc("lethe_load", args=(list(names.values()),))
@@ -136,7 +142,7 @@ def main(order: Order) -> None:
     answers["suppression"] = [_said(output) for output in engine.generate(prompts, sampling, use_tqdm=False)]
     closed = engine.collective_rpc("lethe_closed_rows")[0]
     drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens")
-    found = {"failures": failures, "closed": closed, "drafted": drafted, "answers": answers}
+    found = {"failures": failures, "closed": closed, "drafted": drafted, "replayed": replayed, "answers": answers}
     print(json.dumps({"described": described, **found}))
 
 

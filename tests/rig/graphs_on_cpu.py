@@ -1,0 +1,123 @@
+"""A rig, not a product: what a CUDA graph does, on a CPU.
+
+A graph holds the operations of one run with the tensors that they were given: replayed, it runs no Python of ours, reads and writes
+the same addresses, and takes every number that Python had at hand for a constant. `Graph` does that to the operations that PyTorch
+dispatches, in the place of ``torch.cuda.CUDAGraph``, so that vLLM's own code captures, chooses and replays. As on a GPU, an
+operation that waits for the device raises while it is captured. lethe's own operators are looked into, vLLM's attention is not: its
+metadata is another in each step here, so it is taken from the step that is under way.
+
+What it cannot show: memory that a graph shares with others, streams, kernels of GPUs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive")
+
+
+class Graph:
+    """Stands for ``torch.cuda.CUDAGraph``."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, Any, Any, dict[int, Tensor]]] = []
+        """Function, its arguments, and what it makes that was not there before, by place among its results."""
+
+    def replay(self) -> None:
+        for function, args, kwargs, made in self.operations:
+            again = tensors(function(*args, **kwargs))
+            for place, old in made.items():
+                old.copy_(again[place])
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+class Capture(TorchDispatchMode):
+    """Notes every operation."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from serve.engine.steer_sites import OPERATORS
+
+        kwargs = kwargs or {}
+        name = function._schema.name.partition("::")[2]
+        by_mask = name.startswith("index") and any(each.dtype is torch.bool for each in tensors(args[1:]))
+        if name in WAITS or by_mask:
+            raise RuntimeError(f"{function} waits for the device, which a graph cannot")
+        if function.namespace == "lethe":
+            [operator] = [each for each in OPERATORS.values() if each.__name__ == name]
+            with self:
+                return operator(*args, **kwargs)
+        result = function(*args, **kwargs)
+        given = {each.untyped_storage().data_ptr() for each in tensors((args, kwargs))}
+        made = {i: each for i, each in enumerate(tensors(result)) if each.untyped_storage().data_ptr() not in given}
+        if made or function._schema.is_mutable:  # else it is a view, which stays one
+            self._graph.operations.append((function, args, kwargs, made))
+        return result
+
+
+def set_up(capture_sizes: list[int], mode: str) -> Counter[int]:
+    """Let vLLM's Model Runner V2 use graphs here, before the engine is made. Returns how often graphs ran, by case, from now on."""
+    from vllm.config.compilation import CompilationConfig, CUDAGraphMode
+    from vllm.forward_context import set_forward_context
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.worker.gpu import cudagraph_utils, model_runner
+    from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    replayed: Counter[int] = Counter()
+
+    def resolve(self: Any, *_: Any, **__: Any) -> Any:
+        self.cudagraph_mode, self.cudagraph_capture_sizes = CUDAGraphMode[mode], capture_sizes
+        self.max_cudagraph_capture_size = max(capture_sizes)
+        return self.cudagraph_mode
+
+    @contextmanager
+    def recording(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
+        with Capture(graph):
+            yield
+
+    plain = DefaultModelState.prepare_attn
+    step: dict[str, Any] = {}
+
+    def prepare_attn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata = plain(self, *args, **kwargs)
+        slots, cache = args[3], args[5]
+        step.update(attn_metadata=metadata, slot_mapping=build_slot_mappings_by_layer(slots, cache))
+        return metadata
+
+    run = cudagraph_utils.ModelCudaGraphManager.run_fullgraph
+
+    def run_fullgraph(self: Any, described: Any) -> Any:
+        replayed[described.num_active_loras] += 1
+        with set_forward_context(vllm_config=self.vllm_config, num_tokens=described.num_tokens, **step):
+            return run(self, described)
+
+    patched: Any = CompilationConfig
+    patched.resolve_cudagraph_mode_and_sizes = resolve
+    patched = DefaultModelState
+    patched.prepare_attn = prepare_attn
+    patched = cudagraph_utils.ModelCudaGraphManager
+    patched.run_fullgraph = run_fullgraph
+    patched = CpuPlatform
+    patched.get_global_graph_pool = patched.graph_pool_handle = classmethod(lambda _: (0, 0))
+    patched = cudagraph_utils
+    patched.graph_capture = lambda **_: nullcontext()
+    patched = model_runner
+    patched.lock_workspace = lambda: None  # the CPU's worker has none
+    patched = torch.cuda
+    patched.CUDAGraph, patched.graph = Graph, recording
+    return replayed
