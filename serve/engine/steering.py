@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from guards.errors import InvalidArtifact
 from guards.steering.artifact import Steering
@@ -105,7 +107,7 @@ class SteeringInNetwork:
     @contextmanager
     def acting(self, embeddings: Tensor | None) -> Iterator[Tensor | None]:
         """Around the base's forward pass. Yields [T, H] embeddings to start from, if the runner made them (of images, say)."""
-        if self._steerer is None:
+        if self._steerer is None or _replays():
             yield embeddings
             return
         self._steerer.arm()
@@ -162,3 +164,8 @@ class SteeringInNetwork:
             raise Unsteerable(str(error)) from error
         except Exception as error:
             raise Unsteerable(f"this model is built in another way than those that can be steered: {error}") from error
+
+
+def _replays() -> bool:
+    """Whether the pass is one of pieces that CUDA graphs replay, or is captured for them."""
+    return is_forward_context_available() and get_forward_context().cudagraph_runtime_mode is not CUDAGraphMode.NONE

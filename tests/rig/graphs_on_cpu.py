@@ -31,6 +31,12 @@ class Graph:
         self.operations: list[tuple[Any, Any, Any, dict[int, Tensor]]] = []
         """Function, its arguments, and what it makes that was not there before, by place among its results."""
 
+    def capture_begin(self, **_: Any) -> None:
+        capturing[-1].graph = self
+
+    def capture_end(self) -> None:
+        capturing[-1].graph = None
+
     def replay(self) -> None:
         for function, args, kwargs, made in self.operations:
             again = tensors(function(*args, **kwargs))
@@ -38,16 +44,20 @@ class Graph:
                 old.copy_(again[place])
 
 
+capturing: list[Capture] = []
+"""Of pieces (vLLM's breakable graphs): what notes them at the moment."""
+
+
 def tensors(values: Any) -> list[Tensor]:
     return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
 
 
 class Capture(TorchDispatchMode):
-    """Notes every operation."""
+    """Notes every operation in a graph, or in one after the other."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph | None = None) -> None:
         super().__init__()
-        self._graph = graph
+        self.graph = graph
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from serve.engine.steer_sites import OPERATORS
@@ -61,16 +71,21 @@ class Capture(TorchDispatchMode):
             [operator] = [each for each in OPERATORS.values() if each.__name__ == name]
             with self:
                 return operator(*args, **kwargs)
+        graph = self.graph
         result = function(*args, **kwargs)
+        if graph is None or graph is not self.graph:
+            return result  # a break between two pieces
         given = {each.untyped_storage().data_ptr() for each in tensors((args, kwargs))}
         made = {i: each for i, each in enumerate(tensors(result)) if each.untyped_storage().data_ptr() not in given}
         if made or function._schema.is_mutable:  # else it is a view, which stays one
-            self._graph.operations.append((function, args, kwargs, made))
+            graph.operations.append((function, args, kwargs, made))
         return result
 
 
 def set_up(capture_sizes: list[int], mode: str) -> Counter[int]:
     """Let vLLM's Model Runner V2 use graphs here, before the engine is made. Returns how often graphs ran, by case, from now on."""
+    from vllm.compilation import breakable_cudagraph
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphCapture, BreakableCUDAGraphWrapper
     from vllm.config.compilation import CompilationConfig, CUDAGraphMode
     from vllm.forward_context import set_forward_context
     from vllm.platforms.cpu import CpuPlatform
@@ -106,7 +121,30 @@ def set_up(capture_sizes: list[int], mode: str) -> Counter[int]:
         with set_forward_context(vllm_config=self.vllm_config, num_tokens=described.num_tokens, **step):
             return run(self, described)
 
-    patched: Any = CompilationConfig
+    enter, leave = BreakableCUDAGraphCapture.__enter__, BreakableCUDAGraphCapture.__exit__
+
+    def begin(self: Any) -> Any:
+        capturing.append(Capture())
+        capturing[-1].__enter__()
+        return enter(self)
+
+    def end(self: Any, *error: Any) -> None:
+        leave(self, *error)
+        capturing.pop().__exit__(*error)
+
+    pieces = BreakableCUDAGraphWrapper._replay
+
+    def replay_pieces(self: Any, entry: Any, *args: Any) -> Any:
+        replayed[entry.batch_descriptor.num_active_loras] += 1
+        return pieces(self, entry, *args)
+
+    patched: Any = BreakableCUDAGraphCapture
+    patched.__enter__, patched.__exit__ = begin, end
+    patched = BreakableCUDAGraphWrapper
+    patched._replay = replay_pieces
+    patched = breakable_cudagraph
+    patched.weak_ref_tensor = patched.weak_ref_tensors = lambda given: given
+    patched = CompilationConfig
     patched.resolve_cudagraph_mode_and_sizes = resolve
     patched = DefaultModelState
     patched.prepare_attn = prepare_attn
