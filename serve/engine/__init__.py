@@ -4,6 +4,6 @@ One road: ``tracker_*`` puts a request's plan into the `SlotTable` before the fo
 slot and position through the model's output; ``compute_logits`` reads them back and applies the guards. Whatever vLLM does with
 logits afterwards (sampling, beam search, log-probabilities of outputs and prompts, grammars) sees guarded values only.
 
-``engine_guards`` makes the guards of the catalogue; ``contrast`` (on ``fork``) and ``steering`` (on ``steer_hooks``) reach into the
-network; ``artifacts`` keeps what is loaded.
+``engine_guards`` makes the guards of the catalogue; ``contrast`` (on ``fork``) and ``steering`` (on ``steer_hooks``, in CUDA graphs
+``steer_graphs`` and ``graphs_v2``) reach into the network at ``sites``; ``artifacts`` keeps what is loaded.
 """

@@ -28,6 +28,7 @@ from guards.contrastive.assistant import FORKED_LAYERS, Assistant
 from guards.errors import InvalidArtifact
 from serve.engine.attention import Lines, PagedBatch
 from serve.engine.projections import LowRankTerm, Part, parts_of
+from serve.engine.sites import FORK, before_fork, listen
 
 
 class Unforkable(InvalidArtifact):
@@ -132,11 +133,12 @@ class LateFork:
         self._below = torch.zeros(tokens, vllm_config.model_config.get_hidden_size(), dtype=like.dtype, device=like.device)
         self._first = inner.layers[depth]
         self._heard = False
-        """Whether the base ever entered its last layers in the way that `_tap` knows. Compiled, it does so when it is traced."""
+        """Whether the base ever entered its last layers in the way that `serve.engine.sites` knows."""
 
     def listen(self) -> None:
         """Be told what the base hands to its last layers, from its next pass on. Until then nothing about the base has changed."""
-        self._first.register_forward_pre_hook(self._tap)
+        listen(FORK, self, self._vllm_config)
+        before_fork(self._first)
 
     def _copy(self, module: nn.Module) -> nn.Module:
         """New shells around the same leaves, with attention and the adapted projections replaced."""
@@ -182,14 +184,11 @@ class LateFork:
                     del module.terms[name]
         self.loaded = frozenset(assistants)
 
-    def _tap(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def tap(self, hidden: Tensor, residual: Tensor | None) -> None:
         """Where the base enters its last K layers: keep what the fork will start from. [T, H], at a fixed address.
 
         Copied at once, since vLLM's fused norms write into their inputs.
         """
-        if len(args) < 3:
-            return  # in another way than we know, see `_heard`
-        _positions, hidden, residual = args[:3]
         self._heard = True
         below = self._below[: len(hidden)]
         torch.add(hidden, residual, out=below) if residual is not None else below.copy_(hidden)

@@ -23,6 +23,7 @@ from vllm.sequence import IntermediateTensors
 
 from guards.types import AssistantLines
 from serve.engine.engine_guards import EngineGuards, guards_of
+from serve.engine.sites import mark
 from serve.engine.slots import TAG_DIGITS
 from serve.engine.tracker_v1 import tags_of_context
 from serve.protocol.wire import GUARDED_PREFIX
@@ -43,6 +44,7 @@ class GuardedModel:
         if not vllm_config.model_config.enforce_eager:
             self.lethe.contrast.prepare()
             self.lethe.steering.prepare()
+            mark(vllm_config)
 
     def forward(
         self,

@@ -40,7 +40,9 @@ class Part:
 
     def room(self, rank: int, like: Tensor) -> LowRankTerm:
         """A term of noughts, to be written into."""
-        inputs, outputs = (len(range(*each.indices(size))) for each, size in zip((self.inputs, self.outputs), self.size, strict=True))
+        inputs, outputs = (
+            len(range(*each.indices(size))) for each, size in zip((self.inputs, self.outputs), self.size, strict=True)
+        )
         return LowRankTerm(like.new_zeros(inputs, rank), like.new_zeros(rank, outputs), self.columns, self.summed)
 
     def check(self, tensors: Mapping[str, Tensor], layer: int, artifact: str) -> None:

@@ -61,6 +61,8 @@ class GraphRoom:
         self._columns: dict[str, list[int]] = {}
         self.capturing = False
         """Whether a graph with the room is being captured: the only time at which its arithmetic is run from Python."""
+        self._reached: set[tuple[str, int]] = set()
+        """Places to which a captured pass came. What it does not come to, graphs do not do."""
 
     def load(self, artifacts: Mapping[str, Steering]) -> None:
         """Only these may be in the room from now on."""
@@ -77,7 +79,9 @@ class GraphRoom:
         wanted: set[str] = set()
         for names, corrupted in plans:
             maps = Counter(self._artifacts[name].manifest.layer for name in names if name in self._artifacts and self._is_map(name))
-            if (corrupted and self._takes_embeddings) or max(maps.values(), default=0) > 1 + CHAIN:
+            if corrupted and (self._takes_embeddings or ("embedding", 0) not in self._reached):
+                return False
+            if max(maps.values(), default=0) > 1 + CHAIN:
                 return False
             wanted |= set(names)
         if not all(name in self._artifacts and self._fits(name) for name in wanted):
@@ -93,7 +97,11 @@ class GraphRoom:
         return self._artifacts[name].manifest.recipe.method != "adapter"
 
     def _fits(self, name: str) -> bool:
-        return self._is_map(name) or self._artifacts[name].manifest.layer >= max(1, self._lowest)
+        first = self._artifacts[name].manifest.layer
+        if self._is_map(name):
+            return ("layer", first) in self._reached
+        sites = {("projection", site) for site, each in enumerate(self._projections) if each.layer >= first}
+        return first >= max(1, self._lowest) and sites <= self._reached
 
     def _bring(self, missing: Iterable[str], wanted: set[str]) -> None:
         free = set(range(COLUMNS)).difference(*self._columns.values())
@@ -160,10 +168,12 @@ class GraphRoom:
             self._covered[index], self._embeddings[index], self._covers = True, embeddings, True
 
     def embedded(self, embeddings: Tensor) -> None:
+        self._reached.add(("embedding", 0))
         count = len(embeddings)
         embeddings.copy_(torch.where(self._covered[:count], self._embeddings[:count], embeddings))
 
     def entered(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        self._reached.add(("layer", layer))
         strengths = self._strengths[: len(hidden)] * self._at[layer]
         stream = hidden if residual is None else hidden + residual
         low = torch.addmm(self._shift, stream.float(), self._into)
@@ -173,5 +183,6 @@ class GraphRoom:
         hidden += (moved @ self._out).to(hidden.dtype)
 
     def projected(self, site: int, inputs: Tensor, output: Tensor) -> None:
+        self._reached.add(("projection", site))
         for term in self._terms.get(site, ()):
             output[:, term.columns] += term(inputs, self._strengths[: len(inputs)])

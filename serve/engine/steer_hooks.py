@@ -1,4 +1,4 @@
-"""Steering inside vLLM's own model: what is done, at the places of `serve.engine.steer_sites`, to the tokens of some requests.
+"""Steering inside vLLM's own model: what is done, at the places of `serve.engine.sites`, to the tokens of some requests.
 
 Before a forward pass each artifact that somebody in the batch names gets its strength at every token, [T], nought where it is
 nobody's; what an artifact changes is multiplied by it. So nothing waits for the device, rows of other requests are what they would
@@ -9,7 +9,7 @@ Keys and values of steered tokens differ, so that such requests carry a salt (`P
 steered base wrote and so composes with this.
 
 Covered: models of plain decoder layers whose projections `serve.engine.projections` knows, also split over processes, eager and
-compiled; in CUDA graphs by `serve.engine.steer_graphs`. Not covered: experts of a mixture have no projections that an adapter knows.
+compiled; in CUDA graphs by `serve.engine.steer_graphs`. Not covered: adapters on the experts of a mixture.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from guards.steering.operators import corrupt, redirect
 from guards.types import Plan
 from serve.engine.fork import Unforkable, decoder_of, refuse_lora
 from serve.engine.projections import LowRankTerm, projections_of
+from serve.engine.sites import STEERING, after_embedding, after_projection, before_layer, listen
 from serve.engine.steer_graphs import GraphRoom
-from serve.engine.steer_sites import enlist, hook_embedding, hook_layer, hook_projection
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ class Steerer:
 
     def listen(self) -> None:
         """Stand in the model. A compiled one must be entered before it is compiled, everywhere, and not again."""
-        enlist(self, self._vllm_config)
-        hook_embedding(self._embedding)
+        listen(STEERING, self, self._vllm_config)
+        after_embedding(self._embedding)
         if self._compiled:
             self._stand(range(1, len(self._layers)), range(len(self.projections)))
             if self._vllm_config.use_v2_model_runner:
@@ -104,8 +104,8 @@ class Steerer:
     def _stand(self, layers: Iterable[int], sites: Iterable[int]) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [hook_layer(self._layers[layer], layer) for layer in layers]
-        self._hooks += [hook_projection(self.projections[site].module, site) for site in sites]
+        self._hooks = [before_layer(self._layers[layer], layer) for layer in layers]
+        self._hooks += [after_projection(self.projections[site].module, site) for site in sites]
 
     def able(self, plan: Plan) -> bool:
         """Whether everything that a plan asks for can be done."""
@@ -157,6 +157,7 @@ class Steerer:
         """
         self.clear()
         wanted: dict[str, list[float]] = {}
+        corrupting: list[tuple[Corrupt, Tensor]] = []  # how, and [T] which tokens
         for slot, plan in enumerate(plans):
             if plan is None:
                 continue
@@ -164,21 +165,21 @@ class Steerer:
                 if each.artifact in self.loaded:
                     # The last is for tokens without a slot.
                     wanted.setdefault(each.artifact, [0.0] * (len(plans) + 1))[slot] += each.strength
-            for settings in plan.of(Corrupt):
-                if settings.spans:
-                    self._find(slots, slot, settings, positions)
+            corrupting += [
+                (settings, _inside(settings, positions) & (slots == slot)) for settings in plan.of(Corrupt) if settings.spans
+            ]
         if wanted:
             of_slots = torch.tensor(list(wanted.values()), device=slots.device)
             self._pass.strengths = dict(zip(wanted, of_slots[:, slots].unsqueeze(-1), strict=True))
+        if corrupting:  # one question to the device, of all
+            for here, (settings, mask) in zip(
+                torch.stack([mask for _, mask in corrupting]).any(dim=1).tolist(), corrupting, strict=True
+            ):
+                if here:
+                    index = mask.nonzero().squeeze(1)
+                    self._pass.corrupted.append((index, positions[index], settings))
         if self.room is not None and self._in_room:
             self.room.begin(slots, wanted, self._corrupted(input_ids))
-
-    def _find(self, slots: Tensor, slot: int, settings: Corrupt, positions: Tensor) -> None:
-        spans = positions.new_tensor(settings.spans)  # [S, 2]
-        inside = ((positions[:, None] >= spans[:, 0]) & (positions[:, None] < spans[:, 1])).any(dim=1)
-        index = (inside & (slots == slot)).nonzero().squeeze(1)
-        if len(index):
-            self._pass.corrupted.append((index, positions[index], settings))
 
     def enter_room(self, plans: Sequence[Plan | None]) -> bool:
         """Bring what these plans name into the graphs' room. Returns whether graphs do everything that they ask of the network."""
@@ -269,6 +270,12 @@ class Steerer:
                 for term in terms:
                     output[:, term.columns] += term(inputs, strength)
                 self._acted.add(name)
+
+
+def _inside(settings: Corrupt, positions: Tensor) -> Tensor:
+    """[T] bool, which positions of a request are in its spans."""
+    spans = positions.new_tensor(settings.spans)  # [S, 2]
+    return ((positions[:, None] >= spans[:, 0]) & (positions[:, None] < spans[:, 1])).any(dim=1)
 
 
 def _corrupted(embeddings: Tensor, positions: Tensor, settings: Corrupt) -> Tensor:

@@ -60,7 +60,7 @@ class Capture(TorchDispatchMode):
         self.graph = graph
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from serve.engine.steer_sites import OPERATORS
+        from serve.engine.sites import OPERATORS
 
         kwargs = kwargs or {}
         name = function._schema.name.partition("::")[2]

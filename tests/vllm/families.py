@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -37,6 +38,47 @@ class Order(TypedDict):
     directory: str  # where the model is made
     tokenizer: str
     graphs: str  # the mode of CUDA graphs, see `tests.rig.graphs_on_cpu`; "" = none
+
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", {}),
+    "Qwen3": ("Qwen3Config", {}),
+    "Gemma3": ("Gemma3TextConfig", {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 3}),
+    "Qwen3Moe": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}),
+}
+
+
+def ask(
+    family: str, engine: dict[str, Any], directory: Path, tokenizer: Path, graphs: str = "", **environment: str
+) -> dict[str, Any]:
+    """What this script prints, run in a process of its own. ``engine``: options of vLLM's LLM; ``environment``: of the process."""
+    config, options = MODELS[family]
+    order: Order = {
+        "config": config,
+        "model": f"{family}ForCausalLM",
+        "options": options,
+        "engine": engine,
+        "directory": str(directory / family),
+        "tokenizer": str(tokenizer),
+        "graphs": graphs,
+    }
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(root), os.environ.get("PYTHONPATH")]))
+    # One process where that is possible: it is imported once.
+    alone = {} if "tensor_parallel_size" in engine else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    given = {
+        **os.environ,
+        "VLLM_CACHE_ROOT": str(directory / "cache"),
+        "OMP_NUM_THREADS": "1",
+        **alone,
+        **environment,
+        "PYTHONPATH": path,
+    }
+    command = [sys.executable, "-m", "tests.vllm.families", json.dumps(order)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=given, cwd=root, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
 
 
 def main(order: Order) -> None:
@@ -94,11 +136,12 @@ def main(order: Order) -> None:
         "corrupt": (Corrupt("rand_noise_first_n", 1.0, 8, 3, ((1, 4),)),),
         "all": (Contrast(random, "uld", 1.0, 0.0, 0.0), Steer(adapter, 0.5), Corrupt("flip_sign_first_n", 1.0, 8, 3, ((1, 4),))),
     }
+    if not torch.cuda.is_available():
+        _load_what_was_compiled()
     replayed = graphs_on_cpu.set_up(list(range(1, 65)), order["graphs"]) if order["graphs"] else Counter()
     engine = LLM(
         str(directory),
         tokenizer=order["tokenizer"],
-        dtype="float32",
         max_model_len=256,
         max_num_batched_tokens=64,
         enable_chunked_prefill=True,
@@ -108,7 +151,7 @@ def main(order: Order) -> None:
         logits_processors=["serve.engine.processor:LetheProcessor"],
         additional_config={PLAN_KEY: {ARTIFACTS_KEY: str(directory / "artifacts"), BASE_KEY: base.model_dump()}},
         worker_extension_cls="serve.engine.worker.WorkerExtension",
-        **{"enforce_eager": True, **order["engine"]},
+        **{"enforce_eager": True, "dtype": "float32", **order["engine"]},
     )
     [described, *_] = engine.collective_rpc("lethe_describe")  # as lethe does when it starts
     if order["graphs"]:
@@ -142,8 +185,41 @@ def main(order: Order) -> None:
     answers["suppression"] = [_said(output) for output in engine.generate(prompts, sampling, use_tqdm=False)]
     closed = engine.collective_rpc("lethe_closed_rows")[0]
     drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens")
-    found = {"failures": failures, "closed": closed, "drafted": drafted, "replayed": replayed, "answers": answers}
+    compiled, from_disk = engine.collective_rpc(_compiled)[0]
+    found = {
+        "compiled": compiled,
+        "from_disk": from_disk,
+        "failures": failures,
+        "closed": closed,
+        "drafted": drafted,
+        "replayed": replayed,
+        "answers": answers,
+    }
     print(json.dumps({"described": described, **found}))
+
+
+def _load_what_was_compiled() -> None:
+    """vLLM saves what it has compiled. On a CPU it misses a method when it loads it, which would have nothing to do there."""
+    import torch
+    from vllm.compilation import decorators
+
+    def load(model: Any, path: str) -> Any:
+        if not os.path.exists(path):
+            return None
+        with open(path, "rb") as file:
+            function = torch.compiler.load_compiled_function(file, f_globals=model.forward.__globals__)
+        function.disable_guard_check()
+        return function
+
+    patched: Any = decorators
+    patched._try_load_aot_compiled_fn = load
+
+
+def _compiled(worker: Any) -> tuple[bool, bool]:
+    """Whether the model runs compiled, and whether what is compiled came from vLLM's cache."""
+    modules = list(worker.model_runner.get_model().modules())
+    compiled = any(getattr(each, "compiled", False) or getattr(each, "aot_compiled_fn", None) is not None for each in modules)
+    return compiled, any(getattr(each, "was_aot_compile_fn_loaded_from_disk", False) for each in modules)
 
 
 def _said(output: Any) -> Said:
@@ -160,6 +236,7 @@ def _salt(entries: tuple[Any, ...]) -> dict[str, str]:
 
 if __name__ == "__main__":
     os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind"
+        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ALLOW_INSECURE_SERIALIZATION="1"
     )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     main(json.loads(sys.argv[1]))

@@ -1,32 +1,24 @@
 """Every guard of the engine on tiny random models of several families, runners and processes, each on an engine of its own.
 
 What is right is known without another implementation: an assistant that is the base changes nothing, one that is not changes
-something, and an engine in two processes, or on Model Runner V2, says what one process on V1 says.
+something, and an engine in two processes, or on Model Runner V2, or compiled, or in graphs (`tests.rig.graphs_on_cpu`), says what
+one eager process on V1 says.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vllm.families import Order
+from tests.vllm.families import MODELS, ask
 from tests.vllm.v2.conftest import V2
 
 TOLERANCE = 1e-3
 """Nats: sums are taken in another order in a batch of another size, or in two halves."""
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("LlamaConfig", {}),
-    "Qwen3": ("Qwen3Config", {}),
-    "Gemma3": ("Gemma3TextConfig", {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 3}),
-    "Qwen3Moe": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}),
-}
 ACTS = ("contrast", "adapter", "project", "corrupt")
 """What a family may lack; suppression acts on all."""
 
@@ -37,30 +29,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Any:
     directory = tmp_path_factory.mktemp("families")
 
     @functools.cache
-    def once(family: str, v2: bool, engine: str) -> dict[str, Any]:
-        config, options = MODELS[family]
-        order: Order = {
-            "config": config,
-            "model": f"{family}ForCausalLM",
-            "options": options,
-            "engine": json.loads(engine),
-            "directory": str(directory / family),
-            "tokenizer": str(model_path),
-        }
-        root = Path(__file__).parents[2]
-        path = os.pathsep.join(filter(None, [V2["PYTHONPATH"] if v2 else "", str(root), os.environ.get("PYTHONPATH")]))
-        alone = {} if "tensor_parallel_size" in engine else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        cache = {"VLLM_CACHE_ROOT": str(directory / "cache"), "OMP_NUM_THREADS": "1"}
-        environment = {**os.environ, **cache, **alone, **(V2 if v2 else {}), "PYTHONPATH": path}
-        command = [sys.executable, "-m", "tests.vllm.families", json.dumps(order)]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=root)
-        assert ran.returncode == 0, ran.stderr[-3000:]
-        found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    def once(family: str, v2: bool, graphs: str, engine: str) -> dict[str, Any]:
+        found = ask(family, json.loads(engine), directory, model_path, graphs, **(V2 if v2 else {}), **KINDS.get(graphs, {}))
         assert found["described"]["runner"] == ("V2" if v2 else "V1")
         return found
 
-    def asked(family: str, v2: bool = False, **engine: Any) -> dict[str, Any]:
-        return once(family, v2, json.dumps(engine, sort_keys=True))
+    def asked(family: str, v2: bool = False, graphs: str = "", **engine: Any) -> dict[str, Any]:
+        return once(family, v2, graphs, json.dumps(engine, sort_keys=True))
 
     return asked
 
@@ -92,25 +67,38 @@ def test_every_guard_of_the_engine_acts_on_a_family_or_says_why_it_does_not(fami
 TWO = {"tensor_parallel_size": 2}
 NGRAMS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2, "prompt_lookup_min": 1}}
 DRAFTS = {"speculative_config": {"method": "draft_model", "model": "itself", "num_speculative_tokens": 2}}
-ENGINES = {"V1 in two": (False, TWO), "V2": (True, {}), "V2, ngram": (True, NGRAMS), "V2, draft model": (True, DRAFTS)}
+ENGINES = {"V1 in two": (False, TWO), "V2, ngram": (True, NGRAMS), "V2, draft model": (True, DRAFTS)}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["failures"] == {} and found["closed"] == {} and found["described"]["unable"] == {}
+    for name, answers in expected["answers"].items():
+        assert worst(found["answers"][name], answers) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_another_engine_says_what_one_eager_process_on_v1_says(engine: str, run: Any) -> None:
     v2, options = ENGINES[engine]
-    found, expected = run("Llama", v2, **options), run("Llama")
-    assert found["failures"] == {} and found["closed"] == {}
+    found = run("Llama", v2, **options)
+    assert_same(found, run("Llama"))
     assert (found["drafted"] > 0) == ("speculative_config" in options), "no drafted token was taken, so this shows nothing"
-    for name, answers in expected["answers"].items():
-        assert worst(found["answers"][name], answers) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("seed", [0, 1], ids=["first start", "second start"])
-def test_a_compiled_model_is_contrasted_as_an_eager_one_and_says_that_it_is_not_steered(seed: int, run: Any) -> None:
-    found, expected = run("Llama", enforce_eager=False, seed=seed), run("Llama")
-    assert set(found["described"]["unable"]) == {"steering", "corrupt"}
-    assert set(found["failures"]) == {"adapter", "project"}
-    assert all("start with --enforce-eager" in reason for reason in found["failures"].values())
-    for name in ("none", "zero", "contrast", "suppression"):
-        assert worst(found["answers"][name], expected["answers"][name]) < TOLERANCE, name
-    assert set(found["closed"]) == {"steering", "corrupt"}
+def test_a_compiled_model_says_what_an_eager_one_says_also_when_it_comes_from_vllms_cache(run: Any) -> None:
+    for start in range(2):
+        found = run("Llama", enforce_eager=False, seed=start)
+        assert found["compiled"] and found["from_disk"] == (start == 1)
+        assert_same(found, run("Llama"))
+
+
+KINDS = {"FULL": {"VLLM_CPU_CI_ENV": "1"}, "FULL_AND_PIECEWISE": {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}}
+"""Of graphs: whole ones of a compiled model, traced once and not made into kernels of its own; and pieces, of an eager one."""
+
+
+@pytest.mark.parametrize("graphs", KINDS)
+def test_graphs_captured_while_nobody_is_guarded_do_what_the_guards_of_later_requests_ask(graphs: str, run: Any) -> None:
+    whole = graphs == "FULL"
+    found = run("Llama", True, graphs, enforce_eager=False, **({} if whole else {"compilation_config": {"mode": 0}}))
+    assert found["compiled"] == whole
+    assert found["replayed"].keys() == {"0", "1"}, "graphs ran with steering and without"
+    assert_same(found, run("Llama"))

@@ -117,7 +117,7 @@ class Guards(SimpleNamespace):
 
 def guards() -> Guards:
     made = Guards(slots=table(), step=Step(), device=torch.device("cpu"), requests=None, tracked=False, loaded=[])
-    made.steering = SimpleNamespace(spoil=lambda _: None)
+    made.steering = SimpleNamespace(spoil=lambda _: None, begin=lambda *_: None, clear=lambda: None)
     return made
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from guards.closing import RowCloser
 from guards.contrastive.declaration import Contrast
@@ -23,7 +23,7 @@ from serve.engine.context import Context
 from serve.engine.contrast import ForkedContrast
 from serve.engine.engine_guards import EngineGuards
 from serve.engine.slots import SlotTable
-from serve.engine.steer_hooks import Steerer
+from serve.engine.steer_hooks import Steerer, _Pass
 from serve.engine.steering import SteeringInNetwork
 from serve.engine.step import Step
 from serve.engine.tracker_v1 import tags_of_context
@@ -187,32 +187,38 @@ def test_a_tracker_that_disagrees_with_the_batch_closes_the_step(monkeypatch: py
 
 def test_what_was_not_steered_once_stays_closed_for_its_blocks_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     guards = engine()
-    monkeypatch.setattr(guards.steering, "_steerer", SimpleNamespace(able=lambda _: True, begin=broken))
+    monkeypatch.setattr(guards.steering, "_steerer", SimpleNamespace(able=lambda _: True, begin=broken, clear=lambda: None))
     steered, other = PLANS["steering"], Plan(1, "other", (Steer("another", 0.5),))
     tags, logits = step(guards, steered)
     assert closed(guards.apply(logits.clone(), tags)) == [False, False]
-    assert guards.steering.begin(None, torch.ones(2).long(), None) is None
+    guards.steering.begin(None, torch.ones(2).long())
     assert closed(guards.apply(logits.clone(), tags)) == [True, False]
     tags, logits = step(guards, steered, other)
     assert closed(guards.apply(logits.clone(), tags)) == [True, False, False]
 
 
-class Layer(nn.Module):
-    def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor) -> Tensor:
-        return hidden + residual
-
-
-def test_a_hook_that_fails_lets_the_base_go_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_cannot_be_steered_lets_the_base_go_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     steerer = Steerer.__new__(Steerer)
-    steerer._groups, steerer._acted, steerer._idle, steerer._failed = [("a", 1.0, torch.tensor([0]))], {"a"}, set(), False
-    steerer._alone = True
-    monkeypatch.setattr(steerer, "_redirected", broken)
-    layer = Layer()
-    layer.register_forward_pre_hook(
-        lambda _, args, kwargs: steerer._tried(steerer._redirected, 0, args, kwargs), prepend=True, with_kwargs=True
-    )
-    assert torch.equal(layer(torch.zeros(1), torch.ones(1, 2), torch.ones(1, 2)), torch.full((1, 2), 2.0))
-    assert steerer.end() is False
+    steerer._acted, steerer._idle, steerer._failed, steerer._alone, steerer.room = set(), set(), False, True, None
+    steerer._maps, steerer._pass = {3: {}}, _Pass({"a": torch.ones(1, 1)})
+    monkeypatch.setattr(steerer, "_redirect_", broken)
+    hidden = torch.ones(1, 2)
+    steerer.arm()
+    steerer.entered(3, hidden, None)
+    assert torch.equal(hidden, torch.ones(1, 2)) and steerer.end() is False
+
+
+def test_whoever_is_steered_where_nothing_acted_is_closed_from_then_on() -> None:
+    steerer = Steerer.__new__(Steerer)
+    steerer._acted, steerer._idle, steerer._failed, steerer.room = set(), set(), False, None
+    steerer.loaded = {"missing": object()}  # type: ignore[dict-item]
+    assert steerer.able(PLANS["steering"])
+    steerer._pass = _Pass({"missing": torch.ones(1, 1)})
+    steerer.arm()
+    assert steerer.end() and not steerer.able(PLANS["steering"])
+    steerer._pass = _Pass(corrupted=[(torch.tensor([0]), torch.tensor([0]), PLANS["corrupt"].of(Corrupt)[0])])
+    steerer.arm()
+    assert not steerer.end(), "names that were to be corrupted went through as they are"
 
 
 def test_artifacts_that_cannot_be_loaded_are_reported_and_the_loaded_ones_stay() -> None:

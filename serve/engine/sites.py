@@ -1,0 +1,140 @@
+"""Places in the network where lethe looks or acts: operators that a compiler takes whole.
+
+Hooks on the base's own modules call them: after the embedding, where a decoder layer is entered, after its projections. In a
+compiled model the hooks are compiled with it, so they must stand there before that happens; in an eager one they come and go. What
+is compiled holds the operators and their numbers and nothing else: who listens is found in vLLM's forward context when they run, as
+vLLM's attention does it, so that a compiled model may be kept in vLLM's cache for the next start.
+
+Covered: models that call their layers with ``(positions, hidden, residual or not, ...)``. Those who listen notice if nobody calls.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library
+from torch.utils.hooks import RemovableHandle
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context, is_forward_context_available
+
+from serve.protocol.wire import PLAN_KEY
+
+STEERING, FORK = "lethe.steering", "lethe.fork"
+"""Under which those who listen are found."""
+
+
+class Steers(Protocol):
+    """Changes its tensors in place. Shapes: T tokens, H hidden size."""
+
+    def embedded(self, embeddings: Tensor) -> None:
+        """[T, H], after the embedding."""
+
+    def entered(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """[T, H] each, where a layer is entered."""
+
+    def projected(self, site: int, inputs: Tensor, output: Tensor) -> None:
+        """[T, I], [T, O], after the projection of a number."""
+
+
+class Taps(Protocol):
+    """Looks only."""
+
+    def tap(self, hidden: Tensor, residual: Tensor | None) -> None:
+        """[T, H] each, where the first forked layer is entered."""
+
+
+def listen(key: str, listener: Steers | Taps, vllm_config: VllmConfig) -> None:
+    """Let the operators of one engine find who listens."""
+    vllm_config.compilation_config.static_forward_context[key] = cast("Any", listener)
+
+
+def after_embedding(module: nn.Module) -> RemovableHandle:
+    return module.register_forward_hook(lambda _module, _args, output: torch.ops.lethe.embedded(output))
+
+
+def before_layer(module: nn.Module, layer: int) -> RemovableHandle:
+    def entering(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) > 1:
+            torch.ops.lethe.entered(args[1], _residual(args), layer)
+
+    # First of all hooks, so that the fork's tap sees what the layer sees, whichever was made first.
+    return module.register_forward_pre_hook(entering, prepend=True)
+
+
+def after_projection(module: nn.Module, site: int) -> RemovableHandle:
+    def leaving(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        torch.ops.lethe.projected(args[0], output[0] if isinstance(output, tuple) else output, site)
+
+    return module.register_forward_hook(leaving)
+
+
+def before_fork(module: nn.Module) -> RemovableHandle:
+    def entering(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) > 1:
+            torch.ops.lethe.tapped(args[1], _residual(args))
+
+    return module.register_forward_pre_hook(entering)
+
+
+def _residual(args: tuple[Any, ...]) -> Tensor | None:
+    given = args[2] if len(args) > 2 else None
+    return given if isinstance(given, Tensor) and given.shape == args[1].shape else None
+
+
+def mark(vllm_config: VllmConfig) -> None:
+    """Make what is compiled now another than what was compiled with other operators, or with other listeners.
+
+    vLLM looks for it in its cache by a hash of the whole configuration.
+    """
+    there = [key for key in (STEERING, FORK) if key in vllm_config.compilation_config.static_forward_context]
+    made_of = sha256(json.dumps([VERSION, there]).encode()).hexdigest()
+    cast("dict[str, Any]", vllm_config.additional_config)[PLAN_KEY]["sites"] = made_of
+
+
+VERSION = 1
+"""Of where hooks are put, and of what they call: raise it when either changes."""
+
+
+def _listening(key: str) -> Any:
+    """None outside of a forward pass, where a runner makes embeddings of images, for instance."""
+    return cast("Any", get_forward_context().no_compile_layers).get(key) if is_forward_context_available() else None
+
+
+def embedded(embeddings: Tensor) -> None:
+    if (steers := _listening(STEERING)) is not None:
+        steers.embedded(embeddings)
+
+
+def entered(hidden: Tensor, residual: Tensor | None, layer: int) -> None:
+    if (steers := _listening(STEERING)) is not None:
+        steers.entered(layer, hidden, residual)
+
+
+def projected(inputs: Tensor, output: Tensor, site: int) -> None:
+    if (steers := _listening(STEERING)) is not None:
+        steers.projected(site, inputs, output)
+
+
+def tapped(hidden: Tensor, residual: Tensor | None) -> None:
+    if (taps := _listening(FORK)) is not None:
+        taps.tap(hidden, residual)
+
+
+OPERATORS = {
+    "embedded(Tensor(a!) embeddings) -> ()": embedded,
+    "entered(Tensor(a!) hidden, Tensor? residual, int layer) -> ()": entered,
+    "projected(Tensor inputs, Tensor(a!) output, int site) -> ()": projected,
+    # Said to change what it only looks at, or a compiler would leave it out.
+    "tapped(Tensor(a!) hidden, Tensor? residual) -> ()": tapped,
+}
+"""By schema. A compiler sees what each may change, and nothing of what it does."""
+
+_library = Library("lethe", "DEF")
+for _schema, _operator in OPERATORS.items():
+    _library.define(_schema)
+    _library.impl(_operator.__name__, _operator, "CompositeExplicitAutograd")
+    _library._register_fake(_operator.__name__, lambda *_: None)

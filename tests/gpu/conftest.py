@@ -1,0 +1,3 @@
+"""The bundled model, as for the tests on a CPU."""
+
+from tests.vllm.conftest import model_path as model_path
