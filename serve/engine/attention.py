@@ -29,10 +29,12 @@ class Lines:
     position: Tensor  # [P] int64, its position in its request
     request: Tensor  # [P] int64, number in the batch
     lengths: Tensor  # [P] int32 on the host: position + 1, or more where the host does not know exactly
+    rotary: Tensor  # [P] or [D, P], the positions that layers are given: on several axes where images have some (M-RoPE)
 
     def part(self, start: int, stop: int) -> Lines:
         """Some of them."""
-        return Lines(*(each[start:stop] for each in (self.token, self.position, self.request, self.lengths)))
+        fields = (self.token, self.position, self.request, self.lengths, self.rotary)
+        return Lines(*(each[..., start:stop] for each in fields))
 
 
 class _Group(Protocol):

@@ -125,7 +125,9 @@ class ForkedContrast:
         token = step.starts[request] + position - step.offsets[request]
         # How long a request is after this pass the host knows, and so where its last token is. Any other must be asked for.
         lengths = (position + 1).to("cpu", torch.int32) if asked else step.pages.lengths[[line[2] for line in lines]]
-        at = Lines(token, position, request, lengths)
+        # Where a row is not the request's that it was taken for, its token may be anything: it is thrown away.
+        rotary = position if step.rotary is None else step.rotary[..., token.clamp(0, step.rotary.shape[-1] - 1)]
+        at = Lines(token, position, request, lengths, rotary)
         # Rows that are steered in the base's last layers are not what the fork alone gives: others prove it.
         unsteered = [i for i, plan in enumerate(plans) if not plan.of(Steer)]
         if not self._proved and unsteered:

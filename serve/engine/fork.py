@@ -216,6 +216,6 @@ class LateFork:
         line, residual = self._below[lines.token], None
         with set_forward_context(self._pass.attention, self._vllm_config, num_tokens=len(line)):
             for layer in self._layers:
-                line, residual = layer(lines.position, line, residual)
+                line, residual = layer(lines.rotary, line, residual)
             final: Tensor = self._norm(line, residual)[0]
         return final

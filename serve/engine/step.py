@@ -31,6 +31,8 @@ class Step:
         """[N] int64, the first token of each request in this pass."""
         self.offsets: Tensor | None = None
         """[N] int64, that token's position in its request."""
+        self.rotary: Tensor | None = None
+        """[D, T], the positions that layers are given, where they are others than those in a request (M-RoPE); else None."""
         self.slots: Tensor | None = None
         """[T] int64, the slot of each token, -1 = unguarded; None if nobody is guarded."""
         self._sampled = False

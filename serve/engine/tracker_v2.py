@@ -88,6 +88,7 @@ class TrackerV2:
             starts = input_batch.query_start_loc[: input_batch.num_reqs + 1]
             ids, positions = (each[: len(tags)] for each in (input_batch.input_ids, input_batch.positions))
             tags.copy_(self.guards.enter(requests, starts, ids, positions, tags.dtype))
+            self.guards.step.rotary = inputs.get("positions")
         else:
             self.guards.step.clear()
             tags.zero_()

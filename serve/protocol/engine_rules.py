@@ -28,5 +28,8 @@ def refuse_unguarded(config: Any) -> None:
         raise ValueError(
             "Model Runner V1 replays CUDA graphs past lethe's tracker; unset VLLM_USE_V2_MODEL_RUNNER, or add --enforce-eager"
         )
-    if model.uses_mrope:
-        raise ValueError(f"lethe does not support multi-axis positions (M-RoPE) yet, which {model.model} uses; serve another model")
+    if model.uses_mrope and not config.use_v2_model_runner:
+        raise ValueError(
+            f"{model.model} has positions on several axes (M-RoPE), of which Model Runner V1 tells lethe too little; unset "
+            "VLLM_USE_V2_MODEL_RUNNER, or serve another model"
+        )

@@ -40,22 +40,42 @@ class Order(TypedDict):
     graphs: str  # the mode of CUDA graphs, see `tests.rig.graphs_on_cpu`; "" = none
 
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("LlamaConfig", {}),
-    "Qwen3": ("Qwen3Config", {}),
-    "Gemma3": ("Gemma3TextConfig", {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 3}),
-    "Qwen3Moe": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}),
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    "Gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    ),
+    "Qwen3Moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+    ),
+    "PaddleOCRVL": (  # reads images, so that positions have several axes (M-RoPE)
+        "PaddleOCRVLConfig",
+        "PaddleOCRVLForConditionalGeneration",
+        {
+            "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
+            "vision_config": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2},
+            **{f"{name}_token_id": 10 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))},
+        },
+    ),
 }
+"""By family: transformers' classes of its configuration and of the model, and what is said beside its sizes."""
+TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+"""For models that read images."""
 
 
 def ask(
     family: str, engine: dict[str, Any], directory: Path, tokenizer: Path, graphs: str = "", **environment: str
 ) -> dict[str, Any]:
     """What this script prints, run in a process of its own. ``engine``: options of vLLM's LLM; ``environment``: of the process."""
-    config, options = MODELS[family]
+    config, model, options = MODELS[family]
     order: Order = {
         "config": config,
-        "model": f"{family}ForCausalLM",
+        "model": model,
         "options": options,
         "engine": engine,
         "directory": str(directory / family),
@@ -112,7 +132,10 @@ def main(order: Order) -> None:
         "vocab_size": 49_152,
         "initializer_range": 0.2,
     }
-    config = getattr(transformers, order["config"])(**sizes | order["options"])
+    options = order["options"]
+    if "text_config" in options:
+        options, sizes = {**options, "text_config": sizes | options["text_config"]}, {}
+    config = getattr(transformers, order["config"])(**sizes | options)
     getattr(transformers, order["model"])(config).save_pretrained(directory)
     base = describe_base(directory)
     if "model" in (drafts := order["engine"].get("speculative_config", {})):

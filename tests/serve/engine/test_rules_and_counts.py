@@ -38,7 +38,7 @@ def config(**changes: Any) -> Any:
         ({"drafts": "eagle"}, "'eagle' has not been proved"),
         ({"drafts": "ngram", "takes": "synthetic"}, "'synthetic' takes drafted tokens"),
         ({"v2": False}, "--enforce-eager"),
-        ({"mrope": True}, "M-RoPE"),
+        ({"mrope": True, "v2": False, "eager": True}, "M-RoPE"),
     ],
 )
 def test_an_engine_that_would_bypass_the_guards_is_refused_with_the_way_out(changes: dict[str, Any], says: str) -> None:
@@ -47,7 +47,15 @@ def test_an_engine_that_would_bypass_the_guards_is_refused_with_the_way_out(chan
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"drafts": "ngram"}, {"drafts": "draft_model"}, {"v2": False, "eager": True}, {"v2": False, "device": "cpu"}]
+    "changes",
+    [
+        {},
+        {"mrope": True},
+        {"drafts": "ngram"},
+        {"drafts": "draft_model"},
+        {"v2": False, "eager": True},
+        {"v2": False, "device": "cpu"},
+    ],
 )
 def test_an_engine_in_which_everything_passes_the_guards_is_taken(changes: dict[str, Any]) -> None:
     refuse_unguarded(config(**changes))
