@@ -40,6 +40,19 @@ class Order(TypedDict):
     graphs: str  # the mode of CUDA graphs, see `tests.rig.graphs_on_cpu`; "" = none
 
 
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "all": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+        }
+    },
+}
+"""Weights of eight bits with a scale for each output, in the form of the library that vLLM reads."""
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
@@ -53,6 +66,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3MoeForCausalLM",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
     ),
+    "Llama, int8": ("LlamaConfig", "LlamaForCausalLM", {"quantization_config": INT8}),
     "PaddleOCRVL": (  # reads images, so that positions have several axes (M-RoPE)
         "PaddleOCRVLConfig",
         "PaddleOCRVLForConditionalGeneration",
@@ -132,11 +146,14 @@ def main(order: Order) -> None:
         "vocab_size": 49_152,
         "initializer_range": 0.2,
     }
-    options = order["options"]
+    options = dict(order["options"])
+    quantised = options.pop("quantization_config", None)
     if "text_config" in options:
         options, sizes = {**options, "text_config": sizes | options["text_config"]}, {}
     config = getattr(transformers, order["config"])(**sizes | options)
     getattr(transformers, order["model"])(config).save_pretrained(directory)
+    if quantised is not None:
+        _quantise(directory, quantised)
     base = describe_base(directory)
     if "model" in (drafts := order["engine"].get("speculative_config", {})):
         drafts["model"] = str(directory)  # without guards, so that it drafts what they forbid
@@ -201,8 +218,8 @@ def main(order: Order) -> None:
         answers[name].append(_said(output))
     # What it said without guards, as a set of phrases: whatever drafts it, it may not be said now.
     vocabulary = vocabulary_of(engine.get_tokenizer(), 49_152)
-    spoken = [vocabulary.text_of([token for token, _ in answer[2:4]]).decode("utf-8", "replace") for answer in answers["none"]]
-    phrases = saved("suppression", compile_phrases(spoken, vocabulary))
+    pairs = [_pair(vocabulary, answer) for answer in answers["none"]]
+    phrases = saved("suppression", compile_phrases([phrase for _, phrase in pairs], vocabulary))
     suppressing = {PLAN_KEY: encode_plan(Plan(1, "p", (Suppress(phrases),)))}
     sampling = [SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True, extra_args=suppressing)] * len(prompts)
     answers["suppression"] = [_said(output) for output in engine.generate(prompts, sampling, use_tqdm=False)]
@@ -210,6 +227,7 @@ def main(order: Order) -> None:
     drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens")
     compiled, from_disk = engine.collective_rpc(_compiled)[0]
     found = {
+        "suppressed": [place for place, _ in pairs],
         "compiled": compiled,
         "from_disk": from_disk,
         "failures": failures,
@@ -219,6 +237,30 @@ def main(order: Order) -> None:
         "answers": answers,
     }
     print(json.dumps({"described": described, **found}))
+
+
+def _pair(vocabulary: Any, answer: Said) -> tuple[int, str]:
+    """Two tokens of an answer that are text, the first of which is not its first: where they stand, and the text."""
+    for place in range(2, len(answer) - 1):
+        try:
+            return place, vocabulary.text_of([token for token, _ in answer[place : place + 2]]).decode()
+        except UnicodeDecodeError:
+            continue
+    raise ValueError(f"{answer} has no two tokens that are text")
+
+
+def _quantise(directory: Path, config: dict[str, Any]) -> None:
+    """Make the weights of a model's layers integers."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().amax(dim=1, keepdim=True) / 127
+        tensors[name] = (tensors[name] / scale).round().char()
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
 
 
 def _load_what_was_compiled() -> None:
