@@ -86,10 +86,12 @@ class _LowRank(nn.Module):
         return output, bias
 
 
-def refuse_lora(vllm_config: VllmConfig, what: str) -> None:
-    """Raise Unforkable if vLLM's own LoRA has replaced the layers. ``what``: with its verb, such as "assistants do"."""
+def refuse_other_layers(vllm_config: VllmConfig, what: str) -> None:
+    """Raise Unforkable if the layers are not all here, or not the model's own. ``what``: with its verb, such as "assistants do"."""
     if vllm_config.lora_config is not None:
         raise Unforkable(f"{what} not run beside vLLM's own LoRA yet; start without --enable-lora")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise Unforkable(f"{what} not run in a pipeline, of which each stage has some layers; use --tensor-parallel-size instead")
 
 
 def decoder_of(model: nn.Module) -> Any:
@@ -109,7 +111,7 @@ class LateFork:
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        refuse_lora(vllm_config, "assistants do")
+        refuse_other_layers(vllm_config, "assistants do")
         inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
             raise Unforkable(f"{type(model).__name__} has no plain stack of decoder layers, so assistants cannot run beside it")

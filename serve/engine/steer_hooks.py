@@ -30,7 +30,7 @@ from guards.steering.artifact import MODULES, Steering
 from guards.steering.declaration import Corrupt, Corruption, Steer
 from guards.steering.operators import corrupt, redirect
 from guards.types import Plan
-from serve.engine.fork import Unforkable, decoder_of, refuse_lora
+from serve.engine.fork import Unforkable, decoder_of, refuse_other_layers
 from serve.engine.projections import LowRankTerm, projections_of
 from serve.engine.sites import STEERING, after_embedding, after_projection, before_layer, listen
 from serve.engine.steer_graphs import GraphRoom
@@ -61,7 +61,7 @@ class Steerer:
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        refuse_lora(vllm_config, "steering does")
+        refuse_other_layers(vllm_config, "steering does")
         inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(model, "embed_input_ids"):
             raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")

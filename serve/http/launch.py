@@ -89,7 +89,6 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
         if getattr(args, name, None):
             raise UnsafeSetting(f"--{name.replace('_', '-')} cannot be guarded; start without it")
     for name in (
-        "pipeline_parallel_size",
         "data_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
@@ -109,8 +108,9 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
         **(args.additional_config or {}),
         PLAN_KEY: {ARTIFACTS_KEY: str(settings.artifacts_dir), BASE_KEY: _describe_base(args)},
     }
-    drafts = (getattr(args, name, None) for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens"))
-    if any(drafts) or not current_platform.is_cpu():  # the engine would say the same, after a minute, in its log
+    rules = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+    ruled = any(getattr(args, name, None) for name in rules) or (args.pipeline_parallel_size or 1) > 1
+    if ruled or not current_platform.is_cpu():  # the engine would say the same, after a minute, in its log
         try:
             refuse_unguarded(AsyncEngineArgs.from_cli_args(args).create_engine_config())
         except ValueError as error:

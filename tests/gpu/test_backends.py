@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from tests.vllm.families import MODELS, Said, ask
 
@@ -65,6 +66,13 @@ def test_guards_do_in_graphs_what_they_do_without(backend: str, run: Any) -> Non
 @pytest.mark.parametrize("family", [family for family in MODELS if family not in ("Llama", "PaddleOCRVL")])
 def test_other_families_do_in_graphs_what_they_do_without(family: str, run: Any) -> None:
     assert_same(run(family, "Triton", False), run(family, "Triton", True), BACKENDS["Triton"][1])
+
+
+def test_drafts_do_not_change_how_tokens_are_distributed(tmp_path: Path, model_path: Path) -> None:
+    drafts = {"speculative_config": {"method": "draft_model", "model": "itself", "num_speculative_tokens": 2}}
+    found = ask("Llama", {**BACKENDS["Triton"][0], **MEMORY, **drafts}, tmp_path, model_path, draws=2_000)
+    assert found["drafted"] > 0 and found["closed"] == {}
+    assert chisquare(found["drawn"], [2_000 * each for each in found["probable"]]).pvalue > 1e-4
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")

@@ -6,6 +6,7 @@ Takes an order as JSON (`Order`), prints what was said as JSON in its last line.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,6 +38,7 @@ class Order(TypedDict):
     engine: dict[str, Any]  # of vLLM's LLM
     directory: str  # where the model is made
     tokenizer: str
+    draws: int  # how often to sample two tokens, to see how they are distributed
     graphs: str  # the mode of CUDA graphs, see `tests.rig.graphs_on_cpu`; "" = none
 
 
@@ -83,7 +85,7 @@ TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 
 
 def ask(
-    family: str, engine: dict[str, Any], directory: Path, tokenizer: Path, graphs: str = "", **environment: str
+    family: str, engine: dict[str, Any], directory: Path, tokenizer: Path, graphs: str = "", draws: int = 0, **environment: str
 ) -> dict[str, Any]:
     """What this script prints, run in a process of its own. ``engine``: options of vLLM's LLM; ``environment``: of the process."""
     config, model, options = MODELS[family]
@@ -94,12 +96,13 @@ def ask(
         "engine": engine,
         "directory": str(directory / family),
         "tokenizer": str(tokenizer),
+        "draws": draws,
         "graphs": graphs,
     }
     root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(root), os.environ.get("PYTHONPATH")]))
     # One process where that is possible: it is imported once.
-    alone = {} if "tensor_parallel_size" in engine else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    alone = {} if {"tensor_parallel_size", "pipeline_parallel_size"} & engine.keys() else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     given = {
         **os.environ,
         "VLLM_CACHE_ROOT": str(directory / "cache"),
@@ -223,11 +226,14 @@ def main(order: Order) -> None:
     suppressing = {PLAN_KEY: encode_plan(Plan(1, "p", (Suppress(phrases),)))}
     sampling = [SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True, extra_args=suppressing)] * len(prompts)
     answers["suppression"] = [_said(output) for output in engine.generate(prompts, sampling, use_tqdm=False)]
-    closed = engine.collective_rpc("lethe_closed_rows")[0]
+    drawn, probable = _draw(engine, prompts[0], plans["contrast"], order["draws"]) if order["draws"] else ([], [])
+    closed = engine.collective_rpc("lethe_closed_rows")[-1]
     drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens")
     compiled, from_disk = engine.collective_rpc(_compiled)[0]
     found = {
         "suppressed": [place for place, _ in pairs],
+        "drawn": drawn,
+        "probable": probable,
         "compiled": compiled,
         "from_disk": from_disk,
         "failures": failures,
@@ -247,6 +253,34 @@ def _pair(vocabulary: Any, answer: Said) -> tuple[int, str]:
         except UnicodeDecodeError:
             continue
     raise ValueError(f"{answer} has no two tokens that are text")
+
+
+LIKELIEST = 3
+
+
+def _draw(engine: Any, prompt: dict[str, Any], entries: tuple[Any, ...], draws: int) -> tuple[list[int], list[float]]:
+    """How often each pair of two likely tokens is said, the second of which was drafted, and how probable it is."""
+    from vllm import SamplingParams
+
+    from guards.types import Plan
+    from serve.protocol.wire import PLAN_KEY, encode_plan
+
+    def ask(prompts: list[Any], **options: Any) -> list[Any]:
+        plan = {PLAN_KEY: encode_plan(Plan(1, "p", entries))}
+        outputs = engine.generate(prompts, SamplingParams(ignore_eos=True, extra_args=plan, **options), use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+    def likeliest(tokens: list[int]) -> dict[int, float]:
+        [place] = ask([{"prompt_token_ids": tokens}], temperature=0, max_tokens=1, logprobs=LIKELIEST)[0].logprobs
+        best = sorted(place.items(), key=lambda item: -item[1].logprob)[:LIKELIEST]
+        return {token: math.exp(entry.logprob) / sum(math.exp(each.logprob) for _, each in best) for token, entry in best}
+
+    given = prompt["prompt_token_ids"]
+    first = likeliest(given)
+    pairs = {(one, two): p * q for one, p in first.items() for two, q in likeliest([*given, one]).items()}
+    said = Counter(tuple(each.token_ids[:2]) for each in ask([prompt] * draws, temperature=1, top_k=LIKELIEST, max_tokens=3))
+    assert said.keys() <= pairs.keys(), "a token was said that is not among the likeliest"
+    return [said[pair] for pair in pairs], list(pairs.values())
 
 
 def _quantise(directory: Path, config: dict[str, Any]) -> None:

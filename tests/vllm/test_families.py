@@ -85,6 +85,15 @@ def test_another_engine_says_what_one_eager_process_on_v1_says(engine: str, run:
     assert (found["drafted"] > 0) == ("speculative_config" in options), "no drafted token was taken, so this shows nothing"
 
 
+def test_in_a_pipeline_phrases_are_not_said_and_what_cannot_act_is_refused_and_closed(run: Any) -> None:
+    found, expected = run("Llama", True, pipeline_parallel_size=2), run("Llama")
+    for name in ("none", "suppression"):
+        assert worst(found["answers"][name], expected["answers"][name]) < TOLERANCE, name
+    assert set(found["described"]["unable"]) == {"contrast", "steering", "corrupt"} == set(found["closed"])
+    assert all("pipeline" in reason for reason in found["failures"].values())
+    assert set(found["failures"]) == {"zero", "contrast", "adapter", "project"}
+
+
 def test_a_compiled_model_says_what_an_eager_one_says_also_when_it_comes_from_vllms_cache(run: Any) -> None:
     for start in range(2):
         found = run("Llama", enforce_eager=False, seed=start)

@@ -16,7 +16,15 @@ from serve.protocol.engine_rules import refuse_unguarded
 
 
 def config(**changes: Any) -> Any:
-    plain = {"v2": True, "eager": False, "device": "cuda", "mrope": False, "drafts": None, "takes": "standard"} | changes
+    plain = {
+        "v2": True,
+        "eager": False,
+        "device": "cuda",
+        "mrope": False,
+        "drafts": None,
+        "takes": "standard",
+        "stages": 1,
+    } | changes
     drafts = plain["drafts"] and SimpleNamespace(
         method=plain["drafts"],
         use_ngram=lambda: plain["drafts"] == "ngram",
@@ -27,6 +35,7 @@ def config(**changes: Any) -> Any:
         use_v2_model_runner=plain["v2"],
         speculative_config=drafts,
         model_config=SimpleNamespace(enforce_eager=plain["eager"], uses_mrope=plain["mrope"], model="m"),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=plain["stages"]),
         device_config=SimpleNamespace(device_type=plain["device"]),
     )
 
@@ -38,6 +47,7 @@ def config(**changes: Any) -> Any:
         ({"drafts": "eagle"}, "'eagle' has not been proved"),
         ({"drafts": "ngram", "takes": "synthetic"}, "'synthetic' takes drafted tokens"),
         ({"v2": False}, "--enforce-eager"),
+        ({"v2": False, "eager": True, "stages": 2}, "--pipeline-parallel-size"),
         ({"mrope": True, "v2": False, "eager": True}, "M-RoPE"),
     ],
 )
@@ -50,6 +60,7 @@ def test_an_engine_that_would_bypass_the_guards_is_refused_with_the_way_out(chan
     "changes",
     [
         {},
+        {"stages": 2},
         {"mrope": True},
         {"drafts": "ngram"},
         {"drafts": "draft_model"},
