@@ -22,6 +22,7 @@ from itertools import product
 from guards.letters import is_unspaced
 from guards.similarity.shapes import LEET, is_spoken_mark
 from guards.similarity.skeleton import skeleton
+from guards.telephone import telephone_of
 
 NAME, TEXT, SURNAME_FIRST, INITIALS, NUMBER = "~", "=", "<", ".", "#"
 MOST_KEYS = 16
@@ -241,7 +242,7 @@ def _korean(written: str) -> Iterator[str]:
 
 
 def _numbers(name: str) -> Iterator[str]:
-    """A telephone number with a country code as it is dialled in the country, from outside, and with the zero in brackets."""
-    if match := re.match(r"\s*(?:\+|00)(\d{1,3})[\s./()-]+(.*)", name, re.DOTALL):
-        code, rest = match[1], re.sub(r"\D", "", match[2].replace("(0)", ""))
-        yield from (f"0{rest}", f"00{code}{rest}", f"{code}0{rest}", f"{code}{rest}")
+    """A telephone number with its country as it is dialled there, from outside, and with both prefixes."""
+    if (found := telephone_of(name)) is not None:
+        abroad = f"{found.country}{found.number}"
+        yield from (found.dialled, f"00{abroad}", f"{found.country}{found.dialled}", abroad)

@@ -16,6 +16,7 @@ import numpy as np
 
 from guards.errors import InvalidForgetSet
 from guards.suppression.folding import MARK, Folding, Match, folding
+from guards.telephone import telephone_of
 
 FEWEST_DIGITS = 6
 """A phrase with as many, and not more letters than digits, is a number: shorter ones would be found in any list or table."""
@@ -138,21 +139,9 @@ def _orders_of_run(accents: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def _national_forms(phrase: str) -> list[str]:
     """The ways a telephone number with its country is written in that country, and abroad without the plus."""
-    text = unicodedata.normalize("NFKC", phrase).strip()
-    if text.startswith("00"):
-        text = f"+{text[2:]}"
-    if not text.startswith("+"):
+    found = telephone_of(phrase)
+    if found is None:
         return []
-    import phonenumbers  # metadata of every country: only where a set holds such a number
-
-    try:
-        number = phonenumbers.parse(text)
-    except phonenumbers.NumberParseException:
-        return []
-    if not phonenumbers.is_possible_number(number):
-        return []
-    national = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.NATIONAL)
-    international = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
     # "+49 (0)30 …": the trunk prefix stands beside the country, though nobody dials both.
-    both = f"+{number.country_code} {national}"
-    return [form for form in (national, international, both) if sum(map(str.isdigit, form)) >= FEWEST_DIGITS]
+    forms = (found.national, f"+{found.country}{found.number}", f"+{found.country} {found.national}")
+    return [form for form in forms if sum(map(str.isdigit, form)) >= FEWEST_DIGITS]

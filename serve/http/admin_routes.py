@@ -37,7 +37,7 @@ from serve.control.gate_fitting import GateOrder
 from serve.experiments.measurements import UnknownRequest
 from serve.generation.score import ScoreOrder, Scorer
 from serve.generation.side_by_side import CompareOrder, SideBySide
-from serve.hits import KEPT, RecentHits
+from serve.hits import KEPT, HitRequest, RecentHits
 from serve.http.contract import (
     ERRORS,
     AuditAnswer,
@@ -51,7 +51,6 @@ from serve.http.contract import (
     PoliciesAnswer,
     PolicyAnswer,
     PolicyMade,
-    RequestAnswer,
     RevisionAnswer,
     document,
     takes,
@@ -294,15 +293,15 @@ def attach(
         hits = await control.check(text, policy)
         return {"revision": control.snapshot.revision, "policy": policy, "hits": [asdict(hit) for hit in hits]}
 
-    @router.get("/requests/{request_id}", response_model=RequestAnswer)
-    async def show_request(request_id: str) -> dict[str, Any]:
+    @router.get("/requests/{request_id}", response_model=HitRequest)
+    async def show_request(request_id: str) -> HitRequest:
         found = hits.get(request_id)
         if found is None:
             raise UnknownRequest(
                 f"no guard hit a request {request_id!r} of the last {KEPT:,} that one hit since the server started; "
                 "take the id from the answer's x-request-id header"
             )
-        return asdict(found)
+        return found
 
     @router.post("/score", openapi_extra=takes(ScoreOrder))
     async def score(request: Request) -> dict[str, Any]:

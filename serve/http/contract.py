@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from guards.forget_set import ForgetSet
 from guards.policy import Policy
 from serve.experiment import ExperimentOrder
+from serve.hits import Hit
 
 Revision = Field(description="the registry's revision from which this holds: the number of changes so far")
 
@@ -156,30 +157,10 @@ class AuditAnswer(Answer):
     first_broken: int | None
 
 
-class HitShown(Answer):
-    """What a guard found, and where."""
-
-    forget_set: str
-    guard: str
-    start: int
-    end: int
-    text: str
-
-
 class CheckAnswer(Answer):
     revision: int = Revision
     policy: str
-    hits: list[HitShown]
-
-
-class RequestAnswer(Answer):
-    request_id: str
-    at: str
-    caller: str
-    policy: str
-    revision: int
-    refused: bool
-    hits: list[HitShown]
+    hits: list[Hit]
 
 
 class ExperimentShown(Answer):
