@@ -1,8 +1,7 @@
 """What steering does to tensors, for the tokens of some requests and nobody else's. T tokens, N of them steered, H hidden size.
 
-Every operator takes the indices of its tokens, so that rows of other requests are not even read, and depends on a token alone (its
-state, its position, a seed), never on what stands beside it in the batch: chunked prefill, a preemption and a batch of other
-requests change nothing.
+Every operator depends on a token alone (its state, its position, a seed), never on what stands beside it in the batch: chunked
+prefill, a preemption and a batch of other requests change nothing.
 
 Covered: redirection of hidden states by a low-rank map, low-rank terms on projections (adapters), corruption of embeddings. Not
 covered: which tokens those are, and where in the network: see `serve.engine`.

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
@@ -73,7 +74,9 @@ class LowRankTerm:
         low = x @ self.a
         if self.summed:
             low = tensor_model_parallel_all_reduce(low)
-        return (low if strength is None else (low * strength).to(low.dtype)) @ self.b
+        if strength is not None:  # nought even where a product overflowed: those are others' tokens
+            low = torch.where(strength == 0, 0, low * strength).to(low.dtype)
+        return low @ self.b
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,5 +117,6 @@ def parts_of(name: str, layer: nn.Module) -> tuple[Part, ...]:
         size = int(child.input_size), int(child.output_size)
         mine = size[0] // processes
         inputs = slice(number * mine, (number + 1) * mine)
-        return (Part(name, size, inputs, slice(None), slice(None), summed=processes > 1),)
+        summed = processes > 1 and bool(getattr(layer, "reduce_results", True))  # else the model sums what we add, too
+        return (Part(name, size, inputs, slice(None), slice(None), summed),)
     return ()

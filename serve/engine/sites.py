@@ -53,12 +53,16 @@ def listen(key: str, listener: Steers | Taps, vllm_config: VllmConfig) -> None:
 
 
 def after_embedding(module: nn.Module) -> RemovableHandle:
-    return module.register_forward_hook(lambda _module, _args, output: torch.ops.lethe.embedded(output))
+    def leaving(_module: nn.Module, _args: Any, output: Any) -> None:
+        if _is_stream(output):
+            torch.ops.lethe.embedded(output)
+
+    return module.register_forward_hook(leaving)
 
 
 def before_layer(module: nn.Module, layer: int) -> RemovableHandle:
     def entering(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) > 1:
+        if len(args) > 1 and _is_stream(args[1]):
             torch.ops.lethe.entered(args[1], _residual(args), layer)
 
     # First of all hooks, so that the fork's tap sees what the layer sees, whichever was made first.
@@ -67,17 +71,25 @@ def before_layer(module: nn.Module, layer: int) -> RemovableHandle:
 
 def after_projection(module: nn.Module, site: int) -> RemovableHandle:
     def leaving(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        torch.ops.lethe.projected(args[0], output[0] if isinstance(output, tuple) else output, site)
+        result = output[0] if isinstance(output, tuple) else output
+        if args and _is_stream(args[0]) and _is_stream(result):
+            torch.ops.lethe.projected(args[0], result, site)
 
+    module.requires_unquantized_input = True  # type: ignore[assignment]  # vLLM may quantise before the layer, where it may
     return module.register_forward_hook(leaving)
 
 
 def before_fork(module: nn.Module) -> RemovableHandle:
     def entering(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) > 1:
+        if len(args) > 1 and _is_stream(args[1]):
             torch.ops.lethe.tapped(args[1], _residual(args))
 
     return module.register_forward_pre_hook(entering)
+
+
+def _is_stream(given: Any) -> bool:
+    """Whether it is [T, something] of floating point numbers: what this model calls a layer with may be anything."""
+    return isinstance(given, Tensor) and given.ndim == 2 and given.is_floating_point()
 
 
 def _residual(args: tuple[Any, ...]) -> Tensor | None:

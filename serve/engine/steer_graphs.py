@@ -3,10 +3,10 @@
 All artifacts in the room share a number of columns, one for each rank. A map's columns act where its layer is entered, an adapter's
 on its projections; at each token a column has the strength that the token's request gives it, or nought. Which artifacts are in the
 room changes between passes, when those that requests name are not all there. A graph is captured twice for each size, with and
-without the room (`serve.engine.graphs_v2`), so that nobody pays for what nobody asked for.
+without the room (`serve.engine.graphs_v2`), so that the room's arithmetic is paid for only in steps in which it is asked for.
 
 Covered: maps of any layer, adapters of the last `LAYERS` layers, as many as have `COLUMNS` ranks together, `1 + CHAIN` maps of one
-request at one layer, corrupted names. Whatever else is asked for is done outside of graphs, see `Steerer.graphs`.
+request at one layer, corrupted names. Whatever else is asked for is done outside of graphs, see `SteeringInNetwork.graphs`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from guards.steering.artifact import Steering
 from serve.engine.projections import LowRankTerm, Projection
 
 COLUMNS = 128
-"""Ranks of all artifacts in the room. With a model of 8 billion parameters the room takes about 150 MB."""
+"""Ranks of all artifacts in the room. With a model of 8 billion parameters and steps of 8,192 tokens it takes some 220 MB."""
 LAYERS = 8
 CHAIN = 3
 """Maps of one request at one layer that see what other maps before them did. Each costs two small kernels a layer."""
@@ -39,7 +39,7 @@ class GraphRoom:
         hidden, tokens = vllm_config.model_config.get_hidden_size(), vllm_config.scheduler_config.max_num_batched_tokens
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=like.device)
+            return torch.zeros(shape, dtype=torch.float32, device=like.device)
 
         self._projections, self._like, self._lowest = projections, like, depth - LAYERS
         self._strengths = zeros(tokens, COLUMNS)
@@ -59,6 +59,7 @@ class GraphRoom:
         self._takes_embeddings = vllm_config.model_config.is_multimodal_model
         self._artifacts: dict[str, Steering] = {}
         self._columns: dict[str, list[int]] = {}
+        self._ordered = True
         self.capturing = False
         """Whether a graph with the room is being captured: the only time at which its arithmetic is run from Python."""
         self._reached: set[tuple[str, int]] = set()
@@ -67,7 +68,7 @@ class GraphRoom:
     def load(self, artifacts: Mapping[str, Steering]) -> None:
         """Only these may be in the room from now on."""
         for name in self._columns.keys() - artifacts.keys():
-            self._empty(name)
+            del self._columns[name]  # nobody gives its columns a strength any more
         self._artifacts = dict(artifacts)
 
     def does(self, plans: Iterable[tuple[Iterable[str], bool]]) -> bool:
@@ -89,7 +90,7 @@ class GraphRoom:
         if sum(self._artifacts[name].rank for name in wanted) > COLUMNS:
             return False
         missing = sorted(wanted - self._columns.keys())
-        if missing:
+        if missing or not self._ordered:
             self._bring(missing, wanted)
         return True
 
@@ -104,33 +105,29 @@ class GraphRoom:
         return first >= max(1, self._lowest) and sites <= self._reached
 
     def _bring(self, missing: Iterable[str], wanted: set[str]) -> None:
+        """What fails half-way is not taken for whole: a name is there once its columns are, and all once they are in order."""
+        self._ordered = False
         free = set(range(COLUMNS)).difference(*self._columns.values())
         for name in missing:
             for other in [each for each in self._columns if each not in wanted]:
                 if len(free) >= self._artifacts[name].rank:
                     break
-                free |= set(self._empty(other))
+                free |= set(self._columns.pop(other))
             columns = sorted(free)[: self._artifacts[name].rank]
             free -= set(columns)
             self._fill(name, columns)
+            self._columns[name] = columns
         self._order()
-
-    def _empty(self, name: str) -> list[int]:
-        columns = self._columns.pop(name)
-        for tensor in (self._into, self._at):
-            tensor[:, columns] = 0
-        for tensor in (self._out, self._shift):
-            tensor[columns] = 0
-        for terms in self._terms.values():
-            for term in terms:
-                term.a[:, columns] = 0
-                term.b[columns] = 0
-        return columns
+        self._ordered = True
 
     def _fill(self, name: str, columns: list[int]) -> None:
         steering = self._artifacts[name]
         first, tensors = steering.manifest.layer, steering.tensors
-        self._columns[name] = columns
+        for tensor in (self._into.T, self._out, self._shift, self._at.T):
+            tensor[columns] = 0
+        for terms in self._terms.values():
+            for term in terms:
+                term.a[:, columns], term.b[columns] = 0, 0
         if self._is_map(name):
             into, out, center = (tensors[each].to(self._like.device) for each in ("into", "out", "center"))
             self._into[:, columns], self._out[columns], self._shift[columns] = into, out, -(center @ into)
@@ -167,13 +164,23 @@ class GraphRoom:
         for index, embeddings in corrupted:
             self._covered[index], self._embeddings[index], self._covers = True, embeddings, True
 
+    def reset(self) -> None:
+        """Nobody is steered in the pass that comes, whatever it was to do."""
+        self._strengths.zero_()
+        self._covered.zero_()
+        self._covers = False
+
+    def _reach(self, place: str, number: int) -> None:
+        if torch.cuda.is_current_stream_capturing():  # a pass before it, which warms up, is not in the graph
+            self._reached.add((place, number))
+
     def embedded(self, embeddings: Tensor) -> None:
-        self._reached.add(("embedding", 0))
+        self._reach("embedding", 0)
         count = len(embeddings)
         embeddings.copy_(torch.where(self._covered[:count], self._embeddings[:count], embeddings))
 
     def entered(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
-        self._reached.add(("layer", layer))
+        self._reach("layer", layer)
         strengths = self._strengths[: len(hidden)] * self._at[layer]
         stream = hidden if residual is None else hidden + residual
         low = torch.addmm(self._shift, stream.float(), self._into)
@@ -183,6 +190,6 @@ class GraphRoom:
         hidden += (moved @ self._out).to(hidden.dtype)
 
     def projected(self, site: int, inputs: Tensor, output: Tensor) -> None:
-        self._reached.add(("projection", site))
+        self._reach("projection", site)
         for term in self._terms.get(site, ()):
             output[:, term.columns] += term(inputs, self._strengths[: len(inputs)])

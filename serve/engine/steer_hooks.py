@@ -33,9 +33,14 @@ from guards.types import Plan
 from serve.engine.fork import Unforkable, decoder_of, refuse_other_layers
 from serve.engine.projections import LowRankTerm, projections_of
 from serve.engine.sites import STEERING, after_embedding, after_projection, before_layer, listen
-from serve.engine.steer_graphs import GraphRoom
+from serve.engine.steer_graphs import LAYERS, GraphRoom
 
 logger = logging.getLogger(__name__)
+
+PIECE = 1_024
+"""Tokens that are steered at once."""
+RESIDUAL_IS_INPUT = ("CohereDecoderLayer",)
+"""Layers that hand on their input beside their output, where others hand on a part of the sum that goes into the next."""
 
 
 class Unsteerable(Unforkable):
@@ -65,6 +70,8 @@ class Steerer:
         inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(model, "embed_input_ids"):
             raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")
+        if odd := {type(layer).__name__ for layer in inner.layers}.intersection(RESIDUAL_IS_INPUT):
+            raise Unsteerable(f"{min(odd)} hands on another residual than those that can be steered")
         embeddings = [
             each for each in inner.children() if isinstance(each, VocabParallelEmbedding) and not isinstance(each, ParallelLMHead)
         ]
@@ -76,6 +83,8 @@ class Steerer:
         self.projections = projections_of(self._layers)
         """By site."""
         self._vllm_config = vllm_config
+        self._lowest = max(1, len(self._layers) - LAYERS)
+        """In compiled models, adapters act from here on."""
         self._compiled = not vllm_config.model_config.enforce_eager
         self.loaded: dict[str, Steering] = {}
         self._maps: dict[int, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}  # layer -> artifact -> into, out, center
@@ -97,7 +106,8 @@ class Steerer:
         listen(STEERING, self, self._vllm_config)
         after_embedding(self._embedding)
         if self._compiled:
-            self._stand(range(1, len(self._layers)), range(len(self.projections)))
+            # Each place that a compiler sees keeps it from joining what is around it, so there are no more than needed.
+            self._stand(range(1, len(self._layers)), [i for i, each in enumerate(self.projections) if each.layer >= self._lowest])
             if self._vllm_config.use_v2_model_runner:
                 self.room = GraphRoom(self.projections, len(self._layers), self._like, self._vllm_config)
 
@@ -119,6 +129,10 @@ class Steerer:
         if first < 1:
             layers = steering.manifest.recipe.layers
             raise InvalidArtifact(f"an adapter over {layers} layers needs a deeper model than this one")
+        if self._compiled and first < self._lowest:
+            raise InvalidArtifact(
+                f"an adapter over {steering.manifest.recipe.layers} layers needs --enforce-eager; compiled models take {LAYERS}"
+            )
         for layer in range(first, len(self._layers)):
             found = [part for each in self.projections if each.layer == layer for part in each.parts]
             if missing := set(MODULES) - {part.name for part in found}:
@@ -146,7 +160,13 @@ class Steerer:
         self.loaded = dict(artifacts)  # only now are they all there
 
     def clear(self) -> None:
-        """Before a pass in which nobody is steered."""
+        """Before a pass in which nobody is steered, also if a graph was chosen for it in which somebody would have been."""
+        self._forget()
+        if self.room is not None and self._in_room:
+            self.room.reset()
+        self._in_room = False
+
+    def _forget(self) -> None:
         self._pass, self._acted, self._failed = _Pass(), set(), False
 
     def begin(self, slots: Tensor, plans: Sequence[Plan | None], input_ids: Tensor | None, positions: Tensor) -> None:
@@ -154,17 +174,19 @@ class Steerer:
 
         Args:
             slots: [T] int64, -1 = unguarded; plans: by slot. input_ids, positions: [T].
+
+        Raises:
+            Exception: whatever went wrong. Call `clear`.
         """
-        self.clear()
+        self._forget()
         wanted: dict[str, list[float]] = {}
         corrupting: list[tuple[Corrupt, Tensor]] = []  # how, and [T] which tokens
         for slot, plan in enumerate(plans):
-            if plan is None:
+            if plan is None or not self.able(plan):
                 continue
             for each in plan.of(Steer):
-                if each.artifact in self.loaded:
-                    # The last is for tokens without a slot.
-                    wanted.setdefault(each.artifact, [0.0] * (len(plans) + 1))[slot] += each.strength
+                # The last is for tokens without a slot.
+                wanted.setdefault(each.artifact, [0.0] * (len(plans) + 1))[slot] += each.strength
             corrupting += [
                 (settings, _inside(settings, positions) & (slots == slot)) for settings in plan.of(Corrupt) if settings.spans
             ]
@@ -180,13 +202,14 @@ class Steerer:
                     self._pass.corrupted.append((index, positions[index], settings))
         if self.room is not None and self._in_room:
             self.room.begin(slots, wanted, self._corrupted(input_ids))
+            self._in_room = False
 
     def enter_room(self, plans: Sequence[Plan | None]) -> bool:
         """Bring what these plans name into the graphs' room. Returns whether graphs do everything that they ask of the network."""
-        asked = [([each.artifact for each in plan.of(Steer)], bool(plan.of(Corrupt))) for plan in plans if plan is not None]
-        idle = any(name in self._idle for names, _ in asked for name in names)
         self._in_room = False
-        self._in_room = self.room is not None and not idle and self.room.does(asked)
+        if self.room is not None:
+            able = [plan for plan in plans if plan is not None and self.able(plan)]  # others are closed, whatever runs
+            self._in_room = self.room.does(([each.artifact for each in plan.of(Steer)], bool(plan.of(Corrupt))) for plan in able)
         return self._in_room
 
     def corrupted(self, embeddings: Tensor | None) -> Tensor | None:
@@ -200,16 +223,20 @@ class Steerer:
         """The base enters its forward pass."""
         self._armed = True
 
-    def end(self) -> bool:
-        """After the base. Returns whether all was done."""
+    def end(self, replayed: bool = False) -> bool:
+        """After the base. Returns whether all was done. ``replayed``: from graphs, of which Python does not hear what they did."""
         self._armed = False
+        if replayed:
+            done = not self._failed
+            self._forget()
+            return done
         if idle := self._pass.strengths.keys() - self._acted:
             self._idle |= idle
             logger.error("lethe: %s did not act on this model's layers; its requests are closed", ", ".join(sorted(idle)))
         if self._pass.corrupted:
             logger.error("lethe: names were not corrupted, since the model's embedding was not reached; their requests are closed")
         done = not self._failed and not self._pass.corrupted
-        self.clear()
+        self._forget()
         return done
 
     def _tried(self, act: Callable[..., Any], *args: Any) -> None:
@@ -260,16 +287,23 @@ class Steerer:
         """One map after the other."""
         for name, (into, out, center) in self._maps[layer].items():
             if (strength := self._pass.strengths.get(name)) is not None:
-                stream = hidden if residual is None else hidden + residual
-                hidden += redirect(stream, into=into, out=out, center=center, strength=strength).to(hidden.dtype)
+                for rows in _pieces(len(hidden)):
+                    stream = hidden[rows] if residual is None else hidden[rows] + residual[rows]
+                    hidden[rows] += redirect(stream, into=into, out=out, center=center, strength=strength[rows]).to(hidden.dtype)
                 self._acted.add(name)
 
     def _add_(self, site: int, inputs: Tensor, output: Tensor) -> None:
         for name, terms in self._terms[site].items():
             if (strength := self._pass.strengths.get(name)) is not None:
-                for term in terms:
-                    output[:, term.columns] += term(inputs, strength)
+                for rows in _pieces(len(inputs)):
+                    for term in terms:
+                        output[rows, term.columns] += term(inputs[rows], strength[rows])
                 self._acted.add(name)
+
+
+def _pieces(tokens: int) -> list[slice]:
+    """Of a long step, so that it takes no more memory than vLLM has reckoned with."""
+    return [slice(start, start + PIECE) for start in range(0, tokens, PIECE)]
 
 
 def _inside(settings: Corrupt, positions: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class SteeringInNetwork:
         """A request enters the batch. ``failed``: artifacts of its plan that could not be loaded."""
         if set(failed) & set(plan.artifacts_of(Steer)):
             self.spoil([plan])  # also should the artifact come later
-        if plan.of(Corrupt) and self._steerer is None:
+        if plan.of(Corrupt) and self._steerer is None and self._context.base is not None:
             try:
                 self._the_steerer()
             except InvalidArtifact as error:
@@ -107,14 +107,14 @@ class SteeringInNetwork:
     @contextmanager
     def acting(self, embeddings: Tensor | None) -> Iterator[Tensor | None]:
         """Around the base's forward pass. Yields [T, H] embeddings to start from, if the runner made them (of images, say)."""
-        if self._steerer is None or _replays():
+        if self._steerer is None:
             yield embeddings
             return
         self._steerer.arm()
         try:
             yield self._steerer.corrupted(embeddings)
         finally:
-            if not self._steerer.end():
+            if not self._steerer.end(replayed=_replays()):
                 self.spoil(self._slots.live_plans)
 
     def graphs(self) -> int | None:
@@ -152,7 +152,10 @@ class SteeringInNetwork:
         """Made when the first artifact, or the first plan that corrupts, comes. Raises Unsteerable."""
         if self._steerer is None:
             steerer = self._made()
-            steerer.listen()
+            try:
+                steerer.listen()
+            except Exception as error:
+                raise Unsteerable(f"this model cannot be steered: {error}") from error
             self._steerer = steerer
         return self._steerer
 

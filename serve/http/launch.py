@@ -81,6 +81,7 @@ def guard_arguments(args: Namespace, settings: Settings) -> None:
         raise UnsafeSetting("--api-key knows no scopes; make keys with `lethe key create` instead")
     for name in (
         "enable_dbo",
+        "enable_sleep_mode",
         "enable_prompt_embeds",
         "trust_request_chat_template",
         "kv_transfer_config",

@@ -45,7 +45,7 @@ class Graph:
 
 
 capturing: list[Capture] = []
-"""Of pieces (vLLM's breakable graphs): what notes them at the moment."""
+"""What notes at the moment."""
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -102,8 +102,10 @@ def set_up(capture_sizes: list[int], mode: str) -> Counter[int]:
 
     @contextmanager
     def recording(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
-        with Capture(graph):
+        capturing.append(Capture(graph))
+        with capturing[-1]:
             yield
+        capturing.pop()
 
     plain = DefaultModelState.prepare_attn
     step: dict[str, Any] = {}
@@ -158,4 +160,5 @@ def set_up(capture_sizes: list[int], mode: str) -> Counter[int]:
     patched.lock_workspace = lambda: None  # the CPU's worker has none
     patched = torch.cuda
     patched.CUDAGraph, patched.graph = Graph, recording
+    patched.is_current_stream_capturing = lambda: any(each.graph is not None for each in capturing)
     return replayed

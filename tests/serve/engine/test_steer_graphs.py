@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from guards.base_model import BaseModel
 from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
+from guards.steering.declaration import Steer
 from guards.steering.operators import redirect
+from guards.types import Plan
 
 pytest.importorskip("vllm", reason="vLLM is not installed: the engine's side needs it")
 from serve.engine.projections import Part, Projection
 from serve.engine.steer_graphs import CHAIN, COLUMNS, LAYERS, GraphRoom
+from serve.engine.steer_hooks import Steerer
 
 HIDDEN, DEPTH, TOKENS = 12, 10, 6
 BASE = BaseModel.model_construct(hidden_size=HIDDEN, layers=DEPTH)
@@ -38,6 +41,11 @@ def artifact(method: str, seed: int, *, rank: int = 3, layer: int = 5, layers: i
             f"{name}.{factor}": normal(*shape) for name in names for factor, shape in (("A", (rank, HIDDEN)), ("B", (HIDDEN, rank)))
         }
     return Steering(manifest, tensors)
+
+
+@pytest.fixture(autouse=True)
+def _capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 
 def room(reaches: range = range(DEPTH)) -> GraphRoom:
@@ -143,3 +151,49 @@ def test_embeddings_are_corrupted_in_the_pass_that_has_them_and_in_no_other() ->
     made.begin(SLOTS, {}, [])
     made.embedded(found := embeddings.clone())
     assert torch.equal(found, embeddings)
+
+
+def test_what_was_only_half_brought_into_the_room_is_brought_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, artifacts = room(), {name: artifact("project", i) for i, name in enumerate("ab")}
+    made.load(artifacts)
+    for broken in ("_fill", "_order"):
+        with monkeypatch.context() as patch:
+            patch.setattr(made, broken, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                made.does([(["a", "b"], False)])
+    wanted = {"a": [1.0, 0.0, 0.0, 0.0], "b": [1.0, 0.0, 0.0, 0.0]}
+    assert made.does([(["a", "b"], False)])
+    made.begin(SLOTS, wanted, [])
+    hidden = torch.randn(TOKENS, HIDDEN)
+    expected = one_after_the_other(artifacts, wanted, 5, hidden)
+    made.entered(5, hidden, None)
+    torch.testing.assert_close(hidden, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_a_pass_that_loses_track_of_its_requests_steers_nobody_in_a_graph_that_was_chosen_before() -> None:
+    steerer = Steerer.__new__(Steerer)
+    steerer.room, steerer.loaded, steerer._idle = room(), {"a": artifact("project", 1)}, set()
+    steerer.room.load(steerer.loaded)
+    plans = [Plan(1, "p", (Steer("a", 1.0),))]
+    assert steerer.enter_room(plans)
+    steerer.begin(torch.tensor([0, 0, -1]), plans, None, torch.arange(3))
+    assert steerer.enter_room(plans)
+    steerer.clear()
+    hidden = torch.randn(3, HIDDEN)
+    steerer.room.entered(5, found := hidden.clone(), None)
+    assert torch.equal(found, hidden)
+
+
+def test_the_room_reckons_in_float32_whatever_the_model_is_made_in() -> None:
+    """vLLM makes models with their dtype as PyTorch's default."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = room()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    made.load({"a": artifact("project", 1)})
+    assert made.does([(["a"], False)])
+    made.begin(SLOTS, {"a": [1.0, 0.0, 0.0, 0.0]}, [])
+    hidden = torch.randn(TOKENS, HIDDEN).bfloat16()
+    made.entered(5, found := hidden.clone(), None)
+    assert not torch.equal(found[:2], hidden[:2]) and torch.equal(found[2:], hidden[2:])
