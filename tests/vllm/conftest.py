@@ -112,19 +112,25 @@ class Server:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What ends the shared server comes last; in a file, tests run as they were written there, also if they come from another.
 
-    Two processes share the files between them (``-n 2 --dist loadgroup``), but what needs a server of another kind stays together.
+    Two processes share the files between them (``-n 2 --dist loadgroup``), but what needs a server of another kind stays together,
+    and the two longest groups begin.
     """
 
-    def place(item: pytest.Item) -> tuple[bool, str, int]:
+    def group(item: pytest.Item) -> str:
+        return "v2" if item.path.parent.name == "v2" else item.path.name
+
+    def place(item: pytest.Item) -> tuple[bool, bool, str, int]:
         assert isinstance(item, pytest.Function)
-        return "test_z_" in item.nodeid, str(item.path), item.function.__code__.co_firstlineno
+        first = group(item) in ("test_families.py", "v2")
+        return "test_z_" in item.nodeid, not first, str(item.path), item.function.__code__.co_firstlineno
 
     items.sort(key=place)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("v2" if item.path.parent.name == "v2" else item.path.name))
+        item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 @pytest.fixture(scope="session")
