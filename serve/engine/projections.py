@@ -74,8 +74,10 @@ class LowRankTerm:
         low = x @ self.a
         if self.summed:
             low = tensor_model_parallel_all_reduce(low)
-        if strength is not None:  # nought even where a product overflowed: those are others' tokens
-            low = torch.where(strength == 0, 0, low * strength).to(low.dtype)
+        if strength is not None:
+            scaled = (low * strength).to(low.dtype)
+            # Where a product overflowed, nought of it is not nought, and the token may be another's.
+            low = torch.where(strength == 0, 0, scaled) if low.dtype is torch.float16 else scaled
         return low @ self.b
 
 

@@ -79,3 +79,11 @@ def test_a_term_of_another_size_is_refused_and_both_are_named() -> None:
     with pytest.raises(InvalidArtifact, match="assistant abc maps 6 to 9, the served model's 6 to 5"):
         part.check(tensors() | {"layers.0.o_proj.B": torch.zeros(9, RANK)}, 0, "assistant abc")
     assert parts_of("input_layernorm", layer("input_layernorm", 1, 0)) == ()
+
+
+def test_what_overflows_for_a_token_that_is_not_steered_leaves_it_as_it_is() -> None:
+    [part] = parts_of("o_proj", layer("o_proj", 1, 0))
+    term = part.term(tensors(), 0, LIKE.half())
+    inputs = torch.full((2, IN), 6e4, dtype=torch.float16)
+    assert not torch.isfinite(inputs @ term.a).all(), "nothing overflows, so this shows nothing"
+    assert torch.equal(term(inputs, torch.tensor([[0.0], [1.0]]))[0], torch.zeros(5, dtype=torch.float16))
