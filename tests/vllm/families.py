@@ -14,7 +14,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TypedDict
 
-HIDDEN, HEADS, HEAD, MLP, LAYERS = 64, 4, 64, 96, 6
+HEAD = int(os.environ.get("FAMILIES_HEAD", "32"))
+"""Some backends of GPUs take no less than 64."""
+HIDDEN, HEADS, MLP, LAYERS = 64, 4, 96, 6
 WIDTH = HEADS * HEAD
 SIZES = {
     "q_proj": (HIDDEN, WIDTH),
@@ -73,7 +75,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "PaddleOCRVLConfig",
         "PaddleOCRVLForConditionalGeneration",
         {
-            "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}},
+            "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
             "vision_config": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2},
             **{f"{name}_token_id": 10 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))},
         },
