@@ -44,7 +44,7 @@ class GuardedModel:
         if not vllm_config.model_config.enforce_eager:
             self.lethe.contrast.prepare()
             self.lethe.steering.prepare()
-            mark(vllm_config)
+            mark(cast("nn.Module", self), vllm_config)
 
     def forward(
         self,

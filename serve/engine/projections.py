@@ -39,8 +39,8 @@ class Part:
             a[:, self.inputs].to(like).T.contiguous(), b[self.outputs].to(like).T.contiguous(), self.columns, self.summed
         )
 
-    def room(self, rank: int, like: Tensor) -> LowRankTerm:
-        """A term of noughts, to be written into."""
+    def empty(self, rank: int, like: Tensor) -> LowRankTerm:
+        """A term of zeros, to be written into."""
         inputs, outputs = (
             len(range(*each.indices(size))) for each, size in zip((self.inputs, self.outputs), self.size, strict=True)
         )
@@ -76,7 +76,7 @@ class LowRankTerm:
             low = tensor_model_parallel_all_reduce(low)
         if strength is not None:
             scaled = (low * strength).to(low.dtype)
-            # Where a product overflowed, nought of it is not nought, and the token may be another's.
+            # inf * 0 is not a number, and the token may be another request's.
             low = torch.where(strength == 0, 0, scaled) if low.dtype is torch.float16 else scaled
         return low @ self.b
 

@@ -97,18 +97,14 @@ def _residual(args: tuple[Any, ...]) -> Tensor | None:
     return given if isinstance(given, Tensor) and given.shape == args[1].shape else None
 
 
-def mark(vllm_config: VllmConfig) -> None:
-    """Make what is compiled now another than what was compiled with other operators, or with other listeners.
+def mark(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Make what is compiled now another than what was compiled with hooks at other places, or with other operators.
 
     vLLM looks for it in its cache by a hash of the whole configuration.
     """
-    there = [key for key in (STEERING, FORK) if key in vllm_config.compilation_config.static_forward_context]
-    made_of = sha256(json.dumps([VERSION, there]).encode()).hexdigest()
+    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    made_of = sha256(json.dumps([hooked, list(OPERATORS)]).encode()).hexdigest()
     cast("dict[str, Any]", vllm_config.additional_config)[PLAN_KEY]["sites"] = made_of
-
-
-VERSION = 1
-"""Of where hooks are put, and of what they call: raise it when either changes."""
 
 
 def _listening(key: str) -> Any:

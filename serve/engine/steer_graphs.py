@@ -1,9 +1,9 @@
-"""Steering in CUDA graphs: a graph replays what it was captured with, so artifacts stand in tensors of fixed address and width.
+"""Steering in CUDA graphs: a graph replays what it was captured with, so artifacts are copied into static buffers.
 
-All artifacts in the room share a number of columns, one for each rank. A map's columns act where its layer is entered, an adapter's
-on its projections; at each token a column has the strength that the token's request gives it, or nought. Which artifacts are in the
-room changes between passes, when those that requests name are not all there. A graph is captured twice for each size, with and
-without the room (`serve.engine.graphs_v2`), so that the room's arithmetic is paid for only in steps in which it is asked for.
+All artifacts in the buffers share a number of columns, one for each rank. A map's columns act where its layer is entered, an
+adapter's on its projections; at each token a column has the strength that the token's request gives it, or 0. Which artifacts the
+buffers hold changes between passes, when those that requests name are not all there. A graph is captured twice for each size, with
+and without steering (`serve.engine.graphs_v2`), so that only steps in which somebody is steered pay for it.
 
 Covered: maps of any layer, adapters of the last `LAYERS` layers, as many as have `COLUMNS` ranks together, `1 + CHAIN` maps of one
 request at one layer, corrupted names. Whatever else is asked for is done outside of graphs, see `SteeringInNetwork.graphs`.
@@ -22,13 +22,13 @@ from guards.steering.artifact import Steering
 from serve.engine.projections import LowRankTerm, Projection
 
 COLUMNS = 128
-"""Ranks of all artifacts in the room. With a model of 8 billion parameters and steps of 8,192 tokens it takes some 220 MB."""
+"""Ranks of all artifacts in the buffers. With a model of 8 billion parameters and steps of 8,192 tokens they take some 220 MB."""
 LAYERS = 8
 CHAIN = 3
 """Maps of one request at one layer that see what other maps before them did. Each costs two small kernels a layer."""
 
 
-class GraphRoom:
+class GraphBuffers:
     """One per engine. Shapes: T tokens, H hidden size, C columns, L layers.
 
     Args:
@@ -49,7 +49,7 @@ class GraphRoom:
         self._at = zeros(depth, COLUMNS)
         """1 where a layer is the one at which a column acts."""
         self._terms: dict[int, list[LowRankTerm]] = {
-            site: [part.room(COLUMNS, like) for part in each.parts]
+            site: [part.empty(COLUMNS, like) for part in each.parts]
             for site, each in enumerate(projections)
             if each.layer >= max(1, self._lowest)
         }
@@ -61,18 +61,18 @@ class GraphRoom:
         self._columns: dict[str, list[int]] = {}
         self._ordered = True
         self.capturing = False
-        """Whether a graph with the room is being captured: the only time at which its arithmetic is run from Python."""
+        """Whether a graph with steering is being captured: the only time at which Python runs this arithmetic."""
         self._reached: set[tuple[str, int]] = set()
         """Places to which a captured pass came. What it does not come to, graphs do not do."""
 
     def load(self, artifacts: Mapping[str, Steering]) -> None:
-        """Only these may be in the room from now on."""
+        """Only these may be in the buffers from now on."""
         for name in self._columns.keys() - artifacts.keys():
             del self._columns[name]  # nobody gives its columns a strength any more
         self._artifacts = dict(artifacts)
 
     def does(self, plans: Iterable[tuple[Iterable[str], bool]]) -> bool:
-        """Whether a graph does all that is asked for; brings the artifacts into the room.
+        """Whether a graph does all that is asked for; copies the artifacts into the buffers.
 
         Args:
             plans: of each request, the artifacts that it names, and whether its embeddings are corrupted.
@@ -133,12 +133,12 @@ class GraphRoom:
             self._into[:, columns], self._out[columns], self._shift[columns] = into, out, -(center @ into)
             self._at[first, columns] = 1
             return
-        for site, rooms in self._terms.items():
+        for site, buffers in self._terms.items():
             each = self._projections[site]
             if each.layer >= first:
-                for part, room in zip(each.parts, rooms, strict=True):
+                for part, buffer in zip(each.parts, buffers, strict=True):
                     term = part.term(tensors, each.layer - first, self._like)
-                    room.a[:, columns], room.b[columns] = term.a, term.b
+                    buffer.a[:, columns], buffer.b[columns] = term.a, term.b
 
     def _order(self) -> None:
         """Maps at one layer act in the order of their names, as they do outside of graphs."""

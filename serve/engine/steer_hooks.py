@@ -1,6 +1,6 @@
 """Steering inside vLLM's own model: what is done, at the places of `serve.engine.sites`, to the tokens of some requests.
 
-Before a forward pass each artifact that somebody in the batch names gets its strength at every token, [T], nought where it is
+Before a forward pass each artifact that somebody in the batch names gets its strength at every token, [T], 0 where it is
 nobody's; what an artifact changes is multiplied by it. So nothing waits for the device, rows of other requests are what they would
 be without, and a pass in which nobody is steered is not entered. There is Python for each plan in the batch, as in the tracker, and
 none for each row or token. Whatever did not act although it should have is not called loaded again: its rows are closed.
@@ -33,7 +33,7 @@ from guards.types import Plan
 from serve.engine.fork import Unforkable, decoder_of, refuse_other_layers
 from serve.engine.projections import LowRankTerm, projections_of
 from serve.engine.sites import STEERING, after_embedding, after_projection, before_layer, listen
-from serve.engine.steer_graphs import LAYERS, GraphRoom
+from serve.engine.steer_graphs import LAYERS, GraphBuffers
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,9 @@ class Steerer:
         self._idle: set[str] = set()  # those that were to act and were not reached: this model computes in another way
         self._alone = vllm_config.parallel_config.tensor_parallel_size == 1
         self._failed = False  # whether something of this pass could not be done
-        self.room: GraphRoom | None = None
+        self.buffers: GraphBuffers | None = None
         """Where artifacts stand that CUDA graphs apply; None where there are no graphs."""
-        self._in_room = False  # whether what the coming pass needs is there
+        self._in_buffers = False  # whether what the coming pass needs is there
 
     def listen(self) -> None:
         """Stand in the model. A compiled one must be entered before it is compiled, everywhere, and not again."""
@@ -109,7 +109,7 @@ class Steerer:
             # Each place that a compiler sees keeps it from joining what is around it, so there are no more than needed.
             self._stand(range(1, len(self._layers)), [i for i, each in enumerate(self.projections) if each.layer >= self._lowest])
             if self._vllm_config.use_v2_model_runner:
-                self.room = GraphRoom(self.projections, len(self._layers), self._like, self._vllm_config)
+                self.buffers = GraphBuffers(self.projections, len(self._layers), self._like, self._vllm_config)
 
     def _stand(self, layers: Iterable[int], sites: Iterable[int]) -> None:
         for hook in self._hooks:
@@ -155,16 +155,16 @@ class Steerer:
                     self._terms.setdefault(site, {})[name] = terms
         if not self._compiled:
             self._stand(self._maps, self._terms)
-        if self.room is not None:
-            self.room.load(artifacts)
+        if self.buffers is not None:
+            self.buffers.load(artifacts)
         self.loaded = dict(artifacts)  # only now are they all there
 
     def clear(self) -> None:
         """Before a pass in which nobody is steered, also if a graph was chosen for it in which somebody would have been."""
         self._forget()
-        if self.room is not None and self._in_room:
-            self.room.reset()
-        self._in_room = False
+        if self.buffers is not None and self._in_buffers:
+            self.buffers.reset()
+        self._in_buffers = False
 
     def _forget(self) -> None:
         self._pass, self._acted, self._failed = _Pass(), set(), False
@@ -200,17 +200,19 @@ class Steerer:
                 if here:
                     index = mask.nonzero().squeeze(1)
                     self._pass.corrupted.append((index, positions[index], settings))
-        if self.room is not None and self._in_room:
-            self.room.begin(slots, wanted, self._corrupted(input_ids))
-            self._in_room = False
+        if self.buffers is not None and self._in_buffers:
+            self.buffers.begin(slots, wanted, self._corrupted(input_ids))
+            self._in_buffers = False
 
-    def enter_room(self, plans: Sequence[Plan | None]) -> bool:
-        """Bring what these plans name into the graphs' room. Returns whether graphs do everything that they ask of the network."""
-        self._in_room = False
-        if self.room is not None:
+    def fill_buffers(self, plans: Sequence[Plan | None]) -> bool:
+        """Copy what these plans name into the graphs' buffers. Returns whether graphs do all that they ask of the network."""
+        self._in_buffers = False
+        if self.buffers is not None:
             able = [plan for plan in plans if plan is not None and self.able(plan)]  # others are closed, whatever runs
-            self._in_room = self.room.does(([each.artifact for each in plan.of(Steer)], bool(plan.of(Corrupt))) for plan in able)
-        return self._in_room
+            self._in_buffers = self.buffers.does(
+                ([each.artifact for each in plan.of(Steer)], bool(plan.of(Corrupt))) for plan in able
+            )
+        return self._in_buffers
 
     def corrupted(self, embeddings: Tensor | None) -> Tensor | None:
         """[T, H] that the runner has made, corrupted in a copy where that is asked for."""
@@ -251,20 +253,20 @@ class Steerer:
             self._failed = True
 
     def embedded(self, embeddings: Tensor) -> None:
-        if self.room is not None and self.room.capturing:
-            self.room.embedded(embeddings)
+        if self.buffers is not None and self.buffers.capturing:
+            self.buffers.embedded(embeddings)
         elif self._armed and self._pass.corrupted:
             self._tried(self.corrupt_, embeddings)
 
     def entered(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
-        if self.room is not None and self.room.capturing:
-            self.room.entered(layer, hidden, residual)
+        if self.buffers is not None and self.buffers.capturing:
+            self.buffers.entered(layer, hidden, residual)
         elif self._armed and self._pass.strengths and layer in self._maps:
             self._tried(self._redirect_, layer, hidden, residual)
 
     def projected(self, site: int, inputs: Tensor, output: Tensor) -> None:
-        if self.room is not None and self.room.capturing:
-            self.room.projected(site, inputs, output)
+        if self.buffers is not None and self.buffers.capturing:
+            self.buffers.projected(site, inputs, output)
         elif self._armed and self._pass.strengths and site in self._terms:
             self._tried(self._add_, site, inputs, output)
 

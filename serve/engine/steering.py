@@ -122,7 +122,7 @@ class SteeringInNetwork:
         if not self._engaged:
             return 0
         try:
-            return 1 if self._steerer is not None and self._steerer.enter_room(self._slots.plans) else None
+            return 1 if self._steerer is not None and self._steerer.fill_buffers(self._slots.plans) else None
         except Exception:
             logger.exception("lethe: artifacts cannot be brought into the graphs; a step runs without them")
             self._context.stop_unless_alone()
@@ -130,13 +130,13 @@ class SteeringInNetwork:
 
     def capture(self, steered: bool) -> None:
         """Which graphs are captured from now on."""
-        if self._steerer is not None and self._steerer.room is not None:
-            self._steerer.room.capturing = steered
+        if self._steerer is not None and self._steerer.buffers is not None:
+            self._steerer.buffers.capturing = steered
 
     @property
     def has_graphs(self) -> bool:
         """Whether there is anything that a graph could do."""
-        return self._steerer is not None and self._steerer.room is not None
+        return self._steerer is not None and self._steerer.buffers is not None
 
     def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
         """Close the rows of requests that should have been steered and were not, see `SteeringGuard.apply`."""

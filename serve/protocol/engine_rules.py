@@ -12,6 +12,8 @@ def refuse_unguarded(config: Any) -> None:
         config: the engine's whole configuration, a VllmConfig.
     """
     drafts, model = config.speculative_config, config.model_config
+    if model.enable_sleep_mode:
+        raise ValueError("sleep mode throws away what guards keep beside the weights; start without --enable-sleep-mode")
     if config.parallel_config.pipeline_parallel_size > 1 and not config.use_v2_model_runner:
         raise ValueError("a pipeline of several stages is guarded on Model Runner V2 only; leave --pipeline-parallel-size at 1")
     if drafts is not None and not config.use_v2_model_runner:

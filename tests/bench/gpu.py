@@ -5,8 +5,8 @@
 
 vLLM's engine in one process with everything on that it chooses by itself (compilation, CUDA graphs), first without and then with
 lethe, and once more without (the control). "8b" has the shape of a model of eight billion parameters and random weights, so that
-nothing is downloaded; what guards cost does not depend on what the model knows. Also runs on a CPU, to see that it runs (in graphs
-of nothing, eager): `--models tiny --batches 2 --tokens 4`.
+nothing is downloaded; what guards cost does not depend on what the model knows. On a CPU it runs eager and without graphs, which
+only shows that it runs: `--models tiny --batches 2 --tokens 4`.
 """
 
 from __future__ import annotations

@@ -103,9 +103,11 @@ def set_up(capture_sizes: list[int], mode: str) -> Counter[int]:
     @contextmanager
     def recording(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
         capturing.append(Capture(graph))
-        with capturing[-1]:
-            yield
-        capturing.pop()
+        try:
+            with capturing[-1]:
+                yield
+        finally:
+            capturing.pop()
 
     plain = DefaultModelState.prepare_attn
     step: dict[str, Any] = {}

@@ -199,7 +199,7 @@ def test_what_was_not_steered_once_stays_closed_for_its_blocks_are_cached(monkey
 
 def test_a_layer_that_cannot_be_steered_lets_the_base_go_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     steerer = Steerer.__new__(Steerer)
-    steerer._acted, steerer._idle, steerer._failed, steerer._alone, steerer.room = set(), set(), False, True, None
+    steerer._acted, steerer._idle, steerer._failed, steerer._alone, steerer.buffers = set(), set(), False, True, None
     steerer._maps, steerer._pass = {3: {}}, _Pass({"a": torch.ones(1, 1)})
     monkeypatch.setattr(steerer, "_redirect_", broken)
     hidden = torch.ones(1, 2)
@@ -210,7 +210,7 @@ def test_a_layer_that_cannot_be_steered_lets_the_base_go_on_and_says_so(monkeypa
 
 def test_whoever_is_steered_where_nothing_acted_is_closed_from_then_on() -> None:
     steerer = Steerer.__new__(Steerer)
-    steerer._acted, steerer._idle, steerer._failed, steerer.room = set(), set(), False, None
+    steerer._acted, steerer._idle, steerer._failed, steerer.buffers = set(), set(), False, None
     steerer.loaded = {"missing": object()}  # type: ignore[dict-item]
     assert steerer.able(PLANS["steering"])
     steerer._pass = _Pass({"missing": torch.ones(1, 1)})

@@ -24,6 +24,7 @@ def config(**changes: Any) -> Any:
         "drafts": None,
         "takes": "standard",
         "stages": 1,
+        "sleeps": False,
     } | changes
     drafts = plain["drafts"] and SimpleNamespace(
         method=plain["drafts"],
@@ -34,7 +35,9 @@ def config(**changes: Any) -> Any:
     return SimpleNamespace(
         use_v2_model_runner=plain["v2"],
         speculative_config=drafts,
-        model_config=SimpleNamespace(enforce_eager=plain["eager"], uses_mrope=plain["mrope"], model="m"),
+        model_config=SimpleNamespace(
+            enforce_eager=plain["eager"], uses_mrope=plain["mrope"], enable_sleep_mode=plain["sleeps"], model="m"
+        ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=plain["stages"]),
         device_config=SimpleNamespace(device_type=plain["device"]),
     )
@@ -47,6 +50,7 @@ def config(**changes: Any) -> Any:
         ({"drafts": "eagle"}, "'eagle' has not been proved"),
         ({"drafts": "ngram", "takes": "synthetic"}, "'synthetic' takes drafted tokens"),
         ({"v2": False}, "--enforce-eager"),
+        ({"sleeps": True}, "--enable-sleep-mode"),
         ({"v2": False, "eager": True, "stages": 2}, "--pipeline-parallel-size"),
         ({"mrope": True, "v2": False, "eager": True}, "M-RoPE"),
     ],

@@ -1,4 +1,4 @@
-"""The room of the graphs does what maps and adapters do one after the other, with artifacts coming and going."""
+"""The buffers of the graphs do what maps and adapters do one after the other, with artifacts coming and going."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from guards.types import Plan
 
 pytest.importorskip("vllm", reason="vLLM is not installed: the engine's side needs it")
 from serve.engine.projections import Part, Projection
-from serve.engine.steer_graphs import CHAIN, COLUMNS, LAYERS, GraphRoom
+from serve.engine.steer_graphs import CHAIN, COLUMNS, LAYERS, GraphBuffers
 from serve.engine.steer_hooks import Steerer
 
 HIDDEN, DEPTH, TOKENS = 12, 10, 6
@@ -48,7 +48,7 @@ def _capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 
-def room(reaches: range = range(DEPTH)) -> GraphRoom:
+def buffers(reaches: range = range(DEPTH)) -> GraphBuffers:
     """As it is once a pass that comes to some of the layers was captured."""
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, is_multimodal_model=False),
@@ -56,7 +56,7 @@ def room(reaches: range = range(DEPTH)) -> GraphRoom:
     )
     whole = {"size": (HIDDEN, HIDDEN), "inputs": WHOLE, "outputs": WHOLE, "columns": WHOLE, "summed": False}
     projections = [Projection(nn.Identity(), layer, (Part("o_proj", **whole),)) for layer in range(DEPTH)]  # type: ignore[arg-type]
-    made, tokens = GraphRoom(projections, DEPTH, torch.zeros(0), config), torch.zeros(TOKENS, HIDDEN)
+    made, tokens = GraphBuffers(projections, DEPTH, torch.zeros(0), config), torch.zeros(TOKENS, HIDDEN)
     made.embedded(tokens)
     for layer in reaches:
         made.entered(layer, tokens, None)
@@ -78,14 +78,14 @@ def one_after_the_other(artifacts: dict[str, Steering], wanted: dict[str, list[f
 
 @pytest.mark.parametrize("seed", range(12))
 def test_what_graphs_do_is_what_is_done_outside_of_them_whatever_came_before(seed: int) -> None:
-    """Artifacts of random kinds and ranks, asked for by random requests, in steps that follow each other in one room."""
+    """Artifacts of random kinds and ranks, asked for by random requests, in steps that follow each other in the same buffers."""
     chance = random.Random(seed)
     kinds = ["project", "steer", "adapter"]
     artifacts = {
         f"{i}": artifact(chance.choice(kinds), 100 * seed + i, rank=chance.randint(1, 40), layer=chance.choice([2, 5]))
         for i in range(9)
     }
-    made, done = room(), 0
+    made, done = buffers(), 0
     made.load(artifacts)
     for step in range(12):
         named = [chance.sample(sorted(artifacts), chance.randint(0, 3)) for _ in range(2)]
@@ -119,14 +119,14 @@ def test_what_graphs_do_is_what_is_done_outside_of_them_whatever_came_before(see
     assert done > 3, "hardly anything was compared"
 
 
-def test_what_graphs_have_no_room_for_is_left_to_a_pass_without_them() -> None:
-    made = room()
+def test_what_graphs_cannot_hold_is_left_to_a_pass_without_them() -> None:
+    made = buffers()
     artifacts = {"wide": artifact("project", 1, rank=COLUMNS + 1), "deep": artifact("adapter", 2, layers=LAYERS + 1)}
     artifacts |= {f"{i}": artifact("project", 3 + i, rank=1) for i in range(CHAIN + 2)}
     made.load(artifacts)
     assert not made.does([(["wide"], False)]) and not made.does([(["deep"], False)])
     assert not made.does([(["not loaded"], False)])
-    short = room(range(6, DEPTH))
+    short = buffers(range(6, DEPTH))
     short.load(artifacts | {"last": artifact("adapter", 9)})
     assert not short.does([(["0"], False)]), "its layer is not in what was captured"
     assert short.does([(["last"], False)])
@@ -142,7 +142,7 @@ def test_what_graphs_have_no_room_for_is_left_to_a_pass_without_them() -> None:
 
 
 def test_embeddings_are_corrupted_in_the_pass_that_has_them_and_in_no_other() -> None:
-    made = room()
+    made = buffers()
     embeddings, other = torch.randn(TOKENS, HIDDEN), torch.randn(2, HIDDEN)
     made.begin(SLOTS, {}, [(torch.tensor([1, 4]), other)])
     found = embeddings.clone()
@@ -153,8 +153,8 @@ def test_embeddings_are_corrupted_in_the_pass_that_has_them_and_in_no_other() ->
     assert torch.equal(found, embeddings)
 
 
-def test_what_was_only_half_brought_into_the_room_is_brought_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, artifacts = room(), {name: artifact("project", i) for i, name in enumerate("ab")}
+def test_what_was_only_half_copied_into_the_buffers_is_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, artifacts = buffers(), {name: artifact("project", i) for i, name in enumerate("ab")}
     made.load(artifacts)
     for broken in ("_fill", "_order"):
         with monkeypatch.context() as patch:
@@ -172,23 +172,23 @@ def test_what_was_only_half_brought_into_the_room_is_brought_again(monkeypatch: 
 
 def test_a_pass_that_loses_track_of_its_requests_steers_nobody_in_a_graph_that_was_chosen_before() -> None:
     steerer = Steerer.__new__(Steerer)
-    steerer.room, steerer.loaded, steerer._idle = room(), {"a": artifact("project", 1)}, set()
-    steerer.room.load(steerer.loaded)
+    steerer.buffers, steerer.loaded, steerer._idle = buffers(), {"a": artifact("project", 1)}, set()
+    steerer.buffers.load(steerer.loaded)
     plans = [Plan(1, "p", (Steer("a", 1.0),))]
-    assert steerer.enter_room(plans)
+    assert steerer.fill_buffers(plans)
     steerer.begin(torch.tensor([0, 0, -1]), plans, None, torch.arange(3))
-    assert steerer.enter_room(plans)
+    assert steerer.fill_buffers(plans)
     steerer.clear()
     hidden = torch.randn(3, HIDDEN)
-    steerer.room.entered(5, found := hidden.clone(), None)
+    steerer.buffers.entered(5, found := hidden.clone(), None)
     assert torch.equal(found, hidden)
 
 
-def test_the_room_reckons_in_float32_whatever_the_model_is_made_in() -> None:
+def test_the_buffers_are_float32_whatever_the_model_is_made_in() -> None:
     """vLLM makes models with their dtype as PyTorch's default."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        made = room()
+        made = buffers()
     finally:
         torch.set_default_dtype(torch.float32)
     made.load({"a": artifact("project", 1)})
