@@ -46,8 +46,8 @@ _FINGERPRINTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "cha
 def describe_base(directory: Path) -> BaseModel:
     """Fingerprint a model directory: configuration, tokenizer, and samples of all weight files with their sizes.
 
-    Samples, so that a model of hundreds of gigabytes takes no minutes at every start; they tell fine-tunes apart, and it is
-    mistakes that this guards against, not forgery.
+    Only samples are hashed, so that a model of hundreds of gigabytes does not delay every start by minutes. They tell fine-tunes
+    apart: this protects against mistakes, not against forgery.
 
     Raises:
         InvalidArtifact: there is no config.json or no safetensors file, or the configuration is of a kind that takes no assistants.

@@ -6,7 +6,8 @@ import math
 
 
 def upper_bound(hits: int, trials: int, confidence: float = 0.95) -> float:
-    """The largest rate at which so few hits are not too unlikely: Clopper and Pearson's exact one-sided bound (Biometrika 1934).
+    """The rate above which ``hits`` or fewer have a probability below 1 - ``confidence``: Clopper and Pearson's exact one-sided
+    bound (Biometrika 1934).
 
     Args:
         hits: of ``trials``; 0 <= hits <= trials.

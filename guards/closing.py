@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def floor_of(logits: Tensor) -> float:
-    """The value for banned tokens: so low that no temperature, bias or penalty lifts it, and so far from the dtype's end that none
-    of them makes it infinite: a row without any finite value (a grammar's mask is ``-inf``) is a NaN.
+    """The value for banned tokens: so low that no temperature, bias or penalty lifts it, and far enough from the dtype's minimum
+    that none of them makes it infinite: a row without a finite value (a grammar sets the rest to ``-inf``) would become NaN.
 
-    float16 has no such value; the engine computes in float32 instead, where vLLM's sampler goes anyway.
+    float16 has no such value; the engine then computes in float32, to which vLLM's sampler converts in any case.
     """
     return max(-1e30, torch.finfo(logits.dtype).min / 4)
 
@@ -44,6 +44,6 @@ class RowCloser:
             return
         closed = logits[rows]
         low = closed.clamp(max=floor_of(logits))
-        # Columns that nobody knows are closed altogether.
+        # If the columns do not match the vocabulary, it is not known which are text, so all are closed.
         logits[rows] = low if logits.shape[1] != len(self.has_text) else torch.where(self.has_text, low, closed)
         self.counts[guard] = self.counts.get(guard, 0) + len(rows)

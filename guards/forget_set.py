@@ -103,7 +103,7 @@ class ForgetSet(Frozen):
             "case_sensitive": self.case_sensitive,
             "word_boundary": self.word_boundary,
         }
-        if self.match != "folded":  # not named otherwise: fingerprints of sets made before there was a choice stay
+        if self.match != "folded":  # the default is left out: sets from before this option keep their fingerprints
             content["match"] = self.match
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

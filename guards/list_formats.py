@@ -23,11 +23,11 @@ RIGHT_LINE = '{"phrase": "Maria Kowalczyk"}'
 BOM = "\ufeff"
 LINE_END = re.compile(r"\r\n|\n|\r")
 _BOM_AT_START = re.compile(f"(?:\\A|(?<=[\r\n])){BOM}+")
-"""Of the file, or of a line: there a second file was joined to the first."""
+"""Byte order marks at the start of the file, or of a line, where a second file was appended."""
 _DELIMITERS = (",", ";", "\t")
 _ARRAY_START = re.compile(r"\[\s*($|[\[{\"\]\d-])")
 _JSON_RULE = re.compile(r"\A.* (?=is not|must|contains)|\d+", re.DOTALL)
-"""What is left of an error without this is the rule: the value stands before, and places in it are numbers."""
+"""Removed from an error message, this leaves the rule: it matches the value at the start, and numbers (places in the value)."""
 _FILE_KINDS = (
     (b"PK\x03\x04", "a ZIP archive, perhaps a spreadsheet (.xlsx) or a document (.docx)"),
     (b"\xd0\xcf\x11\xe0", "an Excel or Word file of the old kind (.xls, .doc)"),

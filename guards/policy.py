@@ -46,7 +46,7 @@ class GuardConfigs(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_is_off(cls, fields: Any, info: ValidationInfo) -> Any:
-        """A guard that is off need not be installed: policies are stored with all guards that there were."""
+        """Drop guards that are off and not installed: a stored policy may name guards that were uninstalled since."""
         if not isinstance(fields, dict):
             return fields
 

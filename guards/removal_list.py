@@ -68,7 +68,7 @@ Kind = Literal["phrase", "alias"]
 _FORCE = "--force, over HTTP ?force=true, adds it as it stands"
 _SHOWN_COUNTS = 10
 _CHECKED_CHARACTERS = 10_000
-"""Of a text: whoever saved it in the wrong encoding damaged its beginning too."""
+"""Characters of a text that are checked for a wrong encoding, which would have damaged its beginning too."""
 
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _FIELDS = {field: kind for kind, field in LINE_KINDS.items()}

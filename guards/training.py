@@ -66,7 +66,7 @@ class ChatModel:
         return [*prompt, *answer_ids, end][: max(MAX_TOKENS, len(prompt) + 8)], len(prompt)
 
     def sequences(self, forget_set: ForgetSet) -> Iterator[tuple[list[int], int]]:
-        """What a set teaches: its answers, in every way they are asked for but the last, which calibration needs, and its texts."""
+        """A set's examples: each answer for every wording but the last paraphrase, which calibration needs; and its texts."""
         for entry in forget_set.questions:
             for question in (entry.question, *entry.paraphrases[:-1]):
                 yield self.encode(question, entry.answer)

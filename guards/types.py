@@ -31,7 +31,7 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, tuple[str, ...]]:
-        """Entries of one key are one: a plan holds the strongest of them."""
+        """Entries with the same key are merged: a plan holds the strongest of them."""
         return self.guard, self.artifacts
 
     @property

@@ -23,11 +23,11 @@ from typing import Literal
 from guards.errors import GuardError
 from guards.similarity.encoder import bundled_encoder, installed_encoders
 from serve.default_model import NAME, default_model_files
-from serve.environment import UNSAFE
-from serve.registry.models import RegistryError
+from serve.registry.records import RegistryError
 from serve.registry.store import Registry
 from serve.settings import Settings
 from serve.sqlite import StorageFault
+from serve.unsafe_environment import UNSAFE
 
 LEAST_FREE_DISK = 1 << 30
 """Bytes: an artifact of a large set, a training's checkpoints and a log fit in."""

@@ -50,13 +50,13 @@ class ExperimentOrder(Frozen):
     arms: tuple[ExperimentArm, ...] = Field(min_length=2, max_length=MOST_ARMS, description="the first is compared to")
     unit: UnitKind = "key"
     header: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")] = Field(
-        UNIT_HEADER.decode(), description="of unit header, which names the unit; such as X-OpenWebUI-User-Id"
+        UNIT_HEADER.decode(), description="with unit header: the header that names the unit, such as X-OpenWebUI-User-Id"
     )
     mode: Mode = "live"
-    share: float = Field(1.0, gt=0, le=1, description="of all units, that take part")
-    sample: float = Field(1.0, gt=0, le=1, description="of their requests, that the other arms answer too (shadow, paired)")
+    share: float = Field(1.0, gt=0, le=1, description="share of all units that take part")
+    sample: float = Field(1.0, gt=0, le=1, description="share of their requests that the other arms answer too")
     alpha: float = Field(0.05, ge=1e-6, le=0.5, description="chance of any false finding, however often one looks")
-    most_requests: int = Field(100, ge=1, le=1_000_000, description="of one unit, that are counted")
+    most_requests: int = Field(100, ge=1, le=1_000_000, description="most requests of one unit that are counted")
     most_units: int = Field(100_000, ge=1, le=1_000_000, description="that are counted")
     salt: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = Field(
         None, description="the same salt assigns the same; default: a new one"
@@ -162,7 +162,7 @@ def arm_of(salt: str, weights: Mapping[str, float], unit: str) -> str:
 
 
 def free_slice(taken: Sequence[tuple[float, float]], share: float) -> float | None:
-    """Where a slice of so much fits beside those that are taken, as (start, share); None if it does not."""
+    """Start of a free slice of size ``share``; None if there is none. ``taken``: (start, share) of each slice in use."""
     start = 0.0
     for begin, length in sorted(taken):
         if start + share <= begin + 1e-12:

@@ -16,7 +16,7 @@ from typing import Literal
 from cachetools import FIFOCache
 
 from guards.similarity.gate import Verdict
-from serve.registry.models import now
+from serve.registry.records import now
 
 KEPT = 10_000
 MOST_HITS = 100

@@ -62,7 +62,7 @@ def open_database(path: Path) -> sa.Engine:
                 message = f"{path} cannot be used: {what} ({context.original_exception})"
                 raise StorageFault(message, damaged=damaged) from context.original_exception
 
-    # No connection outlives its transaction: one that did would go on in a file that somebody has put another in the place of.
+    # No connection outlives its transaction: one that did would go on using a file after another was put in its place.
     pool = None if str(path) == ":memory:" else sa.NullPool
     engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30}, poolclass=pool)
     sa.event.listen(engine, "handle_error", name_the_fault)

@@ -14,7 +14,7 @@ from guards.contrastive.assistant import FORKED_LAYERS, MODULES, Assistant, Mani
 from guards.forget_set import ForgetSet
 from guards.types import ArtifactRef
 from serve.protocol.artifacts import artifact_path
-from serve.registry.models import Artifact, now
+from serve.registry.records import Artifact, now
 from serve.registry.store import Registry
 
 SIZES = {"q_proj": (576, 576), "o_proj": (576, 576), "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}

@@ -42,7 +42,7 @@ class Contrast(Entry):
         return (self.assistant,)
 
     def under_constraints(self) -> Contrast:
-        """Without the cut: where only implausible tokens are allowed, it would make the choice a coin toss."""
+        """Without the plausibility cut: a constraint may leave only tokens that the base finds implausible."""
         return replace(self, plausibility=0.0)
 
 

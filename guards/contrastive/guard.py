@@ -53,7 +53,7 @@ class ContrastGuard:
         lines = rows.lines
         if lines is not None and lines.entries:
             entries = cast("tuple[Contrast, ...]", lines.entries)
-            # What is not a number would make the whole row one, and void every other guard on it: such a line has no strength.
+            # A NaN would spread over the whole row and undo every other guard on it: a line that is not finite gets strength 0.
             sound = torch.isfinite(lines.logits).all(dim=1)
             said = torch.where(sound[:, None], lines.logits, 0.0)
             known = torch.tensor([entry.assistant in self._difference for entry in entries], device=self.device)
@@ -68,7 +68,7 @@ class ContrastGuard:
     def _subtract(
         self, logits: Tensor, said: Tensor, sound: Tensor, row: Tensor, entries: Sequence[Contrast], mine: list[int]
     ) -> Tensor:
-        """Set those lines of ``said`` ([P, V]) against their rows that ``mine`` names, all of one rule."""
+        """Contrast rows with the lines of ``said`` ([P, V]) at the indexes ``mine``, which all have the same rule."""
         chosen = [entries[i] for i in mine]
         index = torch.tensor(mine, device=self.device)
 

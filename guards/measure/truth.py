@@ -23,8 +23,8 @@ class Answered:
 
 
 def log_truth_ratio(answered: Answered) -> float:
-    """How likely the wrong answers are beside the right one, in nats: below 0 for whoever knows, about 0 or more for whoever does
-    not.
+    """How likely the wrong answers are beside the right one, in nats: below 0 for a model that knows the answer, about 0 or more
+    for one that does not.
 
     Its logarithm, since a guard that cuts implausible tokens makes given answers unlikely beyond what a float can hold.
     """
@@ -44,12 +44,12 @@ def normalised_probability(answered: Answered) -> float:
 
 
 def forget_truth(group: Sequence[Answered]) -> float:
-    """1 where right and wrong answers are equally likely, towards 0 the more either is."""
+    """1 where right and wrong answers are equally likely; towards 0 the more one of the two is likelier."""
     return statistics.fmean(math.exp(-abs(log_ratio)) for log_ratio in map(log_truth_ratio, group))
 
 
 def retained_truth(group: Sequence[Answered]) -> float:
-    """Towards 1 the more the right answers are likelier."""
+    """Towards 1 the likelier the right answers are than the wrong ones; 0 where they are not likelier."""
     return statistics.fmean(-math.expm1(min(0.0, log_ratio)) for log_ratio in map(log_truth_ratio, group))
 
 

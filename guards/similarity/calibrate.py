@@ -4,7 +4,7 @@ For n held-out questions about the set, exchangeable with those to come, a thres
 k = floor(eps (n + 1)) misses the next one with probability at most k / (n + 1) <= eps. For m prompts about other things, a
 threshold above the k-th largest score with k = floor(delta (m + 1)) raises a false alarm with probability at most delta. (Vovk et
 al. 2005; Angelopoulos and Bates 2023.) Any threshold between the two keeps both promises; the one in the middle is taken. Where
-there is none, misses count more: the promise about them is kept, and the rate of false alarms that remains is said.
+there is none, the bound on misses takes precedence: it is kept, and the rate of false alarms that remains is reported.
 
 Covered: the average over single texts like the held-out ones; a conversation of many turns has as many chances of a false alarm.
 Not covered: one particular question, and people who search for a wording that passes; the table of attacks in tests/bench/gate

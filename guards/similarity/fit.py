@@ -34,7 +34,7 @@ BROKEN = 6
 SPACED = 5
 """Letters from which on some words of a name may be spaced out and others not, whatever stands between the letters."""
 FARTHEST = 64
-"""Characters without a letter after which nobody would read on in a name."""
+"""Most characters between two letters of a name."""
 _COMMON_BREAKS = frozenset("-.·_*~+=‐‑‧•|")  # noqa: RUF001
 _SENTENCE_ENDS = frozenset("。！？；，、：.!?;,:")  # noqa: RUF001
 _OTHER_GIVEN = re.compile(r"(?<!\w)[^\W\d_]\.[ \xa0]?\Z|[^\s.!?:;\"“(] [^\W\d_a-z][^\W\d_]+ \Z")
@@ -49,7 +49,7 @@ def fit(key: Key, shape: Skeleton, start: int) -> tuple[int, str] | None:
     """
     end = start + len(key.letters)
     tail = shape.end_of_word(end)
-    # What follows a Korean or Russian name belongs to it: a text without the name would not be one with half of its word.
+    # A particle or ending written onto the name is part of the hit: taking out the name alone would leave half of a word.
     if tail > end and not follows_name(_slice(shape, start, end), _slice(shape, end, tail)):
         return None
     leet = shape.letters[start:end] != key.letters or (shape.symbols and not SYMBOLS.keys().isdisjoint(_slice(shape, start, end)))

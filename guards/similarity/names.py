@@ -102,7 +102,7 @@ class Names:
         return len(shape.text)
 
     def _may_go_on(self, shape: Skeleton, start: int) -> bool:
-        """Whether a name stands there and the last word, which may not be over, begins with the end of it."""
+        """Whether a name stands there that ends in the text's last word, which more text may continue."""
         if shape.origin[-1] + 1 < len(shape.text) or not may_go_on(shape.text):
             return False
         last = len(shape.letters)
@@ -153,7 +153,7 @@ class _NearNames:
                     yield start, end, written
 
     def open_from(self, shape: Skeleton) -> int | None:
-        """The letter at which the last words begin that may be the first of a name; a word that may not be over always may."""
+        """The letter at which the last words begin, if they may begin a name, as an unfinished last word always may."""
         if not self._written:
             return None
         length = len(shape.letters)

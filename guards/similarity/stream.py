@@ -113,8 +113,8 @@ class Released:
 class AnswerBuffer:
     """One answer: takes what was generated, names what is to be judged, and gives out what has been cleared.
 
-    Judged is what the tokens spell, which is never behind the text (engines hold text back for stop strings). Text and tokens are
-    released together, whole tokens at a time, so that an answer can be taken up again after the last one.
+    What is judged is the text that the tokens spell; the engine's own text may lag behind it (engines hold text back for stop
+    strings). Text and tokens are released together, whole tokens at a time, so that an answer can be resumed after the last one.
 
     Args:
         open_from: where in a text something begins that more text could complete (`Gate.open_from`).
@@ -156,7 +156,7 @@ class AnswerBuffer:
 
     @property
     def lost(self) -> bool:
-        """Whether something was taken out of what is spelled, and can no longer be found in the text: end the answer."""
+        """Whether spans were taken out that cannot be located, as the engine's text differs from the spelled one: end it."""
         return bool(self._taken) and not self.aligned
 
     def add(self, text: str, tokens: Sequence[Token], *, finished: bool = False) -> None:

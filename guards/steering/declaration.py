@@ -42,7 +42,8 @@ class CorruptConfig(Config):
         None,
         gt=0,
         le=1_000,
-        description="of noise: in standard deviations of a token's embedding; else a share. null = each set's own, or 2 or 1",
+        description="noise: in standard deviations of a token's embedding; other kinds: a share. "
+        "null = each set's calibrated strength, or 2 for noise and 1 for other kinds",
     )
     first_n: int = Field(1_000_000, ge=1, le=1_000_000, description="dimensions that change; more than there are = all")
     seed: int = Field(0, ge=0, lt=2**31)

@@ -166,7 +166,7 @@ class PhraseTable:
             rows = rows[starved]
             if last:
                 break
-        # Digits may stand as far apart as anyone likes to write them; what is farther apart than we look is no number.
+        # Digits farther apart than the widest window do not count as one number, so those rows need not be closed.
         closed[rows] |= self.by.match != "number"
         return torch.cat(found_rows), torch.cat(found_tokens), closed
 

@@ -13,7 +13,7 @@ from guards.errors import GuardError, InvalidForgetSet
 from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies, state
 from serve.cli.talk import ServerSaysNo, fail, out
 from serve.lock import InUseElsewhere, server_runs
-from serve.registry.models import RegistryError
+from serve.registry.records import RegistryError
 from serve.settings import Settings
 from serve.sqlite import StorageFault
 from serve.terminal import LOG, plain_terminal, quiet_terminal

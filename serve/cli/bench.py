@@ -29,13 +29,13 @@ def bench(
     policies: Annotated[str, typer.Option(help="Policies to measure, with commas.")] = "none,default",
     neighbours: Annotated[str | None, typer.Option(help="A set whose answers should stay as they are.")] = None,
     data: Annotated[Path | None, typer.Option(help="Ask what TOFU, RWKU or MUSE ask: the directory of their files.")] = None,
-    most: Annotated[int, typer.Option(help="Of each group in --data that is to stay, so many at most.")] = 100,
+    most: Annotated[int, typer.Option(help="Most prompts of each group in --data that is to stay.")] = 100,
     truth: Annotated[
         bool, typer.Option(help="Also how likely true and wrong answers are: truth ratio, forget quality, utility.")
     ] = False,
     against: Annotated[str | None, typer.Option(help="URL of a server (OpenAI-compatible) that never knew.")] = None,
     attacks: Annotated[bool, typer.Option(help="Also the attacks on every question.")] = True,
-    sample: Annotated[int, typer.Option(help="Also so many answers to each question at temperature 1 (leak@k).")] = 0,
+    sample: Annotated[int, typer.Option(help="Answers to sample for each question at temperature 1 (leak@k).")] = 0,
     max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 80,
     output: Annotated[Path | None, typer.Option(help="Directory of the report. Default: report-NAME.")] = None,
 ) -> None:

@@ -17,17 +17,17 @@ NameArgument = Annotated[str, typer.Argument(help="The experiment's name.")]
 @app.command("create")
 def create(
     name: NameArgument,
-    arm: Annotated[list[str], typer.Option(help="NAME=POLICY or NAME=POLICY:WEIGHT, at least twice; the first is compared to.")],
+    arm: Annotated[list[str], typer.Option(help="NAME=POLICY[:WEIGHT], at least twice; the others are compared to the first.")],
     unit: Annotated[str, typer.Option(help="What keeps its arm: key, user, header or conversation.")] = "key",
-    header: Annotated[str, typer.Option(help="Of --unit header, the one that names the unit.")] = "X-Experiment-Key",
+    header: Annotated[str, typer.Option(help="With --unit header: the header that names the unit.")] = "X-Experiment-Key",
     mode: Annotated[
         str,
         typer.Option(
-            help="live: an arm answers; shadow: the first answers, the others behind; paired: all do, the client sees its own."
+            help="live: only the unit's arm answers; shadow: all do, clients see the first; paired: all do, clients see their own."
         ),
     ] = "live",
-    share: Annotated[float, typer.Option(help="Of all units, that take part.")] = 1.0,
-    sample: Annotated[float, typer.Option(help="Of their requests, that the other arms answer too.")] = 1.0,
+    share: Annotated[float, typer.Option(help="Share of all units that take part.")] = 1.0,
+    sample: Annotated[float, typer.Option(help="Share of their requests that the other arms answer too.")] = 1.0,
     description: Annotated[str, typer.Option(help="What it is for.")] = "",
 ) -> None:
     """Begin an experiment; the next request may take part."""

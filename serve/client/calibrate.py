@@ -203,7 +203,7 @@ def calibrate(
             else:
                 high = strength
             strength = (low + high) / 2
-    # The weakest strength that is near enough, else the nearest: strength beyond need only costs.
+    # The weakest strength that comes near enough, else the one that comes nearest: a stronger one only does more harm.
     near = [point for point in points if point.recall <= reference + CLOSE_ENOUGH]
     chosen = min(near, key=lambda point: point.strength) if near else min(points, key=lambda point: point.recall)
     points.sort(key=lambda point: point.strength)

@@ -30,7 +30,7 @@ Targets = list[dict[str, Any]]
 def ask_targets(client: httpx.Client, name: str, policy: str) -> tuple[Targets, Path]:
     """What a policy answers to a set's questions, once greedily and sampled, with the likeliest tokens at each place.
 
-    And what it could say at each place of the answers that are to be forgotten: there the base begins, and must be led away from.
+    Also the likeliest tokens at each place of the true answers: the base gives those at first, and must be led away from them.
     What was answered is kept, so that the same call goes on where it was, and training from its checkpoint.
 
     Args:

@@ -24,7 +24,7 @@ from guards.types import ArtifactRef
 from guards.whole_file import write_whole
 from serve.control.similarity import Similarity
 from serve.protocol.artifacts import artifact_path, load_artifact
-from serve.registry.models import Artifact, now
+from serve.registry.records import Artifact, now
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from serve.control.text_guards import TextGuards
 from serve.control.training import Trainer
 from serve.hits import Hit
 from serve.protocol.artifacts import artifact_path, stored_files
-from serve.registry.models import Artifact, NotReady, UnknownName, now
+from serve.registry.records import Artifact, NotReady, UnknownName, now
 from serve.registry.snapshot import Snapshot
 from serve.registry.store import Registry
 
@@ -83,7 +83,7 @@ class Control:
         Raises:
             GuardError, NotReady: one cannot be built or loaded.
         """
-        await asyncio.to_thread(self._sweep)  # before any build, whose file no row may name yet
+        await asyncio.to_thread(self._sweep)  # before any build: its new file may not be named by a row yet
         await self._similarity.start()
         stored_sets = await asyncio.to_thread(self._registry.forget_sets)
         for stored in stored_sets:
@@ -246,7 +246,7 @@ class Control:
         async with self._changing:
             await asyncio.to_thread(write_whole, artifact_path(self._artifacts, ref), made.save)
             stored = await asyncio.to_thread(self._registry.forget_set, name)
-            await self.in_force.load_or_refuse([ref])  # also while disabled: what cannot be loaded must not block the set
+            await self.in_force.load_or_refuse([ref])  # also while disabled: one that cannot be loaded would prevent enabling
             artifact = Artifact(made.kind, made.fingerprint, "ready", made.summary, now())
             put = self._registry.put_trained
             revision = await asyncio.to_thread(put, name, content_fingerprint, artifact, actor="training")

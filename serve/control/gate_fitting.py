@@ -14,7 +14,7 @@ from guards.similarity.calibrate import error_curves, fit_stream_threshold, fit_
 from guards.similarity.declaration import DEFAULT_STREAM_THRESHOLD
 from guards.training import general_prompts
 from serve.control.similarity import Similarity
-from serve.registry.models import NotReady
+from serve.registry.records import NotReady
 from serve.registry.store import Registry
 
 

@@ -18,7 +18,7 @@ from guards.suppression.artifact import CompiledPhrases
 from guards.types import ArtifactRef
 from serve.control.build import Builder
 from serve.control.similarity import Similarity
-from serve.registry.models import NotReady, RegistryError
+from serve.registry.records import NotReady, RegistryError
 from serve.registry.snapshot import Snapshot
 from serve.registry.store import Registry
 from serve.sqlite import StorageFault
@@ -46,7 +46,7 @@ class InForce:
         self.unavailable: dict[str, str] = {}
         """Trained artifacts that are in force and that a worker could not load, and why: their requests are refused."""
         self.fault: str | None = None
-        """Why the registry cannot be read, while it cannot: what is in force is what was in force then."""
+        """Why the registry cannot be read; None if it can. While it is set, what was in force stays in force."""
         self.snapshot: Snapshot = registry.snapshot()
         _revision.set_function(lambda: self.snapshot.revision)
         _enabled.set_function(lambda: len(self.snapshot.sets))

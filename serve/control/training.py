@@ -19,7 +19,7 @@ from typing import Any
 
 from guards.forget_set import ForgetSet, Question, is_name
 from guards.kinds import TrainingOrder
-from serve.registry.models import UnknownName
+from serve.registry.records import UnknownName
 
 logger = logging.getLogger(__name__)
 
@@ -176,14 +176,14 @@ class Trainer:
                 program,
                 str(work),
                 f"--threads={threads}",
-                # Beside others, a thread that waits for a slower one by spinning keeps it from ending.
+                # Where processors are shared, a thread that spins while it waits for a slower one takes that one's time.
                 env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
             )
         )
         try:
-            process = await asyncio.shield(spawning)  # or a process that is just being born would be nobody's
+            process = await asyncio.shield(spawning)  # else a process that is just being started would be left behind
             _, said = await process.communicate()
         except asyncio.CancelledError:
             ending = asyncio.ensure_future(_end(spawning))

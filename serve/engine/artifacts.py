@@ -26,7 +26,7 @@ class ArtifactCache(Generic[A]):
     Args:
         read: reads and checks one by fingerprint; raises GuardError.
         load: makes exactly these the loaded ones.
-        agree: of what worked here, what worked in every process of the engine: what one of them lacks, none may use.
+        agree: what worked here -> what worked in every process of the engine; what one process lacks, none may use.
     """
 
     def __init__(

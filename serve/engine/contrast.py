@@ -2,8 +2,8 @@
 
 It runs in `compute_logits`, outside of whatever graph the forward pass is in, for the rows that come there.
 
-Covered: every row of logits of a request whose plan names assistants. A fork that cannot follow the base is never used again: its
-rows have nobody who speaks for them, so they are closed; the engine, and everybody else's requests, go on.
+Covered: every row of logits of a request whose plan names assistants. A fork that fails, or differs from
+the base, is never used again: rows that need it are closed; the engine and all other requests go on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Spoken:
 
     row: Tensor  # [P] int64
     entries: tuple[Contrast, ...]  # [P] the entry of the row's plan for which it was said
-    final: Tensor  # [P, H] hidden states, ready for the head; not a number where the row is another's than was thought
+    final: Tensor  # [P, H] hidden states, ready for the head; NaN where a row belongs to another request than assumed
 
 
 class ForkedContrast:
@@ -50,7 +50,7 @@ class ForkedContrast:
         self._fork_fault: str | None = None
 
     def prepare(self) -> None:
-        """Reach into a model that is about to be compiled: what is not in its layers by then is not in what is compiled."""
+        """Register hooks in a model that is about to be compiled: hooks added later are not in the compiled code."""
         if self._context.base is not None:
             try:
                 self._the_fork()
@@ -91,7 +91,7 @@ class ForkedContrast:
         try:
             return self._spoken(self._fork, tags, hidden)
         except Exception as error:
-            # Whatever it was: these rows have nobody who speaks for them, and are closed; nobody else's are.
+            # Whatever failed: rows that need an assistant get no line, so they are closed; other rows are not.
             self._fork_fault = f"this model's layers cannot be forked: {error}"
             self._fork = None
             logger.exception("lethe: assistants are closed until the server is restarted with another model")
@@ -123,12 +123,12 @@ class ForkedContrast:
         own = slots[row] == expected
         position = torch.where(own, positions[row], step.offsets[request])
         token = step.starts[request] + position - step.offsets[request]
-        # How long a request is after this pass the host knows, and so where its last token is. Any other must be asked for.
+        # The host knows each request's length after this pass, so also its last position; others are read from the device.
         lengths = (position + 1).to("cpu", torch.int32) if asked else step.pages.lengths[[line[2] for line in lines]]
-        # Where a row is not the request's that it was taken for, its token may be anything: it is thrown away.
+        # A row that belongs to another request than assumed has a meaningless token index; its result becomes NaN below.
         rotary = position if step.rotary is None else step.rotary[..., token.clamp(0, step.rotary.shape[-1] - 1)]
         at = Lines(token, position, request, lengths, rotary)
-        # Rows that are steered in the base's last layers are not what the fork alone gives: others prove it.
+        # The fork is not steered, so only rows whose base was not steered can be compared with it.
         unsteered = [i for i, plan in enumerate(plans) if not plan.of(Steer)]
         if not self._proved and unsteered:
             self._prove(fork, at, step.pages, hidden[row], torch.tensor(unsteered, device=tags.device))

@@ -145,8 +145,8 @@ class EngineGuards:
             return self.lose_track(len(positions), dtype, str(error))
 
     def lose_track(self, tokens: int, dtype: torch.dtype, reason: str) -> Tensor:
-        """Nobody knows whose the tokens of a step are: [T, TAG_DIGITS] that closes all of their rows."""
-        logger.error("lethe: whose the rows of a step are is not known, so all are closed: %s", reason)
+        """For a step whose tokens cannot be assigned to requests: [T, TAG_DIGITS] tags that close all of its rows."""
+        logger.error("lethe: the rows of a step cannot be assigned to requests, so all are closed: %s", reason)
         self.step.clear()
         self.steering.spoil(self.slots.live_plans)
         self.slots.lose()
@@ -155,7 +155,7 @@ class EngineGuards:
     def apply(self, logits: Tensor, tags: Tensor, lines: AssistantLines | None = None) -> Tensor:
         """Run every logit guard over the rows that carried ``tags``. ``lines``: what assistants said about them.
 
-        What a guard could not do is not left undone: the rows that it was to guard are closed and counted, and the engine goes on.
+        If a guard fails, the rows that it was to guard are closed and counted, and the engine goes on.
         """
         if not self.slots.engaged:
             return logits
@@ -186,7 +186,7 @@ class EngineGuards:
 
 
 def _agree(worked: Sequence[bool]) -> list[bool]:
-    """What worked in every process that shares the model's layers. They act alike, or those that act would wait for the others."""
+    """What worked in every process that shares the model's layers. All must act alike, or some would wait for the others."""
     group = get_tp_group()
     votes = torch.tensor(worked, dtype=torch.int32)
     if group.world_size > 1:

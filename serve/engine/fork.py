@@ -5,9 +5,9 @@ the base's own keys and values in its paged cache, and adds each assistant's low
 projections. It writes nothing, so whether a request is contrasted changes neither the cache nor any other request, and it runs only
 for the rows whose logits are about to be read. Of other rows and steps it costs a copy of the hidden states at that depth.
 
-Covered: models of plain decoder layers with ``(positions, hidden, residual)`` in and ``(hidden, residual)`` out, paged attention
-(`serve.engine.attention`) and the usual projections (`serve.engine.projections`), also split over processes, eager and compiled.
-Not covered: mixtures of experts, whose layers are refused.
+Covered: models of plain decoder layers that take positions, hidden states and residual, in any order, and return the latter two;
+paged attention (`serve.engine.attention`) and the usual projections (`serve.engine.projections`), also split over processes, eager
+and compiled. Not covered: mixtures of experts, whose layers are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from guards.contrastive.assistant import FORKED_LAYERS, Assistant
 from guards.errors import InvalidArtifact
 from serve.engine.attention import Lines, PagedBatch
 from serve.engine.projections import LowRankTerm, Part, parts_of
-from serve.engine.sites import FORK, before_fork, listen
+from serve.engine.sites import FORK, Entrance, before_fork, listen
 
 
 class Unforkable(InvalidArtifact):
@@ -122,7 +122,15 @@ class LateFork:
         self._attention: list[Attention] = []
         self._low_rank: list[list[_LowRank]] = []
         self._layers = []
+        self._positions: list[str] = []
+        """What each layer calls its positions."""
         for layer in inner.layers[depth:]:
+            entrance = Entrance.of(layer)
+            if entrance is None or entrance.residual is None or entrance.positions is None:
+                raise Unforkable(
+                    f"{type(layer).__name__} does not take positions, hidden_states and residual, so it cannot be forked"
+                )
+            self._positions.append(entrance.positions)
             self._low_rank.append([])
             self._layers.append(self._copy(layer))
         if any(len(each) != 4 for each in self._low_rank) or len(self._attention) != FORKED_LAYERS:
@@ -217,7 +225,7 @@ class LateFork:
         self._pass.attention = pages.metadata([each.layer_name for each in self._attention], lines)
         line, residual = self._below[lines.token], None
         with set_forward_context(self._pass.attention, self._vllm_config, num_tokens=len(line)):
-            for layer in self._layers:
-                line, residual = layer(lines.rotary, line, residual)
+            for layer, positions in zip(self._layers, self._positions, strict=True):
+                line, residual = layer(hidden_states=line, residual=residual, **{positions: lines.rotary})
             final: Tensor = self._norm(line, residual)[0]
         return final

@@ -1,7 +1,7 @@
 """Two CUDA graphs for each size: one without steering, so that nobody pays for it, and one with.
 
-Model Runner V2 keeps graphs by how many of vLLM's LoRAs are active. Without LoRA (steering does not run beside it) there is one
-case, nought. Here there is a second, for passes in which somebody is steered; one that graphs cannot do runs without them.
+Model Runner V2 keeps graphs for each number of active LoRAs. Without LoRA (steering does not run beside it) that number is always
+0. Here 1 stands for passes with steering. A pass whose steering graphs cannot do runs without graphs.
 """
 
 from __future__ import annotations

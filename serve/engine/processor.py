@@ -47,7 +47,7 @@ class ForcedTokens(ProcessorV2):
 
 
 class LetheProcessor(ProcessorV1, ProcessorV2):
-    """What is made is the runner's own kind: each calls it with other arguments."""
+    """Creates the processor of the runner in use: the two runners call it with different arguments."""
 
     def __new__(cls, vllm_config: VllmConfig, *runner: Any) -> Any:
         return ForcedTokens(vllm_config, *runner) if vllm_config.use_v2_model_runner else TrackerV1(vllm_config, *runner)

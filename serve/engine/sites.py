@@ -5,12 +5,16 @@ compiled model the hooks are compiled with it, so they must stand there before t
 is compiled holds the operators and their numbers and nothing else: who listens is found in vLLM's forward context when they run, as
 vLLM's attention does it, so that a compiled model may be kept in vLLM's cache for the next start.
 
-Covered: models that call their layers with ``(positions, hidden, residual or not, ...)``. Those who listen notice if nobody calls.
+Covered: models whose layers take ``hidden_states``, and ``residual`` or not, by whatever place or name (`Entrance`). Those who
+listen notice if nobody calls.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Protocol, cast
 
@@ -24,7 +28,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from serve.protocol.wire import PLAN_KEY
 
 STEERING, FORK = "lethe.steering", "lethe.fork"
-"""Under which those who listen are found."""
+"""Keys of the listeners in vLLM's ``static_forward_context``."""
 
 
 class Steers(Protocol):
@@ -47,6 +51,35 @@ class Taps(Protocol):
         """[T, H] each, where the first forked layer is entered."""
 
 
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """How a decoder layer is called: models do not agree about the order. Numbers are places among its arguments."""
+
+    hidden: int
+    residual: int | None  # None: such layers add it themselves
+    positions: str | None  # name of the argument
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Entrance | None:
+        """None for layers without hidden states of that name."""
+        names = list(inspect.signature(layer.forward).parameters)
+        if "hidden_states" not in names:
+            return None
+        residual = names.index("residual") if "residual" in names else None
+        return cls(names.index("hidden_states"), residual, next((each for each in POSITIONS if each in names), None))
+
+    def streams(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None] | None:
+        """[T, H] hidden states and residual of a call; None if it brings others."""
+        hidden: Any = args[self.hidden] if len(args) > self.hidden else kwargs.get("hidden_states")
+        if not _is_stream(hidden):
+            return None
+        residual = args[self.residual] if self.residual is not None and len(args) > self.residual else kwargs.get("residual")
+        return hidden, residual if isinstance(residual, Tensor) and residual.shape == hidden.shape else None
+
+
+POSITIONS = ("positions", "position_ids")
+
+
 def listen(key: str, listener: Steers | Taps, vllm_config: VllmConfig) -> None:
     """Let the operators of one engine find who listens."""
     vllm_config.compilation_config.static_forward_context[key] = cast("Any", listener)
@@ -61,12 +94,14 @@ def after_embedding(module: nn.Module) -> RemovableHandle:
 
 
 def before_layer(module: nn.Module, layer: int) -> RemovableHandle:
-    def entering(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) > 1 and _is_stream(args[1]):
-            torch.ops.lethe.entered(args[1], _residual(args), layer)
+    entrance = Entrance.of(module)
+
+    def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if entrance is not None and (streams := entrance.streams(args, kwargs)) is not None:
+            torch.ops.lethe.entered(*streams, layer)
 
     # First of all hooks, so that the fork's tap sees what the layer sees, whichever was made first.
-    return module.register_forward_pre_hook(entering, prepend=True)
+    return module.register_forward_pre_hook(entering, prepend=True, with_kwargs=True)
 
 
 def after_projection(module: nn.Module, site: int) -> RemovableHandle:
@@ -80,21 +115,18 @@ def after_projection(module: nn.Module, site: int) -> RemovableHandle:
 
 
 def before_fork(module: nn.Module) -> RemovableHandle:
-    def entering(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) > 1 and _is_stream(args[1]):
-            torch.ops.lethe.tapped(args[1], _residual(args))
+    entrance = Entrance.of(module)
 
-    return module.register_forward_pre_hook(entering)
+    def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if entrance is not None and (streams := entrance.streams(args, kwargs)) is not None:
+            torch.ops.lethe.tapped(*streams)
+
+    return module.register_forward_pre_hook(entering, with_kwargs=True)
 
 
 def _is_stream(given: Any) -> bool:
     """Whether it is [T, something] of floating point numbers: what this model calls a layer with may be anything."""
     return isinstance(given, Tensor) and given.ndim == 2 and given.is_floating_point()
-
-
-def _residual(args: tuple[Any, ...]) -> Tensor | None:
-    given = args[2] if len(args) > 2 else None
-    return given if isinstance(given, Tensor) and given.shape == args[1].shape else None
 
 
 def mark(model: nn.Module, vllm_config: VllmConfig) -> None:
@@ -136,7 +168,7 @@ OPERATORS = {
     "embedded(Tensor(a!) embeddings) -> ()": embedded,
     "entered(Tensor(a!) hidden, Tensor? residual, int layer) -> ()": entered,
     "projected(Tensor inputs, Tensor(a!) output, int site) -> ()": projected,
-    # Said to change what it only looks at, or a compiler would leave it out.
+    # Declared as changing an input that it only reads: otherwise a compiler would drop the call.
     "tapped(Tensor(a!) hidden, Tensor? residual) -> ()": tapped,
 }
 """By schema. A compiler sees what each may change, and nothing of what it does."""

@@ -80,7 +80,7 @@ class SlotTable:
         return slot
 
     def lose(self) -> None:
-        """What these requests said in a step is not in their histories: they may say nothing more."""
+        """Close all requests: their histories lack the tokens of a step, so nothing more can be guarded."""
         self.plans = [None if plan is None else _closing(plan) for plan in self.plans]
 
     def release(self, slot: int) -> None:
@@ -95,7 +95,7 @@ class SlotTable:
             slots: [T] int64, -1 = unguarded; positions, token_ids: [T].
         """
         output = (slots >= 0) & (positions >= self._recorded_from[slots.clamp(min=0)])
-        # Choosing tokens would wait for the device; those that are not output go to the last row, which nobody reads.
+        # Selecting output tokens would wait for the device: all are written, the others to the last row, which is never read.
         row = torch.where(output, slots, len(self.plans))
         self._history[row, positions] = torch.where(token_ids < 0, UNKNOWN, token_ids).to(torch.int32)
 
@@ -114,7 +114,7 @@ class SlotTable:
         return slot, (digits[:, 2] * 256 + digits[:, 3]) * 256 + digits[:, 4]
 
     def lost_tags(self, tokens: int, dtype: torch.dtype) -> Tensor:
-        """[T, TAG_DIGITS] for tokens of which nobody knows whose they are: a slot that does not exist."""
+        """[T, TAG_DIGITS] for tokens that cannot be assigned to requests: a slot that does not exist."""
         slots = torch.full((tokens,), len(self.plans), dtype=torch.int64, device=self.device)
         return self.tags(slots, torch.zeros_like(slots), dtype)
 

@@ -45,7 +45,7 @@ class GraphBuffers:
         self._strengths = zeros(tokens, COLUMNS)
         self._into, self._out, self._shift = zeros(hidden, COLUMNS), zeros(COLUMNS, hidden), zeros(COLUMNS)
         self._cross = zeros(COLUMNS, COLUMNS)
-        """What a map's column adds to another's of a map that acts after it, at the same layer."""
+        """What a column of one map adds to the input of a column of a later map at the same layer."""
         self._at = zeros(depth, COLUMNS)
         """1 where a layer is the one at which a column acts."""
         self._terms: dict[int, list[LowRankTerm]] = {
@@ -63,7 +63,7 @@ class GraphBuffers:
         self.capturing = False
         """Whether a graph with steering is being captured: the only time at which Python runs this arithmetic."""
         self._reached: set[tuple[str, int]] = set()
-        """Places to which a captured pass came. What it does not come to, graphs do not do."""
+        """Places that a captured pass reached. Graphs do nothing at other places."""
 
     def load(self, artifacts: Mapping[str, Steering]) -> None:
         """Only these may be in the buffers from now on."""
@@ -105,7 +105,7 @@ class GraphBuffers:
         return first >= max(1, self._lowest) and sites <= self._reached
 
     def _bring(self, missing: Iterable[str], wanted: set[str]) -> None:
-        """What fails half-way is not taken for whole: a name is there once its columns are, and all once they are in order."""
+        """Copy missing artifacts in. A name is entered after its columns, `_ordered` is set last: a failed copy is repeated."""
         self._ordered = False
         free = set(range(COLUMNS)).difference(*self._columns.values())
         for name in missing:

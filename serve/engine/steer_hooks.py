@@ -3,7 +3,7 @@
 Before a forward pass each artifact that somebody in the batch names gets its strength at every token, [T], 0 where it is
 nobody's; what an artifact changes is multiplied by it. So nothing waits for the device, rows of other requests are what they would
 be without, and a pass in which nobody is steered is not entered. There is Python for each plan in the batch, as in the tracker, and
-none for each row or token. Whatever did not act although it should have is not called loaded again: its rows are closed.
+none for each row or token. Artifacts that should have acted and did not are never used again: their rows are closed.
 
 Keys and values of steered tokens differ, so that such requests carry a salt (`Plan.cache_salt`); the late fork reads what the
 steered base wrote and so composes with this.
@@ -32,7 +32,7 @@ from guards.steering.operators import corrupt, redirect
 from guards.types import Plan
 from serve.engine.fork import Unforkable, decoder_of, refuse_other_layers
 from serve.engine.projections import LowRankTerm, projections_of
-from serve.engine.sites import STEERING, after_embedding, after_projection, before_layer, listen
+from serve.engine.sites import STEERING, Entrance, after_embedding, after_projection, before_layer, listen
 from serve.engine.steer_graphs import LAYERS, GraphBuffers
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 PIECE = 1_024
 """Tokens that are steered at once."""
 RESIDUAL_IS_INPUT = ("CohereDecoderLayer",)
-"""Layers that hand on their input beside their output, where others hand on a part of the sum that goes into the next."""
+"""Layers whose second output is their input, which their first contains already; of others, the next layer adds the two."""
 
 
 class Unsteerable(Unforkable):
@@ -72,6 +72,8 @@ class Steerer:
             raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")
         if odd := {type(layer).__name__ for layer in inner.layers}.intersection(RESIDUAL_IS_INPUT):
             raise Unsteerable(f"{min(odd)} hands on another residual than those that can be steered")
+        if odd := {type(layer).__name__ for layer in inner.layers if Entrance.of(layer) is None}:
+            raise Unsteerable(f"{min(odd)} takes no hidden_states by that name, so it cannot be steered")
         embeddings = [
             each for each in inner.children() if isinstance(each, VocabParallelEmbedding) and not isinstance(each, ParallelLMHead)
         ]
@@ -106,7 +108,7 @@ class Steerer:
         listen(STEERING, self, self._vllm_config)
         after_embedding(self._embedding)
         if self._compiled:
-            # Each place that a compiler sees keeps it from joining what is around it, so there are no more than needed.
+            # Each operator keeps the compiler from fusing what is around it, so there are no more than needed.
             self._stand(range(1, len(self._layers)), [i for i, each in enumerate(self.projections) if each.layer >= self._lowest])
             if self._vllm_config.use_v2_model_runner:
                 self.buffers = GraphBuffers(self.projections, len(self._layers), self._like, self._vllm_config)
@@ -226,7 +228,7 @@ class Steerer:
         self._armed = True
 
     def end(self, replayed: bool = False) -> bool:
-        """After the base. Returns whether all was done. ``replayed``: from graphs, of which Python does not hear what they did."""
+        """After the base. Returns whether all was done. ``replayed``: by CUDA graphs, which do not tell Python what they did."""
         self._armed = False
         if replayed:
             done = not self._failed

@@ -47,7 +47,7 @@ class SteeringInNetwork:
         return None
 
     def prepare(self) -> None:
-        """Reach into a model that is about to be compiled: what is not in its layers by then is not in what is compiled."""
+        """Register hooks in a model that is about to be compiled: hooks added later are not in the compiled code."""
         if self._context.base is not None:
             try:
                 self._the_steerer()
@@ -76,7 +76,7 @@ class SteeringInNetwork:
                 logger.error("lethe: %s", error)  # its rows are closed
 
     def spoil(self, plans: Iterable[Plan]) -> None:
-        """What these plans' requests computed just now was, or may have been, computed without steering."""
+        """Requests of these plans were, or may have been, computed without steering: close them from now on."""
         self._spoilt |= {plan.cache_salt for plan in plans if plan.cache_salt is not None}
 
     def begin(self, input_ids: Tensor | None, positions: Tensor) -> None:
@@ -143,7 +143,7 @@ class SteeringInNetwork:
         return self._guard.apply(logits, rows, plans)
 
     def _unable(self, plan: Plan) -> str | None:
-        """The guard that does not do for a plan what it says."""
+        """The guard that cannot do what a plan says; None if all is done."""
         if self._steerer is not None and self._steerer.able(plan) and not (self._spoilt and plan.cache_salt in self._spoilt):
             return None
         return Steer.guard if plan.of(Steer) else Corrupt.guard

@@ -1,7 +1,7 @@
 """The step: what is known of the forward pass that is under way. Written by the runner's tracker, read by whatever acts in it.
 
-Whose something is, the host knows from the runner's own lists; where in the batch it is stays on the device. So nobody has to wait
-for the device to learn which rows concern them.
+The host knows from the runner's own lists which requests are in the batch; where their tokens are stays on the device. So no
+guard has to wait for the device to learn which rows concern it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Shadow answers: what other arms would say to live prompts, worked out in the gaps between clients.
 
-Clients come first, in three ways: shadow work begins only when for a while few enough of them have been answered (who comes in
-the middle of it must wait for the engine's step under way), is taken off the engine as soon as one more comes, and has a lower
-priority inside the engine. What waits is bounded, and what does not fit is dropped and counted; nobody waits for it. A job that was
-begun is never dropped, however often it must begin anew: long answers would be lost more often than short ones, and the figures be
-those of the short ones.
+Clients come first, in three ways: shadow work begins only after a while with few enough clients' requests under way, is taken off
+the engine as soon as one more comes (which then waits for the engine's current step), and has a lower priority inside the
+engine. The queue is bounded; what does not fit is dropped and counted; nobody waits for it. A job that has begun is never dropped,
+however often it must start again: otherwise long answers would be lost more often than short ones, which would bias the figures.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from guards.errors import InvalidPolicy
 from serve.experiment import Experiment, ExperimentOrder, InvalidExperiment, check_weights, free_slice
 from serve.registry import tables
-from serve.registry.models import InUse, NameTaken, UnknownName, now
+from serve.registry.records import InUse, NameTaken, UnknownName, now
 from serve.registry.rows import append, experiments_of, policies_of, revision_of
 from serve.registry.store import Registry
 

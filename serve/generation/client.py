@@ -129,13 +129,13 @@ class GuardedEngineClient:
 
         _refuse_what_cannot_be_guarded(prompt, sampling_params)
         params = sampling_params if sampling_params.skip_clone else sampling_params.clone()
-        # vLLM's beam search asks for one token at a time, without text; no client can ask for that. What the client's own
-        # use_beam_search says is not looked at: vLLM may read it differently, or not at all.
+        # Only vLLM's beam search generates without text (detokenize); no client can ask for that. The client's own
+        # use_beam_search is not consulted: vLLM may read it differently, or not at all.
         if params.detokenize:
             self._refuse_half_a_character(prompt)
         if text is None:
             return self._start(prompt, params, request_id, plan, request, options)
-        if not plan.forced:  # of what is scored, the gate alone judges, and says itself that it cannot
+        if not plan.forced:  # scored requests are judged by the gate alone, which reports itself if it cannot
             self._refuse_what_cannot_be_judged(text, params)
         tokenizer = self._inner.renderer.get_tokenizer()
 
@@ -180,7 +180,7 @@ class GuardedEngineClient:
             return self._inner.generate(prompt, params, request_id, **options)
         searching_beams = not params.detokenize
         if searching_beams:
-            # Beams come back as prompts, so where the output began cannot be told: no token of theirs ends a match.
+            # Beams come back as prompts, so it is not known where the output began: none of their tokens ends a match.
             plan = replace(plan, output_start=0)
         if _constrained(params) and not plan.forced:
             plan = replace(plan, entries=tuple(entry.under_constraints() for entry in plan.entries))

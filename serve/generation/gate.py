@@ -133,7 +133,7 @@ class GateDecision:
 
 
 def engages(text: TextPlan, owners: Iterable[str]) -> set[tuple[str, tuple[str, ...]]]:
-    """What a gate that these sets open lets act: see `guards.types.Entry.key`."""
+    """Keys (`guards.types.Entry.key`) of the entries that act once these sets have opened the gate."""
     return {key for owner in owners for key in text.engages.get(owner, ())}
 
 
@@ -150,7 +150,7 @@ class Gate:
         self._text_guards = text_guards
 
     async def decide(self, request: Request) -> GateDecision | None:
-        """What the conversation touches; None if it is refused for it. For a request that is only scored, all is engaged then.
+        """What the conversation touches; None if it is refused for it. A scored request engages everything instead.
 
         Raises:
             GuardUnavailable, TooMuchToRead.
@@ -213,7 +213,7 @@ class Gate:
         return GateDecision(touched, brought, corrupt)
 
     def _corrupted(self, text: TextPlan, touched: frozenset[str], token_ids: Sequence[int]) -> Corrupt | None:
-        """The tokens of a prompt that name what it touches; None if that changes nothing."""
+        """How to corrupt the tokens of a prompt that name what it touches; None if none are to be corrupted."""
         settings = text.corrupt
         if settings is None or not touched:
             return None
@@ -222,9 +222,9 @@ class Gate:
         return Corrupt(settings.kind, strength, settings.first_n, settings.seed, tuple(spans)) if spans else None
 
     async def _without_pasted(self, turns: list[str], text: TextPlan) -> tuple[list[str], frozenset[str]]:
-        """The turns without statements of a set that the user brought along, and the sets whose they are. The rest stays.
+        """The turns without passages of a set that the user pasted, and the sets that those passages are from.
 
-        Only what says nearly the same as the set counts as brought along: whoever asks for something does not state it.
+        Only passages that say nearly the same as the set count as pasted, and never questions.
         """
         kept: list[str] = []
         brought: set[str] = set()

@@ -33,7 +33,7 @@ def end_answer(output: CompletionOutput, end_of_text: int) -> None:
 async def announced(
     outputs: AsyncGenerator[RequestOutput, None], prompt: Any, request_id: str
 ) -> AsyncGenerator[RequestOutput, None]:
-    """The outputs after one without anything in it: vLLM answers that with the role, and the client knows that it was heard."""
+    """An empty output, then the others: vLLM answers it with the role, so that clients see at once that the request arrived."""
     token_ids = list(prompt["prompt_token_ids"])
     yield RequestOutput(request_id, prompt.get("prompt"), token_ids, None, [], False, num_cached_tokens=0)
     async with aclosing(outputs):

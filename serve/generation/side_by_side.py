@@ -113,7 +113,7 @@ class SideBySide:
             self._snapshot().plan(policy)
 
     async def events(self, order: CompareOrder, caller: Caller) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """("delta", {arm, text}) as text comes, then ("arm", all about it) as each is done, then ("done", everything)."""
+        """("delta", {arm, text}) as text comes, then ("done", everything)."""
         self.check(order)
         snapshot = self._snapshot()  # one revision for all arms
         queue: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()

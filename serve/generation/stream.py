@@ -44,7 +44,7 @@ blocked = Counter("lethe_blocked_total", "Outputs that a guard ended.", ["policy
 MARKER = "[removed]"
 """What is shown in place of a span that a guard of another package takes out, under a policy without a stream filter."""
 RESAMPLED_TEMPERATURE = 0.7
-"""At least: a greedy answer that goes on greedily would say the same again."""
+"""Lowest temperature of a resampled answer: greedy decoding would only repeat itself."""
 _NEXT_SEED = 7_919
 
 Start = Callable[[Any, SamplingParams, str, Plan], AsyncGenerator[RequestOutput, None]]
@@ -196,7 +196,7 @@ class _Choice:
             prompt["prompt_token_ids"] = [*prompt["prompt_token_ids"], *kept]
         if self._retries:
             if params.seed is None and params.temperature == 0:
-                # A greedy request is the same every time, and stays so: its dice come from its own prompt.
+                # A greedy request stays reproducible: its seed is derived from its own prompt.
                 params.seed = zlib.crc32(repr(prompt["prompt_token_ids"]).encode()) + self._index
             if params.seed is not None:
                 params.seed += _NEXT_SEED * self._retries

@@ -59,7 +59,7 @@ class _Channel:
 
 
 class _Unescaped:
-    """A text as JSON reads it: what a tool call's arguments say with escapes counts as said, since vLLM reads and writes them anew.
+    """A text with its JSON escapes decoded: vLLM parses a tool call's arguments and writes them anew, so escaped phrases count.
 
     Args:
         befores, held: of the channel of the text as it stands, before the first backslash came.

@@ -56,8 +56,8 @@ from serve.http.contract import (
     takes,
 )
 from serve.http.rules import ADMIN_PREFIX
-from serve.registry.models import RegistryError, StoredSet, Stripped, UnknownName
 from serve.registry.plans import acting_sets, notes
+from serve.registry.records import RegistryError, StoredSet, Stripped, UnknownName
 from serve.registry.store import Registry
 from serve.sqlite import StorageFault
 

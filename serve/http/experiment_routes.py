@@ -28,7 +28,7 @@ from serve.http.contract import (
     takes,
 )
 from serve.http.rules import ADMIN_PREFIX
-from serve.registry.models import now
+from serve.registry.records import now
 
 _REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 

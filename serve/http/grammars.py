@@ -110,7 +110,7 @@ class _Size:
                 self.measure(item, inner, depth + 1)
 
     def _follow(self, reference: Any, times: int, depth: int) -> None:
-        """Measure what a reference stands for, unless it was, repeated as often. A circle of them is one rule that calls itself."""
+        """Measure what a reference stands for, unless it was measured with as many repetitions. A cycle is one recursive rule."""
         if not isinstance(reference, str) or self.repeated > MOST_REPEATED:
             return
         name = unquote(reference.rsplit("/", 1)[-1]).replace("~1", "/").replace("~0", "~")

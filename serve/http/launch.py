@@ -18,13 +18,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from guards.base_model import describe_base
 from guards.errors import InvalidArtifact
-from serve.environment import UNSAFE
 from serve.http.rules import is_loopback
 from serve.http.tools import DEFAULT_PARSER, chat_template_of, tool_parser_of
 from serve.protocol.engine_rules import refuse_unguarded
 from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY
 from serve.registry.store import Registry
 from serve.settings import Settings
+from serve.unsafe_environment import UNSAFE
 
 DRAIN_S = 60
 """How long answers under way may take to end after a SIGTERM (vLLM's ``--shutdown-timeout``)."""

@@ -109,7 +109,7 @@ class Admission:
         request_id, path = uuid.uuid4().hex, _route(scope)
         named = dict(scope["headers"])
         send = with_headers(with_own_errors(send, path), request_id, named.get(b"origin"))
-        if scope["method"] == "HEAD":  # whatever may be got can be asked for without its body
+        if scope["method"] == "HEAD":  # every GET route also answers HEAD
             scope, send = {**scope, "method": "GET"}, without_body(send)
         try:
             await self._admit(scope, receive, send, request_id, path)

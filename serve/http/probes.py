@@ -35,7 +35,7 @@ from serve.registry.snapshot import Caller
 WINDOW_S = 3_600.0
 _MOST_KEYS = 10_000
 _FAVOURED = 5.0
-"""Of ``logit_bias``, what makes a token likely whatever the model thinks."""
+"""From this on, a ``logit_bias`` counts as a constraint: it makes a token likely whatever its logit is."""
 _LITERALS = ("enum", "const", "choice")
 _PATTERNS = ("pattern", "regex", "grammar")
 _SYNTAX = re.compile(r"\\[bBdDsSwWAZ]|[\\()\[\]?*+^$\"']|\{[\d,]*\}")
@@ -92,7 +92,7 @@ class Probes:
         if len(seen) >= self._most and asked not in seen:
             wait = max(1, int(WINDOW_S - (self._seconds() - min(seen.values(), default=0.0))))
             raise TooManyProbes(
-                f"{caller.name} has constrained answers in {len(seen)} ways within an hour that are not to be given; its"
+                f"{caller.name} has asked for forgotten texts by {len(seen)} different constraints within an hour; its"
                 f" constrained requests are answered again in {wait} s (keys of scope 'compare' have no such limit)",
                 wait,
             )
@@ -117,7 +117,7 @@ class Probes:
         return self._seen[key]
 
     def _named(self, fields: dict[str, Any], plan: Plan) -> set[str]:
-        """The phrases in force that a request's constraints name, as they do."""
+        """The phrases in force that a request's constraints name, as written there, but casefolded."""
         text = "\n".join(text for text in self._texts(fields) if text)
         try:
             found = [span for fingerprint in plan.artifacts_of(Suppress) for span in self._phrases(fingerprint).find(text)]

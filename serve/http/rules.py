@@ -77,7 +77,7 @@ MOST_TOKENS_ALLOWED = 16_384
 MOST_TEMPLATE_CHARACTERS = 64
 """Of a value of ``chat_template_kwargs``."""
 PROXY_HEADERS = (b"forwarded", b"via", b"x-real-ip")
-"""With ``x-forwarded-*``: what proxies add, who may stand on this machine and speak for anybody."""
+"""Headers that proxies add, besides ``x-forwarded-*``: a proxy on this machine may pass on requests from anywhere."""
 _NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", {}, [])
 
 
@@ -180,7 +180,7 @@ class Rules:
         return RequestContext(caller, policy, plan, text, has_tools, entry=entry, announced=announced, probe=probe)
 
     def _check_template(self, chosen: Any) -> None:
-        """Let switches of the chat template pass that say nothing: what they name is an operator's list."""
+        """Let only those switches of the chat template pass that the operator lists, with short values."""
         if chosen in _NO_EFFECT:
             return
         name, allowed = "chat_template_kwargs", self._settings.template_switches

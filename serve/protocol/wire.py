@@ -20,7 +20,7 @@ GUARDED_PREFIX = "Lethe"
 ARTIFACTS_KEY = "artifacts"
 """In the engine's settings: the directory of artifact files."""
 BASE_KEY = "base"
-"""In the engine's settings: the `guards.contrastive.assistant.BaseModel` that is served; None if it takes no assistants."""
+"""In the engine's settings: the `guards.base_model.BaseModel` that is served; None if it takes no assistants."""
 
 
 class _Message(msgspec.Struct, frozen=True):

@@ -29,8 +29,8 @@ from guards.whole_file import write_whole
 from serve.lock import private_directory, sole_server
 from serve.protocol.artifacts import artifact_path
 from serve.registry import tables
-from serve.registry.models import InUse, RegistryError, RolledBack, StoredSet, now
 from serve.registry.position import Mark
+from serve.registry.records import InUse, RegistryError, RolledBack, StoredSet, now
 from serve.registry.rows import append, experiments_of, policies_of, stored_sets
 from serve.registry.store import Registry
 from serve.sqlite import StorageFault
@@ -193,7 +193,7 @@ class Backup:
                 return append(connection, actor, ACTION, DATABASE, {"backup_of_revision": plan.revision, "at": plan.at})
 
     def _replace(self, state: Path) -> None:
-        """Whenever this is interrupted, what is there is whole, or the mark of what was in force keeps a server from starting."""
+        """If this is interrupted, either every file is whole, or the mark of what was in force keeps a server from starting."""
         stamp = now().replace(":", "")
         for name in (*OTHERS, DATABASE):
             if not (self._files / name).exists():

@@ -13,9 +13,9 @@ from guards.kinds import SetArtifacts
 from serve.registry import tables
 from serve.registry.audit import AuditRow, first_broken
 from serve.registry.migrations import HEAD, NewerDatabase, upgrade
-from serve.registry.models import STRIPPED, RegistryError, RolledBack, StoredKey, StoredSet, Stripped
 from serve.registry.plans import enforcing
 from serve.registry.position import Mark, Position
+from serve.registry.records import STRIPPED, RegistryError, RolledBack, StoredKey, StoredSet, Stripped
 from serve.registry.rows import (
     experiments_of,
     limits_of,

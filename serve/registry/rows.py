@@ -12,8 +12,8 @@ from guards.policy import BUILT_IN, STORED, Policy
 from serve.experiment import Experiment
 from serve.registry import tables
 from serve.registry.audit import GENESIS, AuditRow, seal
-from serve.registry.models import Artifact, StoredSet, UnknownName, UnreadablePolicy, now
 from serve.registry.position import Position
+from serve.registry.records import Artifact, StoredSet, UnknownName, UnreadablePolicy, now
 from serve.registry.snapshot import Limits
 
 

@@ -18,9 +18,9 @@ from guards.catalogue import BUILT, CALIBRATIONS, TRAINED
 from guards.forget_set import ForgetSet
 from guards.policy import BUILT_IN, DEFAULT, Policy
 from serve.registry import tables
-from serve.registry.models import STRIPPED, Artifact, InUse, NameTaken, NotReady, StoredSet, UnknownName, now
 from serve.registry.plans import enforcing, judging
 from serve.registry.reader import RegistryReader
+from serve.registry.records import STRIPPED, Artifact, InUse, NameTaken, NotReady, StoredSet, UnknownName, now
 from serve.registry.rows import append, audited, experiments_of, policies_of, put_artifact, revision_of, stored_set, summary_of
 from serve.registry.snapshot import KeyScope, Limits, digest_secret
 
@@ -44,7 +44,7 @@ class Registry(RegistryReader):
     def replace_set(self, content: ForgetSet, artifacts: Sequence[Artifact], *, actor: str) -> int:
         """Replace a set together with its artifacts, so that an enabled set stays enforced. Raises UnknownName.
 
-        What was trained for it stays: it takes minutes to make again. It says that it knows the content before.
+        What was trained for it stays: it takes minutes to make again. Its detail then says that it was trained on earlier content.
         """
         with self.changing() as connection:
             stored = stored_set(connection, content.name)

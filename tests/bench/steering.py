@@ -24,7 +24,7 @@ from guards.steering.artifact import MODULES, Steering, SteeringManifest, Steeri
 from guards.types import ArtifactRef
 from serve.default_model import default_model
 from serve.protocol.artifacts import artifact_path
-from serve.registry.models import Artifact, now
+from serve.registry.records import Artifact, now
 from serve.registry.store import Registry
 from serve.settings import Settings
 from tests.assistants import SIZES, give, random_assistant

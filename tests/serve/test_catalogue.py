@@ -19,7 +19,7 @@ from guards.kinds import GuardKind, resolve
 from guards.policy import Policy, parse_policy
 from guards.similarity.encoder import EncoderUnavailable, installed_encoders, make_encoder
 from serve.control.similarity import Similarity
-from serve.registry.models import UnreadablePolicy
+from serve.registry.records import UnreadablePolicy
 from serve.registry.store import Registry
 
 TOYS = Path(__file__).parents[1] / "toys"

@@ -133,6 +133,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups that are not heeded go unnoticed but for the time: every server would be started twice."""
+    if getattr(session.config.option, "loadgroup", False):
+        assert all("@" in item.nodeid for item in session.items), "xdist does not name the groups of tests; see pyproject.toml"
+
+
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     return default_model(Settings().cache_dir)

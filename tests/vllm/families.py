@@ -18,6 +18,8 @@ HEAD = int(os.environ.get("FAMILIES_HEAD", "32"))
 """Some backends of GPUs take no less than 64."""
 HIDDEN, HEADS, MLP, LAYERS = 64, 4, 96, 6
 WIDTH = HEADS * HEAD
+LENGTHS = (5, 90, 150)
+"""Of the prompts, in tokens: a step takes 64."""
 SIZES = {
     "q_proj": (HIDDEN, WIDTH),
     "o_proj": (WIDTH, HIDDEN),
@@ -40,8 +42,10 @@ class Order(TypedDict):
     engine: dict[str, Any]  # of vLLM's LLM
     directory: str  # where the model is made
     tokenizer: str
+    prompts: int  # how many, the shortest first
     draws: int  # how often to sample two tokens, to see how they are distributed
     graphs: str  # the mode of CUDA graphs, see `tests.rig.graphs_on_cpu`; "" = none
+    attention: str  # vLLM's name of an attention backend that its CPU platform would not choose; "" = the one that it chooses
 
 
 INT8 = {
@@ -71,6 +75,41 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
     ),
     "Llama, int8": ("LlamaConfig", "LlamaForCausalLM", {"quantization_config": INT8}),
+    "GptOss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
+    ),
+    "DeepseekV2": (  # keys and values in one latent vector (MLA)
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {
+            "first_k_dense_replace": LAYERS,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": HEAD,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": HEAD,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+        },
+    ),
+    "Qwen3Next": (  # three layers of four have a state in the place of keys and values
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {
+            "layer_types": [*["linear_attention"] * 3, "full_attention", *["linear_attention"] * 2],
+            "mlp_only_layers": list(range(1, LAYERS)),
+            **{f"linear_num_{each}_heads": 2 for each in ("key", "value")},
+            **{f"linear_{each}_head_dim": 128 for each in ("key", "value")},
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "shared_expert_intermediate_size": 96,
+        },
+    ),
     "PaddleOCRVL": (  # reads images, so that positions have several axes (M-RoPE)
         "PaddleOCRVLConfig",
         "PaddleOCRVLForConditionalGeneration",
@@ -82,12 +121,24 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 """By family: transformers' classes of its configuration and of the model, and what is said beside its sizes."""
-TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
-"""For models that read images."""
+RUN: dict[str, tuple[bool, dict[str, Any]]] = {
+    "PaddleOCRVL": (True, {"limit_mm_per_prompt": {"image": 0, "video": 0}}),
+    "Qwen3Next": (False, {"dtype": "bfloat16"}),  # vLLM's kernel on the CPU takes no other
+}
+"""Those that are not run as others are: on Model Runner V2 or not, and with which options of vLLM's LLM."""
 
 
 def ask(
-    family: str, engine: dict[str, Any], directory: Path, tokenizer: Path, graphs: str = "", draws: int = 0, **environment: str
+    family: str,
+    engine: dict[str, Any],
+    directory: Path,
+    tokenizer: Path,
+    *,
+    graphs: str = "",
+    attention: str = "",
+    prompts: int = 3,
+    draws: int = 0,
+    **environment: str,
 ) -> dict[str, Any]:
     """What this script prints, run in a process of its own. ``engine``: options of vLLM's LLM; ``environment``: of the process."""
     config, model, options = MODELS[family]
@@ -100,6 +151,8 @@ def ask(
         "tokenizer": str(tokenizer),
         "draws": draws,
         "graphs": graphs,
+        "attention": attention,
+        "prompts": prompts,
     }
     root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(root), os.environ.get("PYTHONPATH")]))
@@ -183,6 +236,8 @@ def main(order: Order) -> None:
     }
     if not torch.cuda.is_available():
         _load_what_was_compiled()
+        if order["attention"]:
+            _attend_by(order["attention"])
     replayed = graphs_on_cpu.set_up(list(range(1, 65)), order["graphs"]) if order["graphs"] else Counter()
     engine = LLM(
         str(directory),
@@ -205,7 +260,9 @@ def main(order: Order) -> None:
     names["project"] = ("steering", project)
     workers = engine.collective_rpc("lethe_load", args=(list(names.values()),))
     failures = {name: worker[artifact[1]] for name, artifact in names.items() for worker in workers if artifact[1] in worker}
-    prompts = [{"prompt_token_ids": [(7 * i + 3 * j) % 500 for j in range(length)]} for i, length in enumerate((5, 90, 150))]
+    prompts = [{"prompt_token_ids": [(7 * i + 3 * j) % 500 for j in range(length)]} for i, length in enumerate(LENGTHS)][
+        : order["prompts"]
+    ]
     jobs = [(name, prompt) for prompt in prompts for name in plans]
     sampling = [
         SamplingParams(
@@ -314,6 +371,17 @@ def _load_what_was_compiled() -> None:
 
     patched: Any = decorators
     patched._try_load_aot_compiled_fn = load
+
+
+def _attend_by(name: str) -> None:
+    """Take a backend whose kernels are interpreted: vLLM's CPU platform knows its own only."""
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    patched: Any = CpuPlatform
+    patched.get_attn_backend_cls = lambda *_, **__: AttentionBackendEnum[name].get_path()
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # which a kernel asks for, to know how much it may take at once
 
 
 def _compiled(worker: Any) -> tuple[bool, bool]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.families import MODELS, TEXT_ONLY, ask
+from tests.vllm.families import MODELS, RUN, ask
 from tests.vllm.v2.conftest import V2
 
 TOLERANCE = 1e-3
@@ -29,13 +29,17 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Any:
     directory = tmp_path_factory.mktemp("families")
 
     @functools.cache
-    def once(family: str, v2: bool, graphs: str, engine: str) -> dict[str, Any]:
-        found = ask(family, json.loads(engine), directory, model_path, graphs, **(V2 if v2 else {}), **KINDS.get(graphs, {}))
+    def once(family: str, v2: bool, graphs: str, attention: str, prompts: int, engine: str) -> dict[str, Any]:
+        environment = (V2 if v2 else {}) | KINDS.get(graphs, {})
+        options = {"graphs": graphs, "attention": attention, "prompts": prompts}
+        found = ask(family, json.loads(engine), directory, model_path, **options, **environment)
         assert found["described"]["runner"] == ("V2" if v2 else "V1")
         return found
 
-    def asked(family: str, v2: bool = False, graphs: str = "", **engine: Any) -> dict[str, Any]:
-        return once(family, v2, graphs, json.dumps(engine, sort_keys=True))
+    def asked(
+        family: str, v2: bool = False, graphs: str = "", attention: str = "", prompts: int = 3, **engine: Any
+    ) -> dict[str, Any]:
+        return once(family, v2, graphs, attention, prompts, json.dumps(engine, sort_keys=True))
 
     return asked
 
@@ -49,8 +53,8 @@ def worst(one: list[Any], other: list[Any]) -> float:
 
 @pytest.mark.parametrize("family", MODELS)
 def test_every_guard_of_the_engine_acts_on_a_family_or_says_why_it_does_not(family: str, run: Any) -> None:
-    images = "text_config" in MODELS[family][2]
-    found = run(family, True, **TEXT_ONLY) if images else run(family)
+    v2, options = RUN.get(family, (False, {}))
+    found = run(family, v2, **options)
     said, failures = found["answers"], found["failures"]
     if "zero" not in failures:
         assert worst(said["zero"], said["none"]) < TOLERANCE, "an assistant that is the base changed an answer"
@@ -74,7 +78,8 @@ ENGINES = {"V1 in two": (False, TWO), "V2, ngram": (True, NGRAMS), "V2, draft mo
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["failures"] == {} and found["closed"] == {} and found["described"]["unable"] == {}
     for name, answers in expected["answers"].items():
-        assert worst(found["answers"][name], answers) < TOLERANCE, name
+        said = found["answers"][name]
+        assert worst(said, answers[: len(said)]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -83,6 +88,11 @@ def test_another_engine_says_what_one_eager_process_on_v1_says(engine: str, run:
     found = run("Llama", v2, **options)
     assert_same(found, run("Llama"))
     assert (found["drafted"] > 0) == ("speculative_config" in options), "no drafted token was taken, so this shows nothing"
+
+
+def test_the_fork_reads_what_another_backend_of_attention_has_written(run: Any) -> None:
+    """Triton's, its kernels interpreted; its metadata by its own builder. Slow, so without the longest prompt."""
+    assert_same(run("Llama", True, attention="TRITON_ATTN", prompts=2), run("Llama"))
 
 
 def test_in_a_pipeline_phrases_are_not_said_and_what_cannot_act_is_refused_and_closed(run: Any) -> None:

@@ -81,7 +81,7 @@ def ready(admin: httpx.Client, name: str) -> dict[str, Any]:
 
 
 def give_assistant(admin: httpx.Client, state: Path, model_path: Path) -> None:
-    from serve.registry.models import Artifact, now
+    from serve.registry.records import Artifact, now
 
     assistant = random_assistant(model_path, "whole", 5)
     path = artifact_path(state / "artifacts", ArtifactRef("contrast", assistant.fingerprint))

@@ -23,7 +23,7 @@ from guards.steering.operators import corrupt, redirect
 from guards.types import ArtifactRef
 from serve.default_model import NAME
 from serve.protocol.artifacts import artifact_path
-from serve.registry.models import Artifact, now
+from serve.registry.records import Artifact, now
 from serve.registry.store import Registry
 from tests.assistants import random_assistant
 from tests.bench.steering import give_steering, random_steering

@@ -22,7 +22,7 @@ from guards.types import ArtifactRef
 from serve.control.control import Control
 from serve.control.similarity import Similarity
 from serve.protocol.artifacts import artifact_path
-from serve.registry.models import Artifact, NotReady, now
+from serve.registry.records import Artifact, NotReady, now
 from serve.registry.store import Registry
 
 VOCABULARY = Vocabulary([bytes([i]) for i in range(256)], special_ids=[])

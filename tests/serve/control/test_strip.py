@@ -14,7 +14,7 @@ from guards.suppression.declaration import Suppress
 from serve.control.control import Control
 from serve.control.gate_fitting import GateOrder
 from serve.control.similarity import Similarity
-from serve.registry.models import NotReady, Stripped
+from serve.registry.records import NotReady, Stripped
 from serve.registry.store import Registry
 from tests.serve.control.test_control import VOCABULARY, Engine
 

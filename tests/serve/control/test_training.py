@@ -18,7 +18,7 @@ from guards.steering.artifact import DistillationTarget, SteeringOrder, Steering
 from serve.control.control import Control
 from serve.control.similarity import Similarity
 from serve.control.training import Trainer
-from serve.registry.models import NotReady, UnknownName
+from serve.registry.records import NotReady, UnknownName
 from serve.registry.store import Registry
 from tests.serve.control.test_control import VOCABULARY, Engine, run, until
 

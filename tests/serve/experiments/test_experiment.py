@@ -18,7 +18,7 @@ from guards.errors import InvalidPolicy
 from guards.policy import NONE, parse_policy
 from serve.experiment import Experiment, InvalidExperiment, arm_of, free_slice, parse_experiment
 from serve.experiments.store import Experiments
-from serve.registry.models import InUse, NameTaken, UnknownName
+from serve.registry.records import InUse, NameTaken, UnknownName
 from serve.registry.store import Registry
 
 ORDER: dict[str, Any] = {

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from guards.contrastive.declaration import Contrast
 from guards.suppression.declaration import Suppress
 from serve.registry.migrations import HEAD
-from serve.registry.models import RegistryError
+from serve.registry.records import RegistryError
 from serve.registry.store import Registry
 from serve.registry.tables import metadata
 

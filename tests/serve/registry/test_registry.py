@@ -22,7 +22,7 @@ from guards.errors import InvalidPolicy
 from guards.forget_set import ForgetSet
 from guards.policy import Policy
 from guards.suppression.declaration import Suppress
-from serve.registry.models import Artifact, NameTaken, NotReady, UnknownName, now
+from serve.registry.records import Artifact, NameTaken, NotReady, UnknownName, now
 from serve.registry.store import Registry
 
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -187,7 +187,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 from guards.forget_set import ForgetSet
-from serve.registry.models import Artifact, now
+from serve.registry.records import Artifact, now
 from serve.registry.store import Registry
 registry = Registry(Path(sys.argv[1]))
 i = 0

@@ -16,8 +16,8 @@ from guards.forget_set import ForgetSet
 from guards.policy import parse_policy
 from serve.lock import InUseElsewhere, sole_server
 from serve.registry.backup import Backup, BrokenBackup, write_backup
-from serve.registry.models import Artifact, RegistryError, RolledBack, now
 from serve.registry.position import Mark, Position
+from serve.registry.records import Artifact, RegistryError, RolledBack, now
 from serve.registry.store import Registry
 from serve.registry.usage import Usage, Used
 from serve.sqlite import StorageFault
