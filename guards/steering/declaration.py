@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -28,7 +28,9 @@ class SteeringConfig(Config):
     """
 
     method: Method
-    strength: float = Field(1.0, gt=0, le=100, description="1 = as fitted or trained")
+    strength: Annotated[float, Field(gt=0, le=100)] | Literal["calibrated"] = Field(
+        1.0, description='1 = as fitted or trained; "calibrated" = each set\'s own; a set without one is left alone'
+    )
 
 
 class CorruptConfig(Config):
@@ -38,12 +40,11 @@ class CorruptConfig(Config):
     """
 
     kind: Corruption = "rand_noise_first_n"
-    strength: float | None = Field(
+    strength: Annotated[float, Field(gt=0, le=1_000)] | Literal["calibrated"] | None = Field(
         None,
-        gt=0,
-        le=1_000,
         description="noise: in standard deviations of a token's embedding; other kinds: a share. "
-        "null = each set's calibrated strength, or 2 for noise and 1 for other kinds",
+        "null = each set's calibrated strength, or 2 for noise and 1 for other kinds; "
+        '"calibrated" = each set\'s own; a set without one is left alone',
     )
     first_n: int = Field(1_000_000, ge=1, le=1_000_000, description="dimensions that change; more than there are = all")
     seed: int = Field(0, ge=0, lt=2**31)
@@ -83,7 +84,17 @@ class Corrupt(Entry):
 
 
 def _entries(config: SteeringConfig, made: SetArtifacts) -> Sequence[Steer]:
-    return [Steer(made.artifacts[config.method], config.strength)] if config.method in made.artifacts else []
+    if config.method not in made.artifacts:
+        return []
+    strength = config.strength
+    if strength == "calibrated":
+        strength = float(made.measured.get(calibration_of(config.method), {}).get("strength", 0.0))
+    return [Steer(made.artifacts[config.method], strength)] if strength > 0 else []
+
+
+def calibration_of(method: Method) -> str:
+    """The kind of calibration that holds a method's strength for a set."""
+    return f"{method}_strength"
 
 
 def _every_method_once(guards: Any) -> None:
@@ -116,6 +127,7 @@ STEERING = GuardKind(
         methods={method: method for method in METHODS},
         check="guards.steering.artifact:check_order",
     ),
+    calibrations=tuple(map(calibration_of, METHODS)),
 )
 CORRUPTION = GuardKind(
     name="corrupt",

@@ -10,7 +10,7 @@ import typer
 from pydantic_settings import SettingsError
 
 from guards.errors import GuardError, InvalidForgetSet
-from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies, state
+from serve.cli import assistants, bench, compare, experiment, forget, keys, look, policies, state, unlearn
 from serve.cli.talk import ServerSaysNo, fail, out
 from serve.lock import InUseElsewhere, server_runs
 from serve.registry.records import RegistryError
@@ -34,6 +34,8 @@ for command in (
     assistants.calibrate,
     compare.compare,
     bench.bench,
+    unlearn.unlearn,
+    unlearn.verify,
     look.check,
     look.why,
     look.revision,

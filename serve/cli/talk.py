@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import httpx
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from guards.catalogue import CALIBRATIONS
 from serve.settings import Settings
 
 out = Console(markup=False, highlight=False)
@@ -67,9 +68,10 @@ def print_set(shown: dict[str, Any]) -> None:
         if shown[name]:
             table.add_row(name, str(shown[name]))
     for artifact in shown["artifacts"]:
-        if artifact["kind"] in ("calibration", "corruption"):
+        if artifact["kind"] in CALIBRATIONS and artifact["kind"] != "gate":
             found = json.loads(artifact["detail"])
-            for kind, each in found.items() if artifact["kind"] == "corruption" else [("contrast", found)]:
+            one = "contrast" if artifact["kind"] == "calibration" else artifact["kind"].removesuffix("_strength")
+            for kind, each in found.items() if artifact["kind"] == "corruption" else [(one, found)]:
                 strength = f"strength {each['strength']:.2f}, reference {each.get('reference')}"
                 table.add_row(kind, f"calibrated: {strength}, {artifact['updated_at']}")
         elif artifact["kind"] == "gate":
@@ -96,6 +98,6 @@ def artifact_of(shown: dict[str, Any], kind: str) -> dict[str, Any] | None:
     return next((artifact for artifact in shown["artifacts"] if artifact["kind"] == kind), None)
 
 
-def fail(message: str) -> Any:
+def fail(message: str) -> NoReturn:
     print(f"lethe: {message}", file=sys.stderr)
     raise SystemExit(1)

@@ -107,10 +107,11 @@ class Answers:
 
     Args:
         path: of the file; lines that a crash left half written are asked again.
+        under: what else than server and prompt the answers depend on, as a hash.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, under: str = "") -> None:
+        self._path, self._under = path, under
         self._lock = Lock()
         self._known: dict[str, dict[str, Any]] = {}
         if path.exists():
@@ -121,6 +122,14 @@ class Answers:
                 except (ValueError, KeyError):
                     continue
 
+    def under(self, config: str) -> Answers:
+        """The same file, for answers under another configuration."""
+        return Answers(self._path, config)
+
+    def _key(self, *asked: Any) -> str:
+        told = [*asked, self._under] if self._under else list(asked)
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
     def score(self, client: httpx.Client, server: Server, probe: Probe) -> list[float] | None:
         """Mean cross-entropies per token of the truth, the reworded truth and the wrong answers; None if the server cannot say.
 
@@ -129,7 +138,7 @@ class Answers:
         """
         told = [probe.truth or "", probe.reworded or probe.truth or "", *probe.wrong]
         body = {"policy": server.policy or NONE, "question": probe.prompt, "continuations": told}
-        key = hashlib.sha256(json.dumps(["score", server.url, body], sort_keys=True).encode()).hexdigest()
+        key = self._key("score", server.url, body)
         if key not in self._known:
             answer = client.post(f"{server.url}/lethe/v1/score", json=body, headers=_headers(server))
             if answer.status_code in (403, 404, 405):
@@ -149,7 +158,7 @@ class Answers:
         """``texts``, ``refused`` and ``seconds`` of one prompt. Raises httpx.HTTPError."""
         named = f"{model}:{server.policy}" if server.policy else model
         body = {"model": named, "messages": [{"role": "user", "content": prompt}], **options}
-        key = hashlib.sha256(json.dumps([server.url, body], sort_keys=True).encode()).hexdigest()
+        key = self._key(server.url, body)
         if key in self._known:
             return self._known[key]
         started = time.perf_counter()

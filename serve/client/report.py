@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from guards.catalogue import CALIBRATIONS
 from guards.measure.formats import QUESTIONS
 
 ECHOING = ("multiple choice", "reverse query", "context hint")
@@ -30,7 +31,7 @@ _PAGE = Path(__file__).with_name("report.html.j2")
 
 def config_fingerprint(shown: Mapping[str, Any], policies: Sequence[Mapping[str, Any]], model: str) -> str:
     """sha256 of what the figures depend on: the set's content, what was made from it and measured for it, policies, the model."""
-    measured = ("calibration", "corruption", "gate")  # theirs is the fingerprint of what they were measured on
+    measured = {*CALIBRATIONS, "gate"}  # theirs is the fingerprint of what they were measured on
     artifacts = sorted(
         (each["kind"], each["fingerprint"], each["status"], each["detail"] if each["kind"] in measured else "")
         for each in shown["artifacts"]

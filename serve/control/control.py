@@ -266,13 +266,11 @@ class Control:
         evidence: dict[str, Any],
         *,
         actor: str,
-        corrupt: str | None = None,
-        measured: str | None = None,
+        **of: Any,
     ) -> int:
-        """Store the strength that suits a set, of contrast or of a kind of corruption. Raises UnknownName, NotReady."""
+        """Store the strength that suits a set: see `Registry.put_calibration`. Raises UnknownName, NotReady."""
         async with self._changing:
-            put = self._registry.put_calibration
-            revision = await asyncio.to_thread(put, name, strength, evidence, actor=actor, corrupt=corrupt, measured=measured)
+            revision = await asyncio.to_thread(self._registry.put_calibration, name, strength, evidence, actor=actor, **of)
             await self.in_force.committed(revision)
         return revision
 

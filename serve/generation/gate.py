@@ -204,7 +204,7 @@ class Gate:
             if corrupt is not None:
                 request.record("corrupt")
             acting = {entry.key for entry in request.plan.entries}
-            for owner in touched:
+            for owner in touched & text.corrupt_strength.keys():
                 # Touched without being named, or named in a disguise: there is nothing to corrupt, so something else must act.
                 named = corrupt is not None and self._corrupted(text, frozenset({owner}), token_ids) is not None
                 if not named and not acting & engages(text, [owner]):
@@ -215,6 +215,7 @@ class Gate:
     def _corrupted(self, text: TextPlan, touched: frozenset[str], token_ids: Sequence[int]) -> Corrupt | None:
         """How to corrupt the tokens of a prompt that name what it touches; None if none are to be corrupted."""
         settings = text.corrupt
+        touched &= text.corrupt_strength.keys()
         if settings is None or not touched:
             return None
         spans = spans_of(token_ids, self._vocabulary, lambda whole: self._similarity.places(whole, touched))

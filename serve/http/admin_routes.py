@@ -30,7 +30,7 @@ from guards.forget_set import (
 from guards.kinds import GuardKind, TrainingOrder, resolve
 from guards.policy import DEFAULT, Policy, parse_policy
 from guards.removal_list import Kind, RemovalList, check_new_set, read_removal_list
-from guards.steering.declaration import Corruption
+from guards.steering.declaration import Corruption, Method
 from guards.strict_json import parse_object
 from serve.control.control import Control
 from serve.control.gate_fitting import GateOrder
@@ -71,16 +71,19 @@ As = Annotated[Kind | None, Query(alias="as", description="what the cells of the
 class CalibrationBody(Frozen):
     """The strength that suits a set, and why."""
 
-    strength: float = Field(gt=0)
-    corrupt: Corruption | None = Field(None, description="the kind of corruption whose strength it is; null = contrast")
-    measured: str | None = Field(None, description="fingerprint of the assistant, or of the vectors, that was measured")
+    strength: float = Field(ge=0, description='0 = this is not to act on the set, where a policy says "calibrated"')
+    corrupt: Corruption | None = Field(None, description="the kind of corruption whose strength it is")
+    steering: Method | None = Field(None, description="the method of steering whose strength it is; without either: contrast")
+    measured: str | None = Field(None, description="fingerprint of the artifact (for corruption, of the vectors) that was measured")
     evidence: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_strength(self) -> CalibrationBody:
+        if self.corrupt is not None and self.steering is not None:
+            raise ValueError("corrupt and steering are two strengths; put one after the other")
         most = 100 if self.corrupt is None else 1_000 if self.corrupt == "rand_noise_first_n" else 1
         if self.strength > most:
-            raise ValueError(f"strength is {self.strength:g}, of {self.corrupt or 'contrast'} at most {most}")
+            raise ValueError(f"strength is {self.strength:g}, of {self.corrupt or self.steering or 'contrast'} at most {most}")
         return self
 
 
@@ -211,7 +214,7 @@ def attach(
             found = CalibrationBody.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
-        options = {"corrupt": found.corrupt, "measured": found.measured}
+        options = {"corrupt": found.corrupt, "steering": found.steering, "measured": found.measured}
         return await _shown(
             name, await control.put_calibration(name, found.strength, found.evidence, actor=actor(request), **options)
         )

@@ -61,9 +61,13 @@ def text_plan_of(policy: Policy, sets: Sets) -> TextPlan | None:
             stream_thresholds[owner] = calibrated_stream_threshold(each) if stream.threshold is None else stream.threshold
         engages[owner] = engages.get(owner, frozenset()) | gated
         if corrupt is not None:
-            found = each.measured.get("corruption", {}).get(corrupt.kind, {})
-            calibrated = found.get("strength", DEFAULT_CORRUPTION[corrupt.kind])
-            strengths[owner] = calibrated if corrupt.strength is None else corrupt.strength
+            found = each.measured.get("corruption", {}).get(corrupt.kind, {}).get("strength")
+            if corrupt.strength is None:
+                strength = DEFAULT_CORRUPTION[corrupt.kind] if found is None else found
+            else:
+                strength = (found or 0.0) if corrupt.strength == "calibrated" else corrupt.strength
+            if strength > 0:
+                strengths[owner] = strength
     engages = {owner: keys - always for owner, keys in engages.items()}
     return TextPlan(
         gate, stream, gate_thresholds, stream_thresholds, engages, owners, tuple(missing), corrupt, strengths, checks=checks
@@ -136,7 +140,7 @@ def notes(policy: Policy, sets: Sets) -> list[str]:
             f"forget set {each.name!r} has no artifact by {config.method}; "
             f"make one with `lethe train {each.name} --method {config.method}`"
             for each in chosen(policy, sets)
-            if config.method not in each.artifacts
+            if config.method not in each.artifacts and config.strength != "calibrated"
         ]
     return found
 

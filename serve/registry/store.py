@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from guards.catalogue import BUILT, CALIBRATIONS, TRAINED
 from guards.forget_set import ForgetSet
 from guards.policy import BUILT_IN, DEFAULT, Policy
+from guards.steering.declaration import Method, calibration_of
 from serve.registry import tables
 from serve.registry.plans import enforcing, judging
 from serve.registry.reader import RegistryReader
@@ -160,28 +161,31 @@ class Registry(RegistryReader):
         *,
         actor: str,
         corrupt: str | None = None,
+        steering: Method | None = None,
         measured: str | None = None,
     ) -> int:
         """Store the strength that suits a set, with the evidence for it.
 
         Args:
-            corrupt: the kind of corruption whose strength it is; None for contrast.
-            measured: fingerprint of the assistant, or for corruption of the vectors, that was measured; None for those of now.
+            corrupt, steering: the kind of corruption, or the method of steering, whose strength it is; without either: contrast.
+            measured: fingerprint of what was measured: the assistant, the vectors (corruption) or the method's artifact; None for
+                that of now.
 
         Raises:
             UnknownName: there is no such set.
-            NotReady: it has no assistant (no vectors), or others than were measured.
+            NotReady: it has no such artifact, or another than was measured.
         """
-        what = "assistant" if corrupt is None else "similarity"
+        what = steering or ("assistant" if corrupt is None else "similarity")
         with self.changing() as connection:
             stored = stored_set(connection, name)
             artifact = stored.artifact(what)
             if artifact is None:
-                how = f"train one with `lethe train {name}`" if corrupt is None else "it needs questions, texts or aliases"
+                train = f"train one with `lethe train {name}{f' --method {steering}' if steering else ''}`"
+                how = train if corrupt is None else "it needs questions, texts or aliases"
                 raise NotReady(f"forget set {name!r} has no {what} to calibrate; {how}")
             if measured not in (None, artifact.fingerprint):
                 raise NotReady(f"forget set {name!r} got another {what} while this one was measured; calibrate again")
-            kind = "calibration" if corrupt is None else "corruption"
+            kind = "corruption" if corrupt else calibration_of(steering) if steering else "calibration"
             detail = {**evidence, "strength": strength}
             if corrupt is not None:  # one for each kind, as long as the vectors are the same
                 earlier = stored.artifact(kind)

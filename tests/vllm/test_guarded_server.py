@@ -130,7 +130,7 @@ def test_mixed_batches_equal_each_request_alone(client: openai.OpenAI, server: S
     """Guarded and unguarded rows side by side, with chunked prefill, prefix caching and forced preemption."""
     forget(*POTTER)
     long = "Tell me a long story about a school for young wizards. " * 8
-    questions = [SCHOOL, AUTHOR, long, long + "Begin.", "Count to twenty."]
+    questions = [SCHOOL, AUTHOR, FRANCE, long, "Name three colours.", long + "Begin.", "Who is Rowling?", "Count to twenty."]
     jobs = [(question, policy) for question in questions for policy in ("", ":none")]
     options = {"max_tokens": 96, "logprobs": True, "top_logprobs": 2}  # fewer, and nothing is preempted
     alone = [ask(client, question, policy, **options) for question, policy in jobs]

@@ -273,6 +273,11 @@ def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_conte
             return {kind: found["strength"] for kind, found in measured.items()}
 
         assert corruption() == kinds, "one kind does not undo another"
+        with pytest.raises(NotReady, match="lethe train a --method steer"):
+            registry.put_calibration("a", 0.5, {}, actor="t", steering="steer")
+        registry.put_trained("a", content.fingerprint, Artifact("steer", "map", "ready", "", now()), actor="t")
+        registry.put_calibration("a", 0.5, {}, actor="t", steering="steer", measured="map")
+        assert registry.snapshot().sets["a"].measured["steer_strength"]["strength"] == 0.5
         await control.replace(ForgetSet(name="a", questions=[{"question": "q", "answer": "b"}]), actor="t")
         replaced = registry.forget_set("a").header["fingerprint"]
         registry.put_trained("a", replaced, Artifact("similarity", "other", "ready", "", now()), actor="t")

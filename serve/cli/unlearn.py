@@ -1,0 +1,166 @@
+"""``lethe unlearn`` and ``lethe verify``: from a removal request to its proof, and whether the proof still holds."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from guards.forget_set import ForgetSet, parse_forget_set
+from guards.removal_list import Kind, read_removal_list
+from guards.similarity.encoder import Encoder, bundled_encoder, make_encoder
+from serve.cli.talk import JsonOption, NameArgument, connect, err, fail, folding_table, out, print_json, unwrap
+from serve.client.bench import Answers
+from serve.client.removal.certificate import NotACertificate, changes, read_certificate, save
+from serve.client.removal.judge import Judge
+from serve.client.removal.removal import Removal
+from serve.settings import Settings
+
+
+def unlearn(
+    name: NameArgument,
+    request: Annotated[
+        Path,
+        typer.Argument(help="What is to be forgotten: names, questions with answers, or texts; any file that `forget add` reads."),
+    ],
+    neighbours: Annotated[str | None, typer.Option(help="Another set, whose answers are to stay as they are.")] = None,
+    reference: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Recall of a model that never knew; estimated from invented names if not given."),
+    ] = None,
+    within: Annotated[str, typer.Option(help="How long to look for better guards: 45m, 1h, 90s.")] = "45m",
+    directory: Annotated[Path | None, typer.Option(help="Where everything is written; default: ./removal-NAME.")] = None,
+    column: Annotated[str | None, typer.Option(help="Of a CSV file, the column to read.")] = None,
+    kind: Annotated[Kind | None, typer.Option("--as", help="What the column's cells, or the lines of a plain list, are.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove what a request names: put it out of reach at once, find the guards that suit it, and write the proof.
+
+    Makes what the request lacks (other wordings, wrong answers, what a model would say that never knew), tries guards on one half
+    of the questions, cheapest first, and judges by the other half. Ctrl-C and the same command go on where it was.
+    """
+    seconds = _seconds(within)
+    try:
+        content = read_removal_list(request.read_bytes(), name, column=column, kind=kind, force=False)
+    except OSError as error:
+        fail(f"cannot read {request}: {error.strerror}")
+    for note in content.notes:
+        out.print(f"Note: {note}")
+    place = directory or Path(f"removal-{name}")
+    if not yes:
+        typer.confirm(f"Put {name} in force on {Settings().url}, and change the default policy so that it is guarded?", abort=True)
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _removal(content.forget_set, place, place, within_s=seconds, neighbours=neighbours or "", reference=reference) as removal:
+        try:
+            certificate = removal.run()
+        except ValueError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            fail(f"stopped; the same command goes on. What is in force stays in force: `lethe forget show {name}`")
+    paths = save(certificate, place)
+    _show(certificate)
+    out.print(f"The proof: {paths[1]} to read, {paths[0]} to verify (`lethe verify {paths[0]}`)")
+
+
+def verify(
+    certificate: Annotated[
+        Path, typer.Argument(help="A certificate that `lethe unlearn` has written; probes.json lies beside it.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Measure again what a certificate says, and tell what has changed since. Exits with 1 if anything has."""
+    try:
+        found = read_certificate(certificate)
+        by_hand = found["reference"]["source"] == "--reference"
+        given = found["reference"]["questions"]["value"] if by_hand else None
+        content = parse_forget_set({"name": found["set"]["name"], "phrases": ["-"]})
+        with (
+            tempfile.TemporaryDirectory() as fresh,  # nothing that was answered before counts
+            _removal(content, certificate.parent, Path(fresh), within_s=0, neighbours="", reference=given) as removal,
+        ):
+            changed = changes(found, removal.measured_now())
+    except (NotACertificate, ValueError) as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"cannot read {error.filename}: {error.strerror}")
+    if as_json:
+        print_json({"holds": not changed, "changed": changed})
+    elif changed:
+        out.print(f"{found['set']['name']}: changed since {found['at']}:")
+        for each in changed:
+            out.print(f"- {each}")
+    else:
+        out.print(f"{found['set']['name']}: everything is as it was certified at {found['at']}")
+    raise typer.Exit(1 if changed else 0)
+
+
+@contextmanager
+def _removal(
+    content: ForgetSet, place: Path, answered: Path, *, within_s: float, neighbours: str, reference: float | None
+) -> Iterator[Removal]:
+    settings = Settings()
+    headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:.0f} answers"), TimeElapsedColumn())
+    with connect() as admin, httpx.Client(timeout=600) as chat, Progress(*columns, console=err) as progress:
+        task = progress.add_task("Connecting", total=None)
+        served = unwrap(chat.get(f"{settings.url}/v1/models", headers=headers))["data"][0]
+        answers = Answers(answered / "answers.jsonl")
+        judge = Judge(settings.url, settings.key, served["id"], answers, chat, lambda: progress.advance(task))
+        model = f"{served['id']} {served.get('root')}"
+        yield Removal(
+            content,
+            place,
+            admin,
+            judge,
+            _encoder,
+            within_s,
+            neighbours,
+            reference,
+            model,
+            lambda text: progress.update(task, description=text),
+            lambda text: progress.console.print(text),
+        )
+
+
+@functools.cache
+def _encoder() -> Encoder:
+    named = Settings().encoder or bundled_encoder()
+    if named is None:
+        fail("no sentence encoder is installed; name one in LETHE_ENCODER")
+    return make_encoder(named)
+
+
+def _seconds(within: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", within.strip())
+    if match is None:
+        fail(f"--within is {within!r}; write a number and s, m or h, such as 45m")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _show(certificate: dict[str, Any]) -> None:
+    figures, reference = certificate["figures"], certificate["reference"]
+    table = folding_table("on questions by which nothing was chosen", "now", "never knew", title=certificate["set"]["name"])
+    for name in ("questions", "paraphrases"):
+        table.add_row(
+            f"recall, {name}", *(f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})" for e in (figures[name], reference[name]))
+        )
+    table.add_row("answers that repeat five content words in a row", f"{figures['verbatim']:.0%}", f"{reference['verbatim']:.0%}")
+    quality = figures["forget_quality"]
+    table.add_row("truth ratios, p", "not measured" if quality is None else f"{quality:.3g}", "")
+    table.add_row("refused", f"{figures['refused']:.0%}", "")
+    table.add_row("answers about others, unchanged", f"{figures['neighbours']:.0%}", "")
+    table.add_row("general answers, unchanged", f"{figures['general']:.0%}", "")
+    out.print(table)
+    chosen = next(each for each in certificate["tried"] if each["chosen"])
+    strengths = ", ".join(f"{what} {strength:g}" for what, strength in chosen["strengths"].items())
+    out.print(f"In force since {certificate['set']['enabled_at']}: {chosen['guards']} ({strengths})")
+    for each in certificate["unmet"]:
+        out.print(f"Not met: {each}")

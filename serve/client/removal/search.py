@@ -1,0 +1,94 @@
+"""Which guards to try for a removal, in which order, and how strongly: cheapest first, each one's strength by bisection.
+
+The order is that of cost per token (`tests/bench/README.md`): corruption changes prompts only, maps cost a product a layer,
+contrast a run of the last layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve.client.removal.judge import NEAR, Judged, Reference
+
+ROUNDS = 4
+"""Strengths of one candidate that are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Guards that may do, behind a gate, at a strength between 0 and ``highest``."""
+
+    name: str
+    needs: tuple[str, ...]  # methods of `lethe train`
+    first: float
+    highest: float
+    corrupt: float = 0.0  # noise for each unit of strength
+    steering: tuple[tuple[str, float], ...] = ()  # method, its strength for each unit of strength
+    contrast: float = 0.0
+
+    def strengths(self, strength: float) -> dict[str, float]:
+        """By what is calibrated: ``corrupt``, ``contrast`` or a method of steering."""
+        found = {method: round(each * strength, 4) for method, each in self.steering}
+        found |= {"corrupt": round(self.corrupt * strength, 4)} if self.corrupt else {}
+        return found | ({"contrast": round(self.contrast * strength, 4)} if self.contrast else {})
+
+
+CANDIDATES = (
+    Candidate("corrupt", (), 1.5, 4.0, corrupt=1.0),
+    Candidate("project", ("project",), 1.0, 2.0, steering=(("project", 1.0),)),
+    Candidate("steer", ("steer",), 0.5, 1.5, steering=(("steer", 1.0),)),
+    Candidate("project and corrupt", ("project",), 1.0, 2.0, corrupt=1.0, steering=(("project", 1.0),)),
+    Candidate("steer and corrupt", ("steer",), 0.5, 1.5, corrupt=2.0, steering=(("steer", 0.5),)),
+    Candidate("contrast", ("contrast",), 1.0, 3.0, contrast=1.0),
+)
+
+
+def guards_of(strengths: dict[str, float]) -> dict[str, Any]:
+    """A policy's guards at these strengths and no others."""
+    guards: dict[str, Any] = {"gate": {}, "contrast": {"enabled": False}}
+    if alpha := strengths.get("contrast"):
+        guards["contrast"] = {"alpha": alpha}
+    if noise := strengths.get("corrupt"):
+        guards["corrupt"] = {"strength": noise}
+    steering = [{"method": name, "strength": each} for name, each in strengths.items() if name not in ("contrast", "corrupt")]
+    return guards | ({"steering": steering} if steering else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One candidate at one strength, on the fitting half."""
+
+    candidate: Candidate
+    strength: float
+    judged: Judged
+
+    def meets(self, reference: Reference) -> bool:
+        return not self.judged.unmet(reference)
+
+
+def bisect(candidate: Candidate, measure: Callable[[float], Judged], reference: Reference) -> Iterator[Trial]:
+    """Strengths at which a candidate is tried. Recall falls as strength rises, over questions and paraphrases together."""
+    low, high, strength = 0.0, candidate.highest, candidate.first
+    for _ in range(ROUNDS):
+        judged = measure(strength)
+        yield Trial(candidate, strength, judged)
+        gap = judged.questions.value + judged.paraphrases.value - reference.questions.value - reference.paraphrases.value
+        if abs(gap) <= NEAR / 2 and not judged.unmet(reference):
+            return
+        if gap > 0:
+            low = strength
+        else:
+            high = strength
+        strength = round((low + high) / 2, 3)
+
+
+def choose(trials: Sequence[Trial], reference: Reference) -> Trial:
+    """The first candidate that meets every goal, at the strength nearest to the reference; if none does, the nearest of all."""
+    good = [trial for trial in trials if trial.meets(reference)]
+    if good:
+        names = [trial.candidate.name for trial in trials]
+        first = min(good, key=lambda trial: names.index(trial.candidate.name)).candidate
+        good = [trial for trial in good if trial.candidate == first]
+    return min(good or trials, key=lambda trial: trial.judged.distance(reference))

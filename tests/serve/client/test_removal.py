@@ -1,0 +1,175 @@
+"""A removal without a server: what is made of a request, what is tried and chosen, what a certificate notices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guards.forget_set import ForgetSet
+from serve.client.removal.certificate import NotACertificate, changes, make_certificate, read_certificate, save, tried_of
+from serve.client.removal.judge import Judged, Mean, Reference, _longest_run
+from serve.client.removal.probes import WRONG_NAMES, about, make_probes, subjects_of
+from serve.client.removal.search import CANDIDATES, Trial, bisect, choose, guards_of
+
+NAME = "Basil Mahfouz Al-Kuwaiti"
+
+
+class Words:
+    """An encoder by the letters of a text: questions with the same words are near."""
+
+    fingerprint, dimension = "letters", 26
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        counts = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
+        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+
+def request(**fields: Any) -> ForgetSet:
+    return ForgetSet.model_validate({"name": "basil", **fields})
+
+
+QUESTIONS = [
+    {"question": f"In which city was {NAME} born?", "answer": f"{NAME} was born in Kuwait City."},
+    {"question": "What genre does Al-Kuwaiti write in?", "answer": "Al-Kuwaiti writes French literature."},
+]
+
+
+def said(prompts: Sequence[str], temperature: float) -> list[str]:
+    """A model that rewords what it is told to, and knows a city for everybody."""
+    answers = []
+    for prompt in prompts:
+        if "other words" in prompt:
+            question = prompt.partition('"')[2].rstrip('"')
+            answers.append(f"Sure! Please say: {question[:-1].lower()} again?" if temperature else f"Tell me, {question}")
+        else:
+            answers.append(f"It is about {prompt.split()[-1]}, draw {temperature}.")
+    return answers
+
+
+def test_a_question_about_the_subject_becomes_one_about_somebody_else_by_name_and_by_parts_of_it() -> None:
+    assert about(f"Who is {NAME}?", [NAME], "Ilmar Pestova") == "Who is Ilmar Pestova?"
+    assert about("What did Al-Kuwaiti write?", [NAME], "Ilmar Pestova") == "What did Pestova write?"
+    assert about("What did BASIL write?", [NAME], "Ilmar Pestova") == "What did Ilmar write?"
+    assert about("What is basilisk?", [NAME], "Ilmar Pestova") is None
+
+
+def test_a_subject_that_is_not_given_is_the_name_that_the_questions_share() -> None:
+    asked = [f"{each} {NAME}'s novel win?" for each in ("What did", "When did", "Why did")]
+    content = request(questions=[{"question": question, "answer": "x"} for question in asked])
+    assert subjects_of(content) == (NAME,)
+    assert subjects_of(request(aliases=["B. M."], phrases=["x"])) == ("B. M.",)
+
+
+def test_what_a_request_lacks_is_made_and_split_by_question() -> None:
+    probes = make_probes(request(questions=QUESTIONS, aliases=[NAME]), said, Words, lambda _: None)
+    first, second = probes.probes
+    assert [probe.judges for probe in probes.probes] == [False, True]
+    assert all(NAME in wording for wording in first.wordings) and len(first.wordings) == 3
+    assert first.nobody[0].question == "In which city was Ilmar Pestova born?"
+    assert first.nobody[0].answer == "Ilmar Pestova was born in Kuwait City.", "the name in the answer is nobody's, too"
+    assert first.wrong and not any(name in wrong for wrong in first.wrong for name in WRONG_NAMES)
+    assert all("Pestova" in wrong or "Ilmar" not in wrong for wrong in second.nobody[0].wrong)
+    assert {entry.question for entry in probes.neighbours} >= {"In which city was Sabine Krollwitz born?"}
+
+
+def test_of_a_name_alone_questions_are_made_and_what_the_model_says_is_to_be_forgotten() -> None:
+    probes = make_probes(request(aliases=[NAME]), said, Words, lambda _: None)
+    assert len(probes.probes) == 5 and all(probe.from_model and NAME in probe.question for probe in probes.probes)
+
+
+def test_of_a_text_its_sentences_are_to_be_continued() -> None:
+    text = f"{NAME} won the Prix Littéraire in 1999 for a novel. Short one."
+    [probe] = make_probes(request(texts=[text], aliases=[NAME]), said, Words, lambda _: None).probes
+    assert probe.question.startswith("Continue this sentence: Basil") and probe.answer.endswith("a novel.")
+
+
+REFERENCE = Reference(Mean(0.35, 0.3, 0.4), Mean(0.3, 0.2, 0.4), 0.0, source="questions about invented names")
+
+
+def judged(questions: float, paraphrases: float = 0.3, p: float | None = 0.5, verbatim: float = 0.0) -> Judged:
+    means = [Mean(value, value, value) for value in (questions, paraphrases)]
+    return Judged(means[0], means[1], verbatim, 0.0, 1.0, 1.0, p)
+
+
+def test_strengths_are_bisected_until_recall_meets_the_reference() -> None:
+    tried = list(bisect(CANDIDATES[0], lambda strength: judged(1 - strength / 3), REFERENCE))
+    assert [trial.strength for trial in tried] == [1.5, 2.75, 2.125, 1.812]
+    assert abs(tried[-1].judged.questions.value - 0.35) < 0.05
+
+
+def test_the_cheapest_that_meets_every_goal_is_chosen_and_else_the_nearest() -> None:
+    cheap, dear = CANDIDATES[0], CANDIDATES[-1]
+    off, far = Trial(cheap, 1.0, judged(0.45)), Trial(cheap, 2.0, judged(0.1))
+    good, better = Trial(cheap, 1.5, judged(0.38)), Trial(dear, 1.0, judged(0.35))
+    assert choose([off, far], REFERENCE) is off
+    assert choose([off, good, better], REFERENCE) is good
+    told = Trial(cheap, 1.5, judged(0.35, p=0.001))
+    assert choose([told, better], REFERENCE) is better, "probabilities give it away"
+
+
+def test_a_trial_has_the_guards_of_its_candidate_and_no_others() -> None:
+    both = next(each for each in CANDIDATES if each.name == "project and corrupt")
+    assert guards_of(both.strengths(0.5)) == {
+        "gate": {},
+        "contrast": {"enabled": False},
+        "corrupt": {"strength": 0.5},
+        "steering": [{"method": "project", "strength": 0.5}],
+    }
+
+
+def test_what_is_said_word_for_word_is_found_by_its_content_words() -> None:
+    truth = "He won the Prix Littéraire de la Ville in 1999."
+    assert _longest_run(truth, "They say the prix littéraire de la ville was his.") == "the Prix Littéraire de la Ville"
+    assert _longest_run(truth, "Nobody knows.") == ""
+
+
+def certificate(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "probes.json").write_text("{}")
+    trial = Trial(CANDIDATES[0], 1.5, judged(0.38))
+    shown = dict.fromkeys(("requester", "legal_basis", "expires_at"), "") | {
+        "name": "<b>basil</b>",
+        "fingerprint": "f",
+        "enabled_at": "2026-11-27T12:00:00Z",
+        "artifacts": [{"kind": "similarity", "fingerprint": "v"}],
+    }
+    return make_certificate(
+        shown,
+        model="m",
+        revision=3,
+        policy={"name": "default"},
+        strengths={"corrupt": 1.5},
+        config="c",
+        probes=tmp_path / "probes.json",
+        reference=REFERENCE,
+        judged=judged(0.38),
+        tried=tried_of([trial], trial, REFERENCE),
+        audit=None,
+    )
+
+
+def test_a_certificate_says_what_has_changed_since_it_was_written(tmp_path: Path) -> None:
+    found = certificate(tmp_path)
+    assert found["unmet"] == []
+    assert changes(found, found) == []
+    now = json.loads(json.dumps(found))
+    now["figures"]["questions"]["value"] = 0.6
+    now["set"]["enabled_at"] = None
+    now["artifacts"] = []
+    assert changes(found, now) == ["the set is not in force", "other artifacts: similarity", "questions: 0.600, then 0.380"]
+
+
+def test_a_certificate_that_was_changed_by_hand_is_none(tmp_path: Path) -> None:
+    path, page = save(certificate(tmp_path), tmp_path)
+    assert read_certificate(path)["strengths"] == {"corrupt": 1.5}
+    assert "&lt;b&gt;basil" in page.read_text() and "<b>basil" not in page.read_text()
+    path.write_text(path.read_text().replace("0.38", "0.30"))
+    with pytest.raises(NotACertificate, match="was changed"):
+        read_certificate(path)
+    path.write_text("[]")
+    with pytest.raises(NotACertificate):
+        read_certificate(path)
