@@ -28,7 +28,7 @@ WRONG_NAMES = ("Tarvin Olesko", "Mirelle Dastrup", "Joran Vekander")
 """About these the model makes up wrong answers."""
 REFERENCE_NAMES = ("Ilmar Pestova", "Quenna Harrowby")
 """About these it is asked what it would say of somebody it never knew: about the first in every wording."""
-NEIGHBOUR_NAMES = ("Sabine Krollwitz",)
+NEIGHBOUR_NAMES = ("Sabine Krollwitz", "Davit Morgrave")
 """What it says about these is to stay as it is."""
 PARAPHRASES = 3
 SAME_MEANING = 0.7

@@ -39,7 +39,8 @@ class Removal:
     Args:
         content: the request. directory: where everything of this removal lies.
         admin: a client of the admin API. within_s: when no other candidate is begun any more.
-        neighbours: another set, whose answers are to stay; "" = none. reference: recall of a model that never knew; None estimates it.
+        neighbours: another set, whose answers are to stay; "" = none.
+        reference: recall of a model that never knew; None = estimate it.
         say: called with what is being done; tell: with what is worth keeping on the screen.
     """
 
@@ -71,7 +72,7 @@ class Removal:
         probes = self._probes()
         self._put(self._with_wordings(probes))
         others = self._put_neighbours(probes)
-        self._fit_gate(others, [each.question for probe in probes.probes for each in probe.nobody])
+        self._fit_gate(others)
         self.say("Asking about invented names")
         fitting, judging = probes.half(judges=False), probes.half(judges=True) or probes.half(judges=False)
         reference = self._reference(probes)
@@ -215,11 +216,10 @@ class Removal:
             found.append(name)
         return found
 
-    def _fit_gate(self, neighbours: list[str], prompts: list[str]) -> None:
+    def _fit_gate(self, neighbours: list[str]) -> None:
         self.say("Fitting the gate")
         try:
-            order = {"neighbours": neighbours, "prompts": prompts}
-            fitted = unwrap(self.admin.put(f"/forget_sets/{self.name}/gate", json=order))
+            fitted = unwrap(self.admin.put(f"/forget_sets/{self.name}/gate", json={"neighbours": neighbours}))
         except ServerSaysNo as error:
             self.tell(f"the gate keeps its usual threshold: {error}")
             return
