@@ -165,7 +165,7 @@ class Judge:
         both = [(each, text) for each, text in zip(nobody, said, strict=True) if _told(each, text) < TELLS]
         if len(both) < FEWEST:
             raise ValueError(
-                f"{len(nobody) - len(both)} of {len(nobody)} questions are answered alike when they are about invented names, so what "
+                f"{len(nobody) - len(both)} of {len(nobody)} questions are answered alike about invented names, so what "
                 "a model would say that never knew it cannot be estimated; give --reference (the "
                 "recall of such a model), or change the wordings in probes.json"
             )
