@@ -4,7 +4,8 @@ For n held-out questions about the set, exchangeable with those to come, a thres
 k = floor(eps (n + 1)) misses the next one with probability at most k / (n + 1) <= eps. For m prompts about other things, a
 threshold above the k-th largest score with k = floor(delta (m + 1)) raises a false alarm with probability at most delta. (Vovk et
 al. 2005; Angelopoulos and Bates 2023.) Any threshold between the two keeps both promises; the one in the middle is taken. Where
-there is none, the bound on misses takes precedence: it is kept, and the rate of false alarms that remains is reported.
+there is none, the bound on misses takes precedence: it is kept, and the rate of false alarms that remains is reported. Questions
+that the set's names find count as found at any threshold: only those that do not name the subject need the meaning.
 
 Covered: the average over single texts like the held-out ones; a conversation of many turns has as many chances of a false alarm.
 Not covered: one particular question, and people who search for a wording that passes; the table of attacks in tests/bench/gate
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 from guards.bounds import upper_bound
 from guards.errors import GuardError
+from guards.similarity.declaration import DEFAULT_GATE_THRESHOLD
 
 LOWEST_STREAM = 0.6
 """Below this, two sentences have little more in common than their topic."""
@@ -48,8 +50,8 @@ def fit_threshold(positives: Sequence[float], negatives: Sequence[float], *, eps
     """Choose a threshold.
 
     Args:
-        positives: scores of held-out questions about the set.
-        negatives: scores of prompts about other things; infinite where a name matched, which no threshold changes.
+        positives: scores of held-out questions about the set; negatives: of prompts about other things. Infinite where a name
+            matched, which no threshold changes.
         epsilon, delta: the promises asked for, in (0, 1).
 
     Raises:
@@ -72,8 +74,11 @@ def fit_threshold(positives: Sequence[float], negatives: Sequence[float], *, eps
     highest = sorted(positives)[missed - 1]  # at most this
     alarmed = math.floor(delta * (m + 1) + 1e-9)
     lowest = math.nextafter(sorted(negatives, reverse=True)[alarmed - 1], math.inf)  # at least this
-    kept = lowest <= highest
-    threshold = (max(lowest, -1.0) + highest) / 2 if kept else highest
+    kept = lowest <= highest and math.isfinite(lowest)
+    if math.isinf(highest):  # names find so many that no question says where meaning alone must begin
+        threshold = max(lowest, DEFAULT_GATE_THRESHOLD) if kept else DEFAULT_GATE_THRESHOLD
+    else:
+        threshold = (max(lowest, -1.0) + highest) / 2 if kept else highest
     over = sum(score >= threshold for score in negatives)
     stated = delta if kept else upper_bound(over, m)
     return Fitted(threshold, missed / (n + 1), stated, n, m, kept)

@@ -46,8 +46,9 @@ async def measure_gate(registry: Registry, similarity: Similarity, name: str, or
     if vectors is None or artifact is None or artifact.status != "ready" or artifact.fingerprint != vectors:
         raise NotReady(f"the similarity of forget set {name!r} is not ready: {'' if artifact is None else artifact.detail}")
     await similarity.load(also=[vectors])
-    near, _ = await similarity.scores(positives, vectors)
+    scores, found = await similarity.scores(positives, vectors)
     far, named = await similarity.scores(prompts, vectors)
+    near = [math.inf if by_name else score for score, by_name in zip(scores, found, strict=True)]
     negatives = [math.inf if by_name else score for score, by_name in zip(far, named, strict=True)]
     fitted = fit_threshold(near, negatives, epsilon=order.epsilon, delta=order.delta)
     told = [entry.answer for other in others for entry in other.questions]

@@ -85,6 +85,18 @@ def test_names_in_other_prompts_count_as_false_alarms_that_no_threshold_prevents
     assert math.isfinite(fitted.threshold)
 
 
+def test_questions_that_a_name_finds_are_not_missed_at_any_threshold() -> None:
+    """So they do not pull it down to where prompts about other things are."""
+    named, others = [math.inf] * 39, [0.8] + [0.1] * 99
+    assert fit_threshold([*named, 0.3], others, epsilon=0.05, delta=0.02).threshold == 0.75, "two misses are allowed"
+    near = fit_threshold([*named, 0.3], [0.8, 0.8, 0.79] + [0.1] * 97, epsilon=0.05, delta=0.02)
+    assert near.kept and near.threshold == pytest.approx(0.8, abs=1e-6), "above the second false alarm"
+    bound = fit_threshold([math.inf] * 35 + [0.5, 0.6, 0.7, 0.8, 0.9], others, epsilon=0.05, delta=0.02)
+    assert bound.kept and 0.1 < bound.threshold < 0.6 and bound.epsilon == pytest.approx(2 / 41)
+    none = fit_threshold([math.inf] * 40, [math.inf] * 5 + [0.1] * 95, epsilon=0.05, delta=0.01)
+    assert not none.kept and none.threshold == 0.75
+
+
 def test_the_stream_threshold_promises_nothing_from_too_few_answers() -> None:
     few = fit_stream_threshold([0.5] * 20, delta=0.01, default=0.8)
     assert few.stream_threshold == 0.8 and few.stream_delta is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ class Removal:
         self.say("Judging by the questions that nothing was fitted on")
         shown, policy = self._shown(), self._policy()
         judged = self._judged_in_force(shown, policy, judging, probes, reference)
+        self._propose(dict.fromkeys((*chosen.judged.left, *judged.left)))
         revision = unwrap(self.admin.get("/revision"))["revision"]
         return make_certificate(
             shown,
@@ -287,6 +288,15 @@ class Removal:
         """Judged under the default policy, by a name that stands for all that is in force now."""
         kept = self.judge.under(self._config(shown, policy))
         return kept.judge("default", judging, probes, reference)
+
+    def _propose(self, left: Iterable[str]) -> None:
+        """Passages of true answers that still come out word for word, for a person to look at: as phrases they would not."""
+        path = self.directory / "phrases.jsonl"
+        path.write_text("".join(json.dumps({"phrase": each}, ensure_ascii=False) + "\n" for each in left), "utf-8")
+        if path.stat().st_size:
+            self.tell(
+                f"passages of the true answers that still come out word for word: {path}; add those that are not ordinary text"
+            )
 
     def _audit_row(self) -> dict[str, Any] | None:
         """The change that put the set in force."""
