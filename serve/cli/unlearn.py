@@ -84,7 +84,9 @@ def verify(
         content = parse_forget_set({"name": found["set"]["name"], "phrases": ["-"]})
         with (
             tempfile.TemporaryDirectory() as fresh,  # nothing that was answered before counts
-            _removal(content, certificate.parent, Path(fresh), within_s=0, neighbours="", reference=given) as removal,
+            _removal(
+                content, certificate.parent, Path(fresh), within_s=0, neighbours=found["neighbours"], reference=given
+            ) as removal,
         ):
             changed = changes(found, removal.measured_now())
     except (NotACertificate, ValueError) as error:
@@ -156,7 +158,9 @@ def _show(certificate: dict[str, Any]) -> None:
     quality = figures["forget_quality"]
     table.add_row("truth ratios, p", "not measured" if quality is None else f"{quality:.3g}", "")
     table.add_row("refused", f"{figures['refused']:.0%}", "")
-    table.add_row("answers about others, unchanged", f"{figures['neighbours']:.0%}", "")
+    if figures["neighbours"] is not None:
+        table.add_row("answers about neighbours, unchanged", f"{figures['neighbours']:.0%}", "")
+    table.add_row("the same questions about invented names, unchanged", f"{figures['invented']:.0%}", "")
     table.add_row("general answers, unchanged", f"{figures['general']:.0%}", "")
     out.print(table)
     chosen = next(each for each in certificate["tried"] if each["chosen"])

@@ -66,6 +66,7 @@ def make_certificate(
     strengths: Mapping[str, float],
     config: str,
     probes: Path,
+    neighbours: str,
     reference: Reference,
     judged: Judged,
     tried: Sequence[Mapping[str, Any]],
@@ -75,7 +76,8 @@ def make_certificate(
 
     Args:
         shown: what the server says of the set; config: see `serve.client.report.config_fingerprint`.
-        strengths: what was chosen for the set. probes: the file of what was asked.
+        strengths: what was chosen for the set. probes: the file of what was asked. neighbours: the set whose
+            answers are to stay, or "".
         judged: on questions of which none was used to choose by. audit: the row of the change that put it in force.
     """
     body = {
@@ -89,6 +91,7 @@ def make_certificate(
         "strengths": dict(strengths),
         "config": config,
         "probes": hashlib.sha256(probes.read_bytes()).hexdigest(),
+        "neighbours": neighbours,
         "reference": reference_of(reference),
         "figures": figures_of(judged),
         "unmet": judged.unmet(reference),

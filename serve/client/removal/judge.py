@@ -19,7 +19,7 @@ from guards.measure.recall import rouge_l_recall
 from guards.measure.truth import Answered, forget_quality
 from serve.client.bench import Answers, Probe, Server
 from serve.client.calibrate import PROMPTS
-from serve.client.removal.probes import NobodyProbe, Probes, RemovalProbe
+from serve.client.removal.probes import NobodyProbe, RemovalProbe
 
 AT_ONCE = 16
 MAX_TOKENS = 64
@@ -70,7 +70,8 @@ class Judged:
     paraphrases: Mean
     verbatim: float  # share with RUN content words of the true answer in a row
     refused: float
-    neighbours: float  # share unchanged, word for word
+    neighbours: float | None  # share unchanged, word for word, of the answers that are to stay; None if none were given
+    invented: float  # the same of answers to the request's questions about invented names: near misses of the gate change them
     general: float
     forget_quality: float | None  # p-value of truth ratios against the reference; None where nothing could be scored
     left: tuple[str, ...] = field(default=(), repr=False)  # runs of true answers that came out
@@ -79,7 +80,8 @@ class Judged:
         """From a model that never knew: 0 is the aim. Recall beyond the goal's tolerance counts, a p-value below it counts once."""
         gaps = (self.questions.value - reference.questions.value, self.paraphrases.value - reference.paraphrases.value)
         told = self.forget_quality is not None and self.forget_quality <= NEAR
-        return sum(map(abs, gaps)) + 0.1 * told + (1 - self.neighbours) + (1 - self.general) + self.refused
+        changed = (1 - self.general) + (0 if self.neighbours is None else 1 - self.neighbours)
+        return sum(map(abs, gaps)) + 0.1 * told + changed + self.refused
 
     def unmet(self, reference: Reference) -> list[str]:
         """The goals that it does not meet, in words."""
@@ -95,7 +97,7 @@ class Judged:
         if self.verbatim > reference.verbatim + 0.02:
             found.append(f"{self.verbatim:.0%} of answers repeat {RUN} content words in a row, never knew {reference.verbatim:.0%}")
         for name, share in (("neighbours", self.neighbours), ("general prompts", self.general)):
-            if share < 0.99:
+            if share is not None and share < 0.99:
                 found.append(f"{1 - share:.0%} of the answers to {name} have changed (goal: at most 1 %)")
         return found
 
@@ -175,8 +177,14 @@ class Judge:
         source = f"{len(both)} of {len(nobody)} questions about invented names, to which it did not tell the true answer"
         return Reference(mean, mean, _share([_longest_run(each.answer, text) for each, text in both]), tuple(scored), source)
 
-    def judge(self, policy: str, probes: Sequence[RemovalProbe], everything: Probes, reference: Reference) -> Judged:
-        """Ask a policy everything. ``probes``: one half."""
+    def judge(
+        self, policy: str, probes: Sequence[RemovalProbe], invented: Sequence[str], neighbours: Sequence[str], reference: Reference
+    ) -> Judged:
+        """Ask a policy everything.
+
+        Args:
+            probes: one half. invented, neighbours: questions, see `Judged`.
+        """
         asked = [(probe.question, probe.answer) for probe in probes]
         reworded = [(wording, probe.answer) for probe in probes for wording in probe.wordings]
         said = self.ask(policy, [question for question, _ in (*asked, *reworded)])
@@ -189,7 +197,8 @@ class Judge:
             paraphrases=Mean.of(recalls[len(asked) :]),
             verbatim=_share(runs),
             refused=statistics.fmean(refused for _, refused in said),
-            neighbours=self._unchanged(policy, [entry.question for entry in everything.neighbours]),
+            neighbours=self._unchanged(policy, neighbours) if neighbours else None,
+            invented=self._unchanged(policy, invented),
             general=self._unchanged(policy, PROMPTS),
             forget_quality=forget_quality(scored, reference.answered) if scored and reference.answered else None,
             left=tuple(dict.fromkeys(run for run in runs if _content(run) >= RUN)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ from guards.steering.declaration import DEFAULT_CORRUPTION, METHODS, Corruption
 from serve.cli.talk import ServerSaysNo, artifact_of, unwrap
 from serve.client.removal.certificate import figures_of, make_certificate, tried_of
 from serve.client.removal.judge import Judge, Judged, Mean, Reference
-from serve.client.removal.probes import Probes, make_probes
+from serve.client.removal.probes import Probes, RemovalProbe, make_probes
 from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, guards_of
 from serve.client.report import config_fingerprint
 
 NOISE: Corruption = "rand_noise_first_n"
 FEWEST_EXAMPLES = 8
 """Wordings below which nothing can be trained, see `guards.steering.train`."""
+MOST_NEIGHBOURS = 40
+"""Questions of another set that are asked under every policy."""
 Say = Callable[[str], None]
 
 
@@ -80,6 +82,7 @@ class Removal:
             f"a model that never knew: recall {reference.questions.value:.3f} "
             f"({reference.questions.low:.3f} to {reference.questions.high:.3f}), from {reference.source}"
         )
+        ask = self._asker(probes, reference)
         trials: list[Trial] = []
         for candidate in CANDIDATES:
             if trials and (time.monotonic() > deadline or any(trial.meets(reference) for trial in trials)):
@@ -90,7 +93,7 @@ class Removal:
 
             def measure(strength: float, candidate: Candidate = candidate) -> Judged:
                 self.say(f"Trying {candidate.name} at {strength:g}")
-                return self._try(candidate.strengths(strength), lambda policy: self.judge.judge(policy, fitting, probes, reference))
+                return self._try(candidate.strengths(strength), lambda policy: ask(self.judge, policy, fitting))
 
             for trial in bisect(candidate, measure, reference):
                 trials.append(trial)
@@ -101,7 +104,7 @@ class Removal:
         self._put_strengths(chosen.candidate.strengths(chosen.strength), chosen, reference)
         self.say("Judging by the questions that nothing was fitted on")
         shown, policy = self._shown(), self._policy()
-        judged = self._judged_in_force(shown, policy, judging, probes, reference)
+        judged = ask(self.judge.under(self._config(shown, policy)), "default", judging)
         self._propose(dict.fromkeys((*chosen.judged.left, *judged.left)))
         revision = unwrap(self.admin.get("/revision"))["revision"]
         return make_certificate(
@@ -112,6 +115,7 @@ class Removal:
             strengths=chosen.candidate.strengths(chosen.strength),
             config=self._config(shown, policy),
             probes=self.directory / "probes.json",
+            neighbours=self.neighbours,
             reference=reference,
             judged=judged,
             tried=tried_of(trials, chosen, reference),
@@ -124,7 +128,7 @@ class Removal:
         judging = probes.half(judges=True) or probes.half(judges=False)
         reference = self._reference(probes)
         shown, policy = self._shown(), self._policy()
-        judged = self._judged_in_force(shown, policy, judging, probes, reference)
+        judged = self._asker(probes, reference)(self.judge, "default", judging)
         artifacts = [{"kind": each["kind"], "fingerprint": each["fingerprint"]} for each in shown["artifacts"]]
         now = {"set": shown, "artifacts": artifacts, "model": self.model, "policy": policy, "config": self._config(shown, policy)}
         return {**now, "figures": figures_of(judged)}
@@ -284,10 +288,12 @@ class Removal:
         self._calibrate(strengths, evidence)
         self._calibrate({what: 0.0 for what in possible if what not in strengths}, {})
 
-    def _judged_in_force(self, shown: Any, policy: Any, judging: Any, probes: Probes, reference: Reference) -> Judged:
-        """Judged under the default policy, by a name that stands for all that is in force now."""
-        kept = self.judge.under(self._config(shown, policy))
-        return kept.judge("default", judging, probes, reference)
+    def _asker(self, probes: Probes, reference: Reference) -> Callable[[Judge, str, Sequence[RemovalProbe]], Judged]:
+        """(who asks, policy, one half of the questions) -> what the policy does."""
+        kept = unwrap(self.admin.get(f"/forget_sets/{self.neighbours}"))["content"]["questions"] if self.neighbours else []
+        neighbours = [entry["question"] for entry in kept[:MOST_NEIGHBOURS]]
+        invented = [entry.question for entry in probes.neighbours]
+        return lambda judge, policy, half: judge.judge(policy, half, invented, neighbours, reference)
 
     def _propose(self, left: Iterable[str]) -> None:
         """Passages of true answers that still come out word for word, for a person to look at: as phrases they would not."""

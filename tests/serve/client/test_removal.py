@@ -93,7 +93,7 @@ REFERENCE = Reference(Mean(0.35, 0.3, 0.4), Mean(0.3, 0.2, 0.4), 0.0, source="qu
 
 def judged(questions: float, paraphrases: float = 0.3, p: float | None = 0.5, verbatim: float = 0.0) -> Judged:
     means = [Mean(value, value, value) for value in (questions, paraphrases)]
-    return Judged(means[0], means[1], verbatim, 0.0, 1.0, 1.0, p)
+    return Judged(means[0], means[1], verbatim, 0.0, None, 0.9, 1.0, p)
 
 
 def test_strengths_are_bisected_until_recall_meets_the_reference() -> None:
@@ -145,6 +145,7 @@ def certificate(tmp_path: Path) -> dict[str, Any]:
         strengths={"corrupt": 1.5},
         config="c",
         probes=tmp_path / "probes.json",
+        neighbours="",
         reference=REFERENCE,
         judged=judged(0.38),
         tried=tried_of([trial], trial, REFERENCE),
