@@ -72,7 +72,7 @@ def test_every_guard_of_the_engine_acts_on_a_family_or_says_why_it_does_not(fami
 TWO = {"tensor_parallel_size": 2}
 NGRAMS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2, "prompt_lookup_min": 1}}
 DRAFTS = {"speculative_config": {"method": "draft_model", "model": "itself", "num_speculative_tokens": 2}}
-ENGINES = {"V1 in two": (False, TWO), "V2, ngram": (True, NGRAMS), "V2, draft model": (True, DRAFTS)}
+ENGINES = {"V1 in two": (False, TWO), "V2 in two": (True, TWO), "V2, ngram": (True, NGRAMS), "V2, draft model": (True, DRAFTS)}
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
