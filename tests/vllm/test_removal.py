@@ -40,6 +40,11 @@ def test_a_request_is_in_force_at_once_and_its_certificate_says_what_has_changed
         command = [LETHE, *arguments]
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
 
+    def strengths() -> list[float]:
+        shown = admin.get("/forget_sets/potter").json()
+        found = [json.loads(each["detail"]) for each in shown.get("artifacts", ()) if each["kind"] == "corruption"]
+        return [each["rand_noise_first_n"]["strength"] for each in found]
+
     order = ("unlearn", "potter", "request.jsonl", "--within", "1s", "--reference", "0.3", "--yes")
     try:
         done = lethe(*order)
@@ -59,10 +64,16 @@ def test_a_request_is_in_force_at_once_and_its_certificate_says_what_has_changed
 
         held = lethe("verify", "removal-potter/certificate.json", "--json")
         assert (held.returncode, json.loads(held.stdout)) == (0, {"holds": True, "changed": []}), held.stdout + held.stderr
+        # What was made may be changed by hand; the set then holds other words, and has its strength all the same.
+        edited = json.dumps(probes).replace("Could you tell me", "Please tell me")
+        assert edited != json.dumps(probes)
+        (tmp_path / "removal-potter" / "probes.json").write_text(edited)
+        before = strengths()
         again = lethe(*order)
         assert again.returncode == 0, again.stderr
         repeated = json.loads((tmp_path / "removal-potter" / "certificate.json").read_text())
-        assert repeated["figures"] == certificate["figures"] and repeated["probes"] == certificate["probes"]
+        assert repeated["set"]["fingerprint"] != certificate["set"]["fingerprint"] and repeated["probes"] != certificate["probes"]
+        assert strengths() == before == [repeated["strengths"]["corrupt"]]
 
         assert admin.post("/forget_sets/potter/disable").status_code == 200
         changed = lethe("verify", "removal-potter/certificate.json")

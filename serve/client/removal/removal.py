@@ -151,14 +151,23 @@ class Removal:
         return config_fingerprint(shown, [policy], self.model)
 
     def _put(self, content: ForgetSet) -> dict[str, Any]:
-        """Create or replace a set, unless it is the same already, and wait until it is compiled and embedded."""
+        """Create or replace a set, unless it is the same already, and wait until it is compiled and embedded.
+
+        A strength of corruption holds for one set of vectors. The request's own set gets it anew before its new vectors are ready:
+        till then the server answers nothing that they would be needed for, so no answer is given without it.
+        """
         answer = self.admin.get(f"/forget_sets/{content.name}")
         shown = None if answer.status_code == 404 else unwrap(answer)
         body: dict[str, Any] = {"content": write_jsonl(content).encode(), "headers": {"content-type": "application/jsonl"}}
         if shown is None:
             shown = unwrap(self.admin.post("/forget_sets", params={"name": content.name}, **body))
         elif shown["fingerprint"] != content.fingerprint:
+            before = artifact_of(shown, "corruption")
             shown = unwrap(self.admin.put(f"/forget_sets/{content.name}", **body))
+            if before is not None:
+                self._calibrate(
+                    {"corrupt": json.loads(before["detail"]).get(NOISE, {}).get("strength", DEFAULT_CORRUPTION[NOISE])}, {}
+                )
         while any(artifact["status"] == "building" for artifact in shown["artifacts"]):
             time.sleep(0.2)
             shown = unwrap(self.admin.get(f"/forget_sets/{content.name}"))
@@ -181,9 +190,10 @@ class Removal:
         steering = list(guards.get("steering") or [])
         known = {each["method"] for each in steering}
         wanted["steering"] = steering + [{"method": m, "strength": "calibrated"} for m in METHODS if m not in known]
-        if wanted != guards:
-            order = {"forget_sets": policy["forget_sets"], "guards": wanted}
-            unwrap(self.admin.put("/policies/default", json=order))
+        sets = policy["forget_sets"]
+        chosen = sets if sets == "enabled" or self.name in sets else [*sets, self.name]
+        if (chosen, wanted) != (sets, guards):
+            unwrap(self.admin.put("/policies/default", json={"forget_sets": chosen, "guards": wanted}))
         return int(unwrap(self.admin.post(f"/forget_sets/{self.name}/enable"))["revision"])
 
     def _probes(self) -> Probes:
