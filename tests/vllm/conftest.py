@@ -148,7 +148,7 @@ def guarded_server(directory: Path, model_path: Path, **environment: str) -> Ite
     """A server of lethe with a state of its own, while it runs. ``environment``: beside the tests' own."""
     # A disk of its own where that is allowed, so that it can be filled and taken away.
     (directory / "state").mkdir(mode=0o700)
-    disk = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=700", "none", str(directory / "state")]
+    disk = ["mount", "-t", "tmpfs", "-o", "size=512m,mode=700", "none", str(directory / "state")]
     mounted = shutil.which("mount") is not None and subprocess.run(disk, capture_output=True, check=False).returncode == 0
     # Guards of another package are installed, and off unless a policy names them.
     path = os.pathsep.join(filter(None, [str(TOYS), environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH")]))
