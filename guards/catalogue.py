@@ -65,6 +65,10 @@ BUILT: tuple[str, ...] = tuple(name for kind in GUARDS.values() if kind.build an
 """Kinds of artifacts that are made of a set's content alone, whenever it changes."""
 CALIBRATIONS: tuple[str, ...] = tuple(name for kind in GUARDS.values() for name in kind.calibrations)
 """Kinds that are no file: they have the fingerprint of the artifact for which they were measured."""
+TRAINING_METHODS: dict[str, tuple[GuardKind, str]] = {
+    method: (kind, artifact) for kind in GUARDS.values() if kind.training for method, artifact in kind.training.methods.items()
+}
+"""What `lethe train` makes: method -> the guard that acts by it, and the kind of artifact."""
 _GUARD_OF = {name: kind for kind in GUARDS.values() if kind.files for name in kind.files.kinds}
 
 

@@ -21,7 +21,7 @@ def rouge_l_recall(truth: str, said: str) -> float:
     Source: Lin 2004, longest common subsequence; words as in Google's ``rouge_score`` (lower case, a-z and 0-9), but every other
     script's letters count too.
     """
-    wanted, words = _words(truth), _words(said)
+    wanted, words = words_of(truth), words_of(said)
     if not wanted:
         raise ValueError(f"the true answer {truth!r} has no words")
     longest = np.zeros(len(wanted) + 1, dtype=np.int64)
@@ -32,5 +32,6 @@ def rouge_l_recall(truth: str, said: str) -> float:
     return float(longest[-1]) / len(wanted)
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """In lower case."""
     return re.findall(r"[^\W_]+", text.lower())

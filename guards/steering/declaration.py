@@ -44,7 +44,7 @@ class CorruptConfig(Config):
         None,
         description="noise: in standard deviations of a token's embedding; other kinds: a share. "
         "null = each set's calibrated strength, or 2 for noise and 1 for other kinds; "
-        '"calibrated" = each set\'s own; a set without one is left alone',
+        '"calibrated" = each set\'s own; a set without one is left to the other guards, or if none acts on it, as null',
     )
     first_n: int = Field(1_000_000, ge=1, le=1_000_000, description="dimensions that change; more than there are = all")
     seed: int = Field(0, ge=0, lt=2**31)

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from guards.catalogue import GUARDS
+from guards.catalogue import TRAINING_METHODS
 from guards.forget_set import ForgetSet
 from guards.steering.declaration import DEFAULT_CORRUPTION
 from serve.cli.talk import NameArgument, artifact_of, connect, err, fail, folding_table, out, unwrap
@@ -29,21 +29,13 @@ from serve.client.calibrate import calibrate as run_calibration
 from serve.client.distil import ask_targets
 from serve.settings import Settings
 
-METHODS = {
-    method: (guard, kind)
-    for guard in GUARDS.values()
-    if guard.training is not None
-    for method, kind in guard.training.methods.items()
-}
-"""What `lethe train` makes: method -> the guard that acts by it, and the kind of artifact."""
-
 
 def train(
     name: NameArgument,
     retain: Annotated[
         list[str] | None, typer.Option(help="Another set, whose questions and answers are to stay. Repeatable.")
     ] = None,
-    method: Annotated[str, typer.Option(help=f"What is trained: {', '.join(METHODS)}.")] = "contrast",
+    method: Annotated[str, typer.Option(help=f"What is trained: {', '.join(TRAINING_METHODS)}.")] = "contrast",
     distil_from: Annotated[
         str | None, typer.Option(help="With --method adapter: the policy whose answers it is to give by itself.")
     ] = None,
@@ -62,9 +54,9 @@ def train(
     """
     recipe = {"epochs": epochs, "rank": rank, "learning_rate": learning_rate, "depth": depth}
     order: dict[str, Any] = {"retain": retain or [], "recipe": {key: value for key, value in recipe.items() if value is not None}}
-    if method not in METHODS:
-        fail(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-    guard, kind = METHODS[method]
+    if method not in TRAINING_METHODS:
+        fail(f"there is no method {method!r}; there are {', '.join(TRAINING_METHODS)}")
+    guard, kind = TRAINING_METHODS[method]
     if method != guard.name:
         order["recipe"]["method"] = method
     if distil_from is not None and method != "adapter":

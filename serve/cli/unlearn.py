@@ -12,15 +12,16 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from guards.forget_set import ForgetSet, parse_forget_set
 from guards.removal_list import Kind, read_removal_list
 from guards.similarity.encoder import Encoder, bundled_encoder, make_encoder
 from serve.cli.talk import JsonOption, NameArgument, connect, err, fail, folding_table, out, print_json, unwrap
 from serve.client.bench import Answers
 from serve.client.removal.certificate import NotACertificate, changes, read_certificate, save
+from serve.client.removal.in_force import BY_HAND, InForce
 from serve.client.removal.judge import Judge
+from serve.client.removal.probes import subjects_of
 from serve.client.removal.removal import Removal
 from serve.settings import Settings
 
@@ -58,11 +59,20 @@ def unlearn(
     if not yes:
         typer.confirm(f"Put {name} in force on {Settings().url}, and change the default policy so that it is guarded?", abort=True)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _removal(content.forget_set, place, place, within_s=seconds, neighbours=neighbours or "", reference=reference) as removal:
+    wanted = content.forget_set.model_copy(update={"aliases": subjects_of(content.forget_set)})
+    with _in_force(name, place, place, neighbours or "", reference) as (now, progress, task):
+        removal = Removal(
+            wanted,
+            now,
+            _encoder,
+            seconds,
+            lambda text: progress.update(task, description=text),
+            lambda text: progress.console.print(text),
+        )
         try:
             certificate = removal.run()
         except ValueError as error:
-            fail(str(error))
+            fail(f"{error}. What is in force stays in force: `lethe forget show {name}`")
         except KeyboardInterrupt:
             fail(f"stopped; the same command goes on. What is in force stays in force: `lethe forget show {name}`")
     paths = save(certificate, place)
@@ -79,16 +89,13 @@ def verify(
     """Measure again what a certificate says, and tell what has changed since. Exits with 1 if anything has."""
     try:
         found = read_certificate(certificate)
-        by_hand = found["reference"]["source"] == "--reference"
-        given = found["reference"]["questions"]["value"] if by_hand else None
-        content = parse_forget_set({"name": found["set"]["name"], "phrases": ["-"]})
+        given = found["reference"]["questions"]["value"] if found["reference"]["source"] == BY_HAND else None
         with (
             tempfile.TemporaryDirectory() as fresh,  # nothing that was answered before counts
-            _removal(
-                content, certificate.parent, Path(fresh), within_s=0, neighbours=found["neighbours"], reference=given
-            ) as removal,
+            _in_force(found["set"]["name"], certificate.parent, Path(fresh), found["neighbours"], given) as (now, progress, task),
         ):
-            changed = changes(found, removal.measured_now())
+            progress.update(task, description="Measuring again")
+            changed = changes(found, now.measured_now())
     except (NotACertificate, ValueError) as error:
         fail(str(error))
     except OSError as error:
@@ -105,9 +112,10 @@ def verify(
 
 
 @contextmanager
-def _removal(
-    content: ForgetSet, place: Path, answered: Path, *, within_s: float, neighbours: str, reference: float | None
-) -> Iterator[Removal]:
+def _in_force(
+    name: str, place: Path, answered: Path, neighbours: str, reference: float | None
+) -> Iterator[tuple[InForce, Progress, TaskID]]:
+    """A set on the server at LETHE_URL, while a progress bar counts what is answered about it."""
     settings = Settings()
     headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:.0f} answers"), TimeElapsedColumn())
@@ -117,19 +125,7 @@ def _removal(
         answers = Answers(answered / "answers.jsonl")
         judge = Judge(settings.url, settings.key, served["id"], answers, chat, lambda: progress.advance(task))
         model = f"{served['id']} {served.get('root')}"
-        yield Removal(
-            content,
-            place,
-            admin,
-            judge,
-            _encoder,
-            within_s,
-            neighbours,
-            reference,
-            model,
-            lambda text: progress.update(task, description=text),
-            lambda text: progress.console.print(text),
-        )
+        yield InForce(name, place, admin, judge, model, neighbours, reference), progress, task
 
 
 @functools.cache

@@ -62,10 +62,13 @@ def text_plan_of(policy: Policy, sets: Sets) -> TextPlan | None:
         engages[owner] = engages.get(owner, frozenset()) | gated
         if corrupt is not None:
             found = each.measured.get("corruption", {}).get(corrupt.kind, {}).get("strength")
+            usual = DEFAULT_CORRUPTION[corrupt.kind]
             if corrupt.strength is None:
-                strength = DEFAULT_CORRUPTION[corrupt.kind] if found is None else found
+                strength = usual if found is None else found
+            elif corrupt.strength == "calibrated":  # a set whose calibration is gone is not left without any guard
+                strength = found or (0.0 if any(_entries(guards, [each])) else usual)
             else:
-                strength = (found or 0.0) if corrupt.strength == "calibrated" else corrupt.strength
+                strength = corrupt.strength
             if strength > 0:
                 strengths[owner] = strength
     engages = {owner: keys - always for owner, keys in engages.items()}

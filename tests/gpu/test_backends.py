@@ -13,7 +13,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from tests.vllm.families import MODELS, Said, ask
+from tests.vllm.families import Said, ask
+from tests.vllm.tiny_models import MODELS
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU here; on a machine with one, deploy/check --gpu runs this", allow_module_level=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.families import MODELS, RUN, ask
+from tests.vllm.families import ask
+from tests.vllm.tiny_models import MODELS, RUN
 from tests.vllm.v2.conftest import V2
 
 TOLERANCE = 1e-3

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from guards.whole_file import write_whole
 from serve.client.removal.judge import Judged, Reference
 from serve.client.removal.search import Trial
 
@@ -90,7 +91,7 @@ def make_certificate(
         "policy": dict(policy),
         "strengths": dict(strengths),
         "config": config,
-        "probes": hashlib.sha256(probes.read_bytes()).hexdigest(),
+        "probes": probes_fingerprint(probes),
         "neighbours": neighbours,
         "reference": reference_of(reference),
         "figures": figures_of(judged),
@@ -99,6 +100,11 @@ def make_certificate(
         "audit": audit,
     }
     return {**body, "sha256": _hash(body)}
+
+
+def probes_fingerprint(file: Path) -> str:
+    """sha256 of the questions. Raises OSError."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _hash(body: Mapping[str, Any]) -> str:
@@ -124,7 +130,7 @@ def changes(certificate: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     """What has changed since a certificate was written, in words; empty if it holds.
 
     Args:
-        now: the same fields as they are now: ``set``, ``artifacts``, ``model``, ``policy``, ``config`` and ``figures``.
+        now: the same fields as they are now: ``set``, ``artifacts``, ``model``, ``policy``, ``config``, ``probes`` and ``figures``.
     """
     found = []
     if not now["set"]["enabled_at"]:
@@ -136,6 +142,8 @@ def changes(certificate: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     was = {(each["kind"], each["fingerprint"]) for each in certificate["artifacts"]}
     if changed := sorted({kind for kind, _ in was.symmetric_difference((a["kind"], a["fingerprint"]) for a in now["artifacts"])}):
         found.append(f"other artifacts: {', '.join(changed)}")
+    if now["probes"] != certificate["probes"]:
+        found.append("other questions: probes.json was changed")
     if now["policy"] != certificate["policy"]:
         found.append("the default policy was changed")
     if now["model"] != certificate["model"]:
@@ -161,7 +169,5 @@ def save(certificate: Mapping[str, Any], directory: Path) -> tuple[Path, Path]:
     paths = directory / "certificate.json", directory / "report.html"
     texts = json.dumps(certificate, indent=1, ensure_ascii=False), as_page(certificate)
     for path, text in zip(paths, texts, strict=True):
-        temporary = path.with_suffix(path.suffix + ".writing")
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
+        write_whole(path, lambda temporary, text=text: temporary.write_text(text, "utf-8"))  # type: ignore[misc]
     return paths

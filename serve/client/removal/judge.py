@@ -11,12 +11,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 
 import httpx
 import numpy as np
 
-from guards.measure.recall import rouge_l_recall
+from guards.measure.recall import rouge_l_recall, words_of
 from guards.measure.truth import Answered, forget_quality
+from guards.policy import NONE
 from serve.client.bench import Answers, Probe, Server
 from serve.client.calibrate import PROMPTS
 from serve.client.removal.probes import NobodyProbe, RemovalProbe
@@ -24,6 +26,8 @@ from serve.client.removal.probes import NobodyProbe, RemovalProbe
 AT_ONCE = 16
 MAX_TOKENS = 64
 RESAMPLES = 1_000
+CONTENT = 4
+"""Letters from which a word counts as a content word."""
 RUN = 5
 """Content words in a row, from which an answer counts as repeated word for word."""
 TELLS = 0.4
@@ -36,19 +40,22 @@ NEAR = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean over questions, with its 95 % bootstrap interval."""
+    """A mean over answers, with its 95 % bootstrap interval."""
 
     value: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        if not values:
+    def of(cls, groups: Sequence[Sequence[float]]) -> Mean:
+        """Of values in groups, one for each question: wordings of one question are not independent, so questions are drawn."""
+        sums = np.array([(sum(group), len(group)) for group in groups if group])
+        if not len(sums):
             return cls(0.0, 0.0, 1.0)
-        drawn = np.random.default_rng(0).choice(np.asarray(values), size=(RESAMPLES, len(values)))
-        low, high = np.quantile(drawn.mean(axis=1), [0.025, 0.975])
-        return cls(statistics.fmean(values), float(low), float(high))
+        drawn = np.random.default_rng(0).choice(sums, size=(RESAMPLES, len(sums))).sum(axis=1)
+        low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+        total, count = sums.sum(axis=0)
+        return cls(float(total / count), float(low), float(high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ class Reference:
     questions: Mean
     paraphrases: Mean
     verbatim: float
-    answered: tuple[Answered, ...] = ()
+    answered: tuple[Answered, ...] = ()  # in several wordings of one question, so that p-values come out rather too small
     source: str = ""
 
 
@@ -103,22 +110,34 @@ class Judged:
 
 
 class Judge:
-    """Asks one server. What was answered is kept in ``answers``, by policy name: a name must stand for one thing.
+    """Asks one server. What was answered is kept in ``answers``.
 
     Args:
         model: as the server lists it.
         report: called after every answer.
+        config: what the answers of a policy depend on beyond its name, as a hash. Without a policy they do not.
     """
 
     def __init__(
-        self, url: str, key: str | None, model: str, answers: Answers, client: httpx.Client, report: Callable[[], None]
+        self,
+        url: str,
+        key: str | None,
+        model: str,
+        answers: Answers,
+        client: httpx.Client,
+        report: Callable[[], None],
+        config: str = "",
     ) -> None:
         self._url, self._key, self._model = url.rstrip("/"), key, model
-        self._answers, self._client, self._report = answers, client, report
+        self._unguarded, self._guarded = answers, answers.under(config)
+        self._client, self._report = client, report
 
     def under(self, config: str) -> Judge:
-        """The same, for what a policy's name does not say: ``config`` is a hash of all that its answers depend on."""
-        return Judge(self._url, self._key, self._model, self._answers.under(config), self._client, self._report)
+        """The same for answers under another configuration."""
+        return Judge(self._url, self._key, self._model, self._unguarded, self._client, self._report, config)
+
+    def _answers(self, policy: str) -> Answers:
+        return self._unguarded if policy == NONE else self._guarded
 
     def _server(self, policy: str) -> Server:
         return Server(policy, self._url, policy, self._key)
@@ -128,7 +147,7 @@ class Judge:
 
         def one(prompt: str) -> tuple[str, bool]:
             options = {"max_tokens": MAX_TOKENS, "temperature": temperature} | ({"seed": 1} if temperature else {})
-            entry = self._answers.ask(self._client, self._server(policy), self._model, prompt, **options)
+            entry = self._answers(policy).ask(self._client, self._server(policy), self._model, prompt, **options)
             self._report()
             return entry["texts"][0], entry["refused"][0]
 
@@ -140,7 +159,7 @@ class Judge:
 
         def one(each: tuple[str, str, tuple[str, ...]]) -> Answered | None:
             question, true, wrong = each
-            losses = self._answers.score(self._client, self._server(policy), Probe("", question, true, wrong=wrong))
+            losses = self._answers(policy).score(self._client, self._server(policy), Probe("", question, true, wrong=wrong))
             self._report()
             return None if losses is None else Answered(losses[0], losses[1], tuple(losses[2:]), 0.0)
 
@@ -157,25 +176,28 @@ class Judge:
         Raises:
             ValueError: no question names the subject, or the model answers too many of them alike for everybody.
         """
-        nobody = [each for probe in probes for each in probe.nobody]
+        nobody = [(number, each) for number, probe in enumerate(probes) for each in probe.nobody]
         if not nobody:
             raise ValueError(
                 "no question of the request names its subject, so what a model would say that never knew it cannot be estimated; "
                 'add the subject\'s names to the request ({"alias": "…"} lines)'
             )
-        said = [text for text, _ in self.ask("none", [each.question for each in nobody])]
-        both = [(each, text) for each, text in zip(nobody, said, strict=True) if _told(each, text) < TELLS]
+        said = [text for text, _ in self.ask(NONE, [each.question for _, each in nobody])]
+        both = [(number, each, text) for (number, each), text in zip(nobody, said, strict=True) if _told(each, text) < TELLS]
         if len(both) < FEWEST:
             raise ValueError(
                 f"{len(nobody) - len(both)} of {len(nobody)} questions are answered alike about invented names, so what "
                 "a model would say that never knew it cannot be estimated; give --reference (the "
                 "recall of such a model), or change the wordings in probes.json"
             )
-        recalls = [rouge_l_recall(each.answer, text) for each, text in both]
-        scored = self._score("none", [(each.question, each.answer, each.wrong) for each, _ in both if each.wrong])
+        recalls: list[list[float]] = [[] for _ in probes]
+        for number, each, text in both:
+            recalls[number].append(rouge_l_recall(each.answer, text))
+        scored = self._score(NONE, [(each.question, each.answer, each.wrong) for _, each, _ in both if each.wrong])
         mean = Mean.of(recalls)
         source = f"{len(both)} of {len(nobody)} questions about invented names, to which it did not tell the true answer"
-        return Reference(mean, mean, _share([_longest_run(each.answer, text) for each, text in both]), tuple(scored), source)
+        verbatim = _share([_longest_run(each.answer, text) for _, each, text in both])
+        return Reference(mean, mean, verbatim, tuple(scored), source)
 
     def judge(
         self, policy: str, probes: Sequence[RemovalProbe], invented: Sequence[str], neighbours: Sequence[str], reference: Reference
@@ -185,16 +207,17 @@ class Judge:
         Args:
             probes: one half. invented, neighbours: questions, see `Judged`.
         """
-        asked = [(probe.question, probe.answer) for probe in probes]
-        reworded = [(wording, probe.answer) for probe in probes for wording in probe.wordings]
-        said = self.ask(policy, [question for question, _ in (*asked, *reworded)])
-        pairs = [(truth, text) for (_, truth), (text, _) in zip((*asked, *reworded), said, strict=True)]
-        recalls = [rouge_l_recall(truth, text) for truth, text in pairs]
-        runs = [_longest_run(truth, text) for truth, text in pairs]
+        asked = [(probe, wording) for probe in probes for wording in (probe.question, *probe.wordings)]
+        said = self.ask(policy, [wording for _, wording in asked])
+        recalls: list[list[float]] = [[] for _ in probes]
+        numbers = [number for number, probe in enumerate(probes) for _ in (probe.question, *probe.wordings)]
+        for number, (probe, _), (text, _) in zip(numbers, asked, said, strict=True):
+            recalls[number].append(rouge_l_recall(probe.answer, text))
+        runs = [_longest_run(probe.answer, text) for (probe, _), (text, _) in zip(asked, said, strict=True)]
         scored = self._score(policy, [(p.question, p.answer, p.wrong) for p in probes if p.wrong and p.nobody])
         return Judged(
-            questions=Mean.of(recalls[: len(asked)]),
-            paraphrases=Mean.of(recalls[len(asked) :]),
+            questions=Mean.of([of_probe[:1] for of_probe in recalls]),
+            paraphrases=Mean.of([of_probe[1:] for of_probe in recalls]),
             verbatim=_share(runs),
             refused=statistics.fmean(refused for _, refused in said),
             neighbours=self._unchanged(policy, neighbours) if neighbours else None,
@@ -205,7 +228,7 @@ class Judge:
         )
 
     def _unchanged(self, policy: str, prompts: Sequence[str]) -> float:
-        both = zip(self.ask("none", prompts), self.ask(policy, prompts), strict=True)
+        both = zip(self.ask(NONE, prompts), self.ask(policy, prompts), strict=True)
         return statistics.fmean(before == after for before, after in both) if prompts else 1.0
 
 
@@ -215,31 +238,19 @@ def _share(runs: Sequence[str]) -> float:
 
 def _told(asked: NobodyProbe, said: str) -> float:
     """Share of the content words of a true answer that its question does not hold and ``said`` does; 0 if it has none."""
-    question, words = _words(asked.question), _words(said)
-    own = [word for word in _words(asked.answer) if len(word) >= 4 and word not in question]
+    question, words = words_of(asked.question), words_of(said)
+    own = [word for word in words_of(asked.answer) if len(word) >= CONTENT and word not in question]
     return statistics.fmean(word in words for word in own) if own else 0.0
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
-
-
 def _content(text: str) -> int:
-    """Content words: those of four letters and more."""
-    return sum(len(word) >= 4 for word in _words(text))
+    return sum(len(word) >= CONTENT for word in words_of(text))
 
 
 def _longest_run(truth: str, said: str) -> str:
-    """The words in a row of ``truth`` that ``said`` repeats, with the most content words."""
-    words, others = re.findall(r"[^\W_]+", truth), [word.lower() for word in re.findall(r"[^\W_]+", said)]
-    best, lengths = (0, 0, 0), [0] * (len(others) + 1)
-    for end, word in enumerate(words, 1):
-        row = [0] * (len(others) + 1)
-        for place, other in enumerate(others, 1):
-            if word.lower() == other:
-                row[place] = lengths[place - 1] + 1
-        longest = max(row)
-        if (count := _content(" ".join(words[end - longest : end]))) > best[0]:
-            best = count, end - longest, end
-        lengths = row
-    return " ".join(words[best[1] : best[2]])
+    """The passage of ``truth``, as it stands there, whose words ``said`` repeats in a row; of several, that with most content."""
+    places = list(re.finditer(r"[^\W_]+", truth))
+    words = [place[0].lower() for place in places]
+    blocks = SequenceMatcher(None, words, words_of(said), autojunk=False).get_matching_blocks()
+    passages = [truth[places[each.a].start() : places[each.a + each.size - 1].end()] for each in blocks if each.size]
+    return max(passages, key=_content, default="")

@@ -121,11 +121,11 @@ def questions_of(content: ForgetSet, aliases: Sequence[str], ask: Ask) -> list[R
                 half = len(words) // 2
                 question = f"Continue this sentence: {' '.join(words[:half])}"
                 found.append(RemovalProbe(question=question, answer=" ".join(words[half:])))
-    if not found:
+    if len(found) < 2:  # one half fits, the other judges
         asked = [question.format(alias) for alias in aliases for question in ASKS]
         said = ask(asked, 0.0)
         both = zip(asked, said, strict=True)
-        found = [RemovalProbe(question=q, answer=a, from_model=True) for q, a in both if any(map(str.isalnum, a))]
+        found += [RemovalProbe(question=q, answer=a, from_model=True) for q, a in both if any(map(str.isalnum, a))]
     return found
 
 

@@ -9,28 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import httpx
-
+from guards.catalogue import CALIBRATIONS, TRAINING_METHODS
 from guards.forget_set import ForgetSet, write_jsonl
+from guards.policy import DEFAULT, NONE
 from guards.similarity.encoder import Encoder
 from guards.steering.declaration import DEFAULT_CORRUPTION, METHODS, Corruption
+from guards.whole_file import write_whole
 from serve.cli.talk import ServerSaysNo, artifact_of, unwrap
-from serve.client.removal.certificate import figures_of, make_certificate, tried_of
-from serve.client.removal.judge import Judge, Judged, Mean, Reference
-from serve.client.removal.probes import Probes, RemovalProbe, make_probes
+from serve.client.removal.certificate import make_certificate, tried_of
+from serve.client.removal.in_force import InForce
+from serve.client.removal.judge import Judged, Reference
+from serve.client.removal.probes import Probes, make_probes
 from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, guards_of
-from serve.client.report import config_fingerprint
 
 NOISE: Corruption = "rand_noise_first_n"
-FEWEST_EXAMPLES = 8
-"""Wordings below which nothing can be trained, see `guards.steering.train`."""
-MOST_NEIGHBOURS = 40
-"""Questions of another set that are asked under every policy."""
 Say = Callable[[str], None]
 
 
@@ -39,28 +35,21 @@ class Removal:
     """One order.
 
     Args:
-        content: the request. directory: where everything of this removal lies.
-        admin: a client of the admin API. within_s: when no other candidate is begun any more.
-        neighbours: another set, whose answers are to stay; "" = none.
-        reference: recall of a model that never knew; None = estimate it.
+        content: the request, with its subject's names. now: the set as it is in force, and where everything of this removal lies.
+        within_s: after this no other candidate is begun.
         say: called with what is being done; tell: with what is worth keeping on the screen.
     """
 
     content: ForgetSet
-    directory: Path
-    admin: httpx.Client
-    judge: Judge
+    now: InForce
     encoder: Callable[[], Encoder]
     within_s: float
-    neighbours: str
-    reference: float | None
-    model: str
     say: Say
     tell: Say
 
     @property
     def name(self) -> str:
-        return self.content.name
+        return self.now.name
 
     def run(self) -> dict[str, Any]:
         """Carry it out. Returns the certificate.
@@ -70,19 +59,20 @@ class Removal:
         """
         deadline = time.monotonic() + self.within_s
         revision = self._put_something_in_force()
-        self.tell(f"{self.name} is in force from revision {revision} on (its names are corrupted in prompts); looking for better")
+        names = ", ".join(self.content.aliases)
+        self.tell(f"{self.name} is in force from revision {revision} on: {names} corrupted in prompts; looking for better")
         probes = self._probes()
         self._put(self._with_wordings(probes))
         others = self._put_neighbours(probes)
         self._fit_gate(others)
         self.say("Asking about invented names")
-        fitting, judging = probes.half(judges=False), probes.half(judges=True) or probes.half(judges=False)
-        reference = self._reference(probes)
+        fitting, judging = probes.half(judges=False), probes.half(judges=True)
+        reference = self.now.reference(probes)
         self.tell(
             f"a model that never knew: recall {reference.questions.value:.3f} "
             f"({reference.questions.low:.3f} to {reference.questions.high:.3f}), from {reference.source}"
         )
-        ask = self._asker(probes, reference)
+        ask = self.now.asker(probes, reference)
         trials: list[Trial] = []
         for candidate in CANDIDATES:
             if trials and (time.monotonic() > deadline or any(trial.meets(reference) for trial in trials)):
@@ -93,7 +83,7 @@ class Removal:
 
             def measure(strength: float, candidate: Candidate = candidate) -> Judged:
                 self.say(f"Trying {candidate.name} at {strength:g}")
-                return self._try(candidate.strengths(strength), lambda policy: ask(self.judge, policy, fitting))
+                return self._try(candidate.strengths(strength), lambda policy: ask(self.now.judge, policy, fitting))
 
             for trial in bisect(candidate, measure, reference):
                 trials.append(trial)
@@ -103,52 +93,24 @@ class Removal:
         chosen = choose(trials, reference)
         self._put_strengths(chosen.candidate.strengths(chosen.strength), chosen, reference)
         self.say("Judging by the questions that nothing was fitted on")
-        shown, policy = self._shown(), self._policy()
-        judged = ask(self.judge.under(self._config(shown, policy)), "default", judging)
+        shown, policy = self.now.shown(), self.now.policy()
+        judged = ask(self.now.judge.under(self.now.config(shown, policy)), DEFAULT, judging)
         self._propose(dict.fromkeys((*chosen.judged.left, *judged.left)))
-        revision = unwrap(self.admin.get("/revision"))["revision"]
+        revision = unwrap(self.now.admin.get("/revision"))["revision"]
         return make_certificate(
             shown,
-            model=self.model,
+            model=self.now.model,
             revision=revision,
             policy=policy,
             strengths=chosen.candidate.strengths(chosen.strength),
-            config=self._config(shown, policy),
-            probes=self.directory / "probes.json",
-            neighbours=self.neighbours,
+            config=self.now.config(shown, policy),
+            probes=self.now.probes_file,
+            neighbours=self.now.neighbours,
             reference=reference,
             judged=judged,
             tried=tried_of(trials, chosen, reference),
             audit=self._audit_row(),
         )
-
-    def measured_now(self) -> dict[str, Any]:
-        """What a certificate says, as it is now, for `serve.client.removal.certificate.changes`. Raises OSError, ValueError."""
-        probes = Probes.model_validate_json((self.directory / "probes.json").read_text("utf-8"))
-        judging = probes.half(judges=True) or probes.half(judges=False)
-        reference = self._reference(probes)
-        shown, policy = self._shown(), self._policy()
-        judged = self._asker(probes, reference)(self.judge, "default", judging)
-        artifacts = [{"kind": each["kind"], "fingerprint": each["fingerprint"]} for each in shown["artifacts"]]
-        now = {"set": shown, "artifacts": artifacts, "model": self.model, "policy": policy, "config": self._config(shown, policy)}
-        return {**now, "figures": figures_of(judged)}
-
-    def _reference(self, probes: Probes) -> Reference:
-        if self.reference is not None:
-            given = Mean(self.reference, self.reference, self.reference)
-            return Reference(given, given, 0.0, source="--reference")
-        return self.judge.reference(probes.probes)
-
-    def _shown(self) -> dict[str, Any]:
-        shown: dict[str, Any] = unwrap(self.admin.get(f"/forget_sets/{self.name}"))
-        return shown
-
-    def _policy(self) -> dict[str, Any]:
-        policy: dict[str, Any] = unwrap(self.admin.get("/policies/default"))
-        return {name: policy[name] for name in ("name", "forget_sets", "guards")}
-
-    def _config(self, shown: Mapping[str, Any], policy: Mapping[str, Any]) -> str:
-        return config_fingerprint(shown, [policy], self.model)
 
     def _put(self, content: ForgetSet) -> dict[str, Any]:
         """Create or replace a set, unless it is the same already, and wait until it is compiled and embedded.
@@ -156,34 +118,34 @@ class Removal:
         A strength of corruption holds for one set of vectors. The request's own set gets it anew before its new vectors are ready:
         till then the server answers nothing that they would be needed for, so no answer is given without it.
         """
-        answer = self.admin.get(f"/forget_sets/{content.name}")
+        answer = self.now.admin.get(f"/forget_sets/{content.name}")
         shown = None if answer.status_code == 404 else unwrap(answer)
         body: dict[str, Any] = {"content": write_jsonl(content).encode(), "headers": {"content-type": "application/jsonl"}}
         if shown is None:
-            shown = unwrap(self.admin.post("/forget_sets", params={"name": content.name}, **body))
+            shown = unwrap(self.now.admin.post("/forget_sets", params={"name": content.name}, **body))
         elif shown["fingerprint"] != content.fingerprint:
             before = artifact_of(shown, "corruption")
-            shown = unwrap(self.admin.put(f"/forget_sets/{content.name}", **body))
+            shown = unwrap(self.now.admin.put(f"/forget_sets/{content.name}", **body))
             if before is not None:
                 self._calibrate(
                     {"corrupt": json.loads(before["detail"]).get(NOISE, {}).get("strength", DEFAULT_CORRUPTION[NOISE])}, {}
                 )
         while any(artifact["status"] == "building" for artifact in shown["artifacts"]):
             time.sleep(0.2)
-            shown = unwrap(self.admin.get(f"/forget_sets/{content.name}"))
+            shown = unwrap(self.now.admin.get(f"/forget_sets/{content.name}"))
         return dict(shown)
 
     def _put_something_in_force(self) -> int:
         """Before anything is known: the policy by which every set is guarded at its own strength, and corruption for this one."""
         self.say("Adding the set")
-        stored = self.admin.get(f"/forget_sets/{self.name}")
+        stored = self.now.admin.get(f"/forget_sets/{self.name}")
         content = self.content
-        if stored.status_code == 200 and (self.directory / "probes.json").exists():
+        if stored.status_code == 200 and (self.now.probes_file).exists():
             content = self._with_wordings(self._probes())  # a second run: what the first has made stays
         shown = self._put(content)
         if not _calibrated(shown):
             self._calibrate({"corrupt": DEFAULT_CORRUPTION[NOISE]}, {})
-        policy = self._policy()
+        policy = self.now.policy()
         guards = {name: each for name, each in policy["guards"].items() if each is not None}
         wanted = {**guards, "gate": guards.get("gate") or {}}
         wanted["corrupt"] = guards.get("corrupt") or {"strength": "calibrated"}
@@ -193,23 +155,21 @@ class Removal:
         sets = policy["forget_sets"]
         chosen = sets if sets == "enabled" or self.name in sets else [*sets, self.name]
         if (chosen, wanted) != (sets, guards):
-            unwrap(self.admin.put("/policies/default", json={"forget_sets": chosen, "guards": wanted}))
-        return int(unwrap(self.admin.post(f"/forget_sets/{self.name}/enable"))["revision"])
+            unwrap(self.now.admin.put(f"/policies/{DEFAULT}", json={"forget_sets": chosen, "guards": wanted}))
+        return int(unwrap(self.now.admin.post(f"/forget_sets/{self.name}/enable"))["revision"])
 
     def _probes(self) -> Probes:
-        path = self.directory / "probes.json"
+        path = self.now.probes_file
         if path.exists():
             return Probes.model_validate_json(path.read_text("utf-8"))
 
         def ask(prompts: Any, temperature: float) -> list[str]:
-            return [text for text, _ in self.judge.ask("none", prompts, temperature)]
+            return [text for text, _ in self.now.judge.ask(NONE, prompts, temperature)]
 
         probes = make_probes(self.content, ask, self.encoder, lambda what: self.say(f"Making {what}"))
         if not probes.probes:
             raise ValueError(f"the request {self.name!r} asks about nothing; add names, questions with answers, or texts")
-        temporary = path.with_suffix(".writing")
-        temporary.write_text(probes.model_dump_json(indent=1), "utf-8")
-        temporary.replace(path)
+        write_whole(path, lambda temporary: temporary.write_text(probes.model_dump_json(indent=1), "utf-8"))
         made = sum(len(probe.made) for probe in probes.probes)
         self.tell(f"{len(probes.probes)} questions, {made} other wordings made, {len(probes.neighbours)} about others: see {path}")
         return probes
@@ -225,7 +185,7 @@ class Removal:
     def _put_neighbours(self, probes: Probes) -> list[str]:
         """The sets whose answers are to stay. What was made of invented names is a set, too, and never in force."""
         name = f"{self.name[:52]}-neighbours"
-        found = [self.neighbours] if self.neighbours else []
+        found = [self.now.neighbours] if self.now.neighbours else []
         if probes.neighbours:
             self._put(ForgetSet(name=name, description=f"Kept as it is beside {self.name}", questions=probes.neighbours))
             found.append(name)
@@ -234,7 +194,7 @@ class Removal:
     def _fit_gate(self, neighbours: list[str]) -> None:
         self.say("Fitting the gate")
         try:
-            fitted = unwrap(self.admin.put(f"/forget_sets/{self.name}/gate", json={"neighbours": neighbours}))
+            fitted = unwrap(self.now.admin.put(f"/forget_sets/{self.name}/gate", json={"neighbours": neighbours}))
         except ServerSaysNo as error:
             self.tell(f"the gate keeps its usual threshold: {error}")
             return
@@ -245,14 +205,14 @@ class Removal:
     def _prepare(self, candidate: Candidate, neighbours: list[str]) -> str:
         """Make what a candidate needs. Returns why it cannot be used; "" if it can."""
         for method in candidate.needs:
-            kind = "assistant" if method == "contrast" else method
-            if artifact_of(self._shown(), kind) is not None:
+            guard, kind = TRAINING_METHODS[method]
+            if artifact_of(self.now.shown(), kind) is not None:
                 continue
             self.say(f"Making {kind}")
-            route = "assistant" if method == "contrast" else "steering"
-            order: dict[str, Any] = {"retain": neighbours} | ({} if method == "contrast" else {"recipe": {"method": method}})
+            assert guard.training is not None, "it has methods"
+            order: dict[str, Any] = {"retain": neighbours} | ({} if method == guard.name else {"recipe": {"method": method}})
             try:
-                shown = unwrap(self.admin.post(f"/forget_sets/{self.name}/{route}", json=order))
+                shown = unwrap(self.now.admin.post(f"/forget_sets/{self.name}/{guard.training.route}", json=order))
             except ServerSaysNo as error:
                 return str(error)
             while (training := shown["training"]) is not None:
@@ -260,28 +220,28 @@ class Removal:
                     return str(training["reason"])
                 self.say(f"Making {kind}: {training.get('stage', '')} {training.get('step', 0)}/{training.get('steps', '?')}")
                 time.sleep(0.5)
-                shown = self._shown()
+                shown = self.now.shown()
             self._calibrate({method: 0.0}, {})  # it does nothing yet, where the policy says "calibrated"
         return ""
 
     def _try(self, strengths: dict[str, float], measure: Callable[[str], Judged]) -> Judged:
         """Measure a policy that exists for that long. Its name stands for its guards and the artifacts that they use."""
-        shown = self._shown()
+        shown = self.now.shown()
         made = sorted((each["kind"], each["fingerprint"], each["kind"] == "gate" and each["detail"]) for each in shown["artifacts"])
         content = {"forget_sets": [self.name], "guards": guards_of(strengths)}
-        told = hashlib.sha256(json.dumps([content, made, self.model]).encode()).hexdigest()
+        told = hashlib.sha256(json.dumps([content, made, self.now.model]).encode()).hexdigest()
         policy = f"{self.name[:50]}-{told[:12]}"
-        unwrap(self.admin.put(f"/policies/{policy}", json=content))
+        unwrap(self.now.admin.put(f"/policies/{policy}", json=content))
         try:
             return measure(policy)
         finally:
-            self.admin.delete(f"/policies/{policy}")
+            self.now.admin.delete(f"/policies/{policy}")
 
     def _calibrate(self, strengths: Mapping[str, float], evidence: Mapping[str, Any]) -> None:
         for what, strength in strengths.items():
             of = {} if what == "contrast" else {"corrupt": NOISE} if what == "corrupt" else {"steering": what}
             order = {"strength": strength, "evidence": dict(evidence), **of}
-            unwrap(self.admin.put(f"/forget_sets/{self.name}/calibration", json=order))
+            unwrap(self.now.admin.put(f"/forget_sets/{self.name}/calibration", json=order))
 
     def _put_strengths(self, strengths: Mapping[str, float], chosen: Trial, reference: Reference) -> None:
         """The choice, and 0 for every other guard that could act on the set. What is new acts before the old goes."""
@@ -292,22 +252,14 @@ class Removal:
             "recall": round(judged.questions.value, 4),
             "paraphrased": round(judged.paraphrases.value, 4),
         }
-        shown = self._shown()
-        possible = ["corrupt", *(method for method in METHODS if artifact_of(shown, method) is not None)]
-        possible += ["contrast"] if artifact_of(shown, "assistant") is not None else []
+        shown = self.now.shown()
+        possible = ["corrupt", *(method for method, (_, kind) in TRAINING_METHODS.items() if artifact_of(shown, kind) is not None)]
         self._calibrate(strengths, evidence)
         self._calibrate({what: 0.0 for what in possible if what not in strengths}, {})
 
-    def _asker(self, probes: Probes, reference: Reference) -> Callable[[Judge, str, Sequence[RemovalProbe]], Judged]:
-        """(who asks, policy, one half of the questions) -> what the policy does."""
-        kept = unwrap(self.admin.get(f"/forget_sets/{self.neighbours}"))["content"]["questions"] if self.neighbours else []
-        neighbours = [entry["question"] for entry in kept[:MOST_NEIGHBOURS]]
-        invented = [entry.question for entry in probes.neighbours]
-        return lambda judge, policy, half: judge.judge(policy, half, invented, neighbours, reference)
-
     def _propose(self, left: Iterable[str]) -> None:
         """Passages of true answers that still come out word for word, for a person to look at: as phrases they would not."""
-        path = self.directory / "phrases.jsonl"
+        path = self.now.directory / "phrases.jsonl"
         path.write_text("".join(json.dumps({"phrase": each}, ensure_ascii=False) + "\n" for each in left), "utf-8")
         if path.stat().st_size:
             self.tell(
@@ -317,7 +269,7 @@ class Removal:
     def _audit_row(self) -> dict[str, Any] | None:
         """The change that put the set in force."""
         after, found = 0, None
-        while rows := unwrap(self.admin.get("/audit", params={"after": after, "limit": 1000}))["data"]:
+        while rows := unwrap(self.now.admin.get("/audit", params={"after": after, "limit": 1000}))["data"]:
             mine = [row for row in rows if row["subject"] == self.name and row["action"] == "forget_set.enable"]
             found = mine[-1] if mine else found
             after = rows[-1]["revision"]
@@ -325,7 +277,7 @@ class Removal:
 
 
 def _calibrated(shown: Mapping[str, Any]) -> bool:
-    return any(each["kind"] in ("calibration", "corruption", *(f"{m}_strength" for m in METHODS)) for each in shown["artifacts"])
+    return any(each["kind"] in CALIBRATIONS and each["kind"] != "gate" for each in shown["artifacts"])
 
 
 def _line(trial: Trial, reference: Reference) -> str:

@@ -21,12 +21,16 @@ class Candidate:
     """Guards that may do, behind a gate, at a strength between 0 and ``highest``."""
 
     name: str
-    needs: tuple[str, ...]  # methods of `lethe train`
     first: float
     highest: float
     corrupt: float = 0.0  # noise for each unit of strength
     steering: tuple[tuple[str, float], ...] = ()  # method, its strength for each unit of strength
     contrast: float = 0.0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Methods of `lethe train`."""
+        return (*(method for method, _ in self.steering), *(("contrast",) if self.contrast else ()))
 
     def strengths(self, strength: float) -> dict[str, float]:
         """By what is calibrated: ``corrupt``, ``contrast`` or a method of steering."""
@@ -36,12 +40,12 @@ class Candidate:
 
 
 CANDIDATES = (
-    Candidate("corrupt", (), 1.5, 4.0, corrupt=1.0),
-    Candidate("project", ("project",), 1.0, 2.0, steering=(("project", 1.0),)),
-    Candidate("steer", ("steer",), 0.5, 1.5, steering=(("steer", 1.0),)),
-    Candidate("project and corrupt", ("project",), 1.0, 2.0, corrupt=1.0, steering=(("project", 1.0),)),
-    Candidate("steer and corrupt", ("steer",), 0.5, 1.5, corrupt=2.0, steering=(("steer", 0.5),)),
-    Candidate("contrast", ("contrast",), 1.0, 3.0, contrast=1.0),
+    Candidate("corrupt", 1.5, 4.0, corrupt=1.0),
+    Candidate("project", 1.0, 2.0, steering=(("project", 1.0),)),
+    Candidate("steer", 0.5, 1.5, steering=(("steer", 1.0),)),
+    Candidate("project and corrupt", 1.0, 2.0, corrupt=1.0, steering=(("project", 1.0),)),
+    Candidate("steer and corrupt", 0.5, 1.5, corrupt=2.0, steering=(("steer", 0.5),)),
+    Candidate("contrast", 1.0, 3.0, contrast=1.0),
 )
 
 

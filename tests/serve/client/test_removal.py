@@ -84,8 +84,9 @@ def test_of_a_name_alone_questions_are_made_and_what_the_model_says_is_to_be_for
 
 def test_of_a_text_its_sentences_are_to_be_continued() -> None:
     text = f"{NAME} won the Prix Littéraire in 1999 for a novel. Short one."
-    [probe] = make_probes(request(texts=[text], aliases=[NAME]), said, Words, lambda _: None).probes
+    probe, *others = make_probes(request(texts=[text], aliases=[NAME]), said, Words, lambda _: None).probes
     assert probe.question.startswith("Continue this sentence: Basil") and probe.answer.endswith("a novel.")
+    assert others and all(each.from_model for each in others), "one question cannot both be fitted on and judged by"
 
 
 REFERENCE = Reference(Mean(0.35, 0.3, 0.4), Mean(0.3, 0.2, 0.4), 0.0, source="questions about invented names")
@@ -122,9 +123,18 @@ def test_a_trial_has_the_guards_of_its_candidate_and_no_others() -> None:
     }
 
 
+def test_an_interval_draws_questions_since_their_wordings_are_not_independent() -> None:
+    mean = Mean.of([[1.0] * 9, [0.0]])
+    assert mean.value == 0.9 and (mean.low, mean.high) == (0.0, 1.0), "two questions say little, however often they are asked"
+    assert Mean.of([[], []]) == Mean(0.0, 0.0, 1.0)
+
+
 def test_what_is_said_word_for_word_is_found_by_its_content_words() -> None:
     truth = "He won the Prix Littéraire de la Ville in 1999."
     assert _longest_run(truth, "They say the prix littéraire de la ville was his.") == "the Prix Littéraire de la Ville"
+    assert _longest_run("It is his mother's florist shop.", "In the mother s florist shop") == "mother's florist shop", (
+        "as it stands"
+    )
     assert _longest_run(truth, "Nobody knows.") == ""
 
 

@@ -69,7 +69,7 @@ def test_a_set_is_corrupted_with_the_policys_strength_or_its_calibrated_one_or_t
     assert strengths(kind="zero_out_top_k", strength=0.5) == {"a-vectors": 0.5, "b-vectors": 0.5}
 
 
-def test_a_policy_that_says_calibrated_acts_on_the_sets_for_which_a_strength_was_measured_and_on_no_others() -> None:
+def test_a_policy_that_says_calibrated_acts_at_the_strength_that_was_measured_for_each_set() -> None:
     measured = {"steer_strength": {"strength": 0.5}, "corruption": {"rand_noise_first_n": {"strength": 1.5}}}
     a = made("a", steer="a-steer", project="a-project", similarity="a-vectors", measured=measured)
     b = made("b", steer="b-steer", similarity="b-vectors", measured={"steer_strength": {"strength": 0.0}})
@@ -77,7 +77,17 @@ def test_a_policy_that_says_calibrated_acts_on_the_sets_for_which_a_strength_was
     found = snapshot({"gate": {}, "steering": steering, "corrupt": {"strength": "calibrated"}}, a | b)
     assert found.plan("p").of(Steer) == (Steer("a-steer", 0.5),)
     text = found.text_plans["p"]
-    assert text is not None and dict(text.corrupt_strength) == {"a-vectors": 1.5}
+    assert text is not None
+    assert dict(text.corrupt_strength) == {"a-vectors": 1.5, "b-vectors": 2.0}, "nothing else acts on b: it is not left unguarded"
+
+
+def test_a_set_that_lost_its_calibration_is_guarded_by_something() -> None:
+    """New vectors come without one, when a set is replaced."""
+    guards = {"gate": {}, "steering": [{"method": "steer", "strength": "calibrated"}], "corrupt": {"strength": "calibrated"}}
+    others = made("b", phrases="b-phrases", similarity="b-vectors") | made("c", steer="c", similarity="c-vectors")
+    text = snapshot(guards, made("a", similarity="a-vectors") | others).text_plans["p"]
+    assert text is not None
+    assert dict(text.corrupt_strength) == {"a-vectors": 2.0, "c-vectors": 2.0}, "b has its phrases"
 
 
 def test_salts_differ_exactly_where_keys_and_values_do() -> None:
