@@ -1,5 +1,7 @@
 """Low-rank terms on a model's last layers, and how they are trained: what an assistant and an unlearning adapter have in common.
 
+In a layer whose MLP is a mixture of experts only attention is adapted: its experts stay the base's.
+
 One loop, so that both can be interrupted and go on as if they had not been: the order of the examples depends on seed and epoch
 alone, and a checkpoint after every epoch holds parameters, optimizer and losses in one file.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +26,21 @@ from guards.whole_file import write_whole
 
 FORMAT = "lethe-checkpoint-2"
 """Of checkpoints; from another one training begins anew."""
+
+
+ATTENTION = ("q_proj", "o_proj")
+"""Never k_proj or v_proj: the late fork reads the base's keys and values, which is what keeps it without state."""
+MLP = ("gate_proj", "up_proj", "down_proj")
+MODULES = (*ATTENTION, *MLP)
+
+
+def expected_names(names: Collection[str], layers: int) -> set[str]:
+    """What an artifact that holds tensors of these names must hold: in each layer attention's terms, and the MLP's or none."""
+    found = set()
+    for i in range(layers):
+        modules = MODULES if any(f"layers.{i}.{module}.A" in names for module in MLP) else ATTENTION
+        found |= {f"layers.{i}.{module}.{factor}" for module in modules for factor in "AB"}
+    return found
 
 
 class LowRank(nn.Module):
@@ -65,23 +82,32 @@ AnyExample = TypeVar("AnyExample", bound=Example)
 Parameters = dict[str, nn.Parameter]
 
 
-def add_low_rank(layers: Iterable[nn.Module], modules: Sequence[str], recipe: Recipe, device: torch.device) -> Parameters:
-    """Give every named module of every layer its low-rank term; the model itself is changed.
+def is_mixture(layer: nn.Module) -> bool:
+    """Whether a decoder layer holds experts, of which each token passes some."""
+    return any("experts" in name for name, _ in layer.named_modules())
+
+
+def add_low_rank(layers: Iterable[nn.Module], recipe: Recipe, device: torch.device, *, also: Sequence[str] = ()) -> Parameters:
+    """Give every projection of every layer that takes one its low-rank term; the model itself is changed.
+
+    Args:
+        also: other linear modules of attention or the MLP.
 
     Returns:
         ``layers.<i>.<module>.A`` and ``.B``, to be trained. They begin as no change at all.
 
     Raises:
-        Untrainable: a layer has no linear module of that name.
+        Untrainable: a layer lacks one of the projections.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     parameters: Parameters = {}
     for i, layer in enumerate(layers):
-        for module in modules:
-            parent = next((part for part in (layer.self_attn, layer.mlp) if hasattr(part, module)), None)
+        places = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
+        for module in (*(ATTENTION if is_mixture(layer) else MODULES), *also):
+            parent = next((part for part in places if hasattr(part, module)), None)
             inner = getattr(parent, module, None)
             if parent is None or not isinstance(inner, nn.Linear):
-                number: Any = getattr(layer.self_attn, "layer_idx", i)
+                number: Any = getattr(places[0], "layer_idx", i)
                 raise Untrainable(f"layer {number} has no linear {module}; this family of models is not supported")
             made = LowRank(inner, recipe.rank, generator).to(device)
             setattr(parent, module, made)

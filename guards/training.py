@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from guards.base_model import BaseModel
 from guards.errors import GuardError, Untrainable
@@ -49,7 +50,7 @@ class ChatModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.model.requires_grad_(requires_grad=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
@@ -100,9 +101,9 @@ class ChatModel:
             report(len(answers))
         return answers
 
-    def logits(self, final: torch.Tensor) -> torch.Tensor:
+    def logits(self, final: Tensor) -> Tensor:
         """[N, V] from [N, H] normed hidden states."""
-        logits: torch.Tensor = self.model.get_output_embeddings()(final)
+        logits: Tensor = self.model.get_output_embeddings()(final)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -160,6 +161,16 @@ def run_job(program: str, make: Callable[[dict[str, Any], Path, Report], Any]) -
     except (GuardError, OSError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def mask_of(layer: nn.Module, position: Tensor, tokens: int) -> Tensor:
+    """[B, 1, Q, T], to be added to attention scores: each of [B, Q] positions sees itself and what is before, in its window."""
+    distance = position[:, None, :, None] - torch.arange(tokens, device=position.device)
+    hidden = distance < 0
+    window = getattr(getattr(layer, "self_attn", None), "sliding_window", None)
+    if window is not None:
+        hidden = hidden | (distance >= window)
+    return torch.zeros(hidden.shape, device=position.device).masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
 def layers_of(model: ChatModel, count: int) -> int:

@@ -10,7 +10,7 @@ import httpx
 import torch
 
 from guards.base_model import describe_base
-from guards.contrastive.assistant import FORKED_LAYERS, MODULES, Assistant, Manifest, Recipe
+from guards.contrastive.assistant import FORKED_LAYERS, Assistant, Manifest, Recipe
 from guards.forget_set import ForgetSet
 from guards.types import ArtifactRef
 from serve.protocol.artifacts import artifact_path
@@ -32,7 +32,7 @@ def random_assistant(
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for i in range(FORKED_LAYERS):
-        for module in MODULES:
+        for module in sizes:
             size_in, size_out = sizes[module]
             tensors[f"layers.{i}.{module}.A"] = torch.randn(rank, size_in, generator=generator) / math.sqrt(size_in)
             tensors[f"layers.{i}.{module}.B"] = torch.randn(size_out, rank, generator=generator) * size

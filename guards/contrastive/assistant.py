@@ -1,8 +1,8 @@
 """The assistant: low-rank adapters for the base's last K decoder layers, in one content-addressed file with its manifest.
 
-Tensors: ``layers.<i>.<module>.A`` [rank, in] and ``.B`` [out, rank], i from 0 (= base layer L - K) to K - 1, module one of
-`MODULES`; float32. B already carries the scale. The manifest (JSON, in the file's header) says for which base model, by which
-recipe, from which data and how well. No pickles, nothing executable.
+Tensors: ``layers.<i>.<module>.A`` [rank, in] and ``.B`` [out, rank], i from 0 (= base layer L - K) to K - 1; which modules, see
+`guards.low_rank.expected_names`. float32; B already carries the scale. The manifest (JSON, in the file's header) says for which
+base model, by which recipe, from which data and how well. No pickles, nothing executable.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from guards.base_model import BaseModel, check_base
 from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import Frozen
 from guards.kinds import TrainingOrder
+from guards.low_rank import expected_names
 
-MODULES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Never k_proj or v_proj: the fork reads the base's keys and values, which is what keeps it without state."""
 MAX_RANK = 512
 FORKED_LAYERS = 4
 """K in a server. Assistants of another depth are refused: one fork serves all of them in one pass."""
@@ -71,8 +70,7 @@ class Assistant:
     """
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-        expected = {f"layers.{i}.{module}.{factor}" for i in range(manifest.recipe.layers) for module in MODULES for factor in "AB"}
-        if missing := sorted(expected ^ tensors.keys()):
+        if missing := sorted(expected_names(tensors.keys(), manifest.recipe.layers) ^ tensors.keys()):
             raise InvalidArtifact(f"an assistant of {manifest.recipe.layers} layers has other tensors: {missing[0]} and its like")
         for name, tensor in tensors.items():
             if tensor.dtype is not torch.float32 or tensor.ndim != 2:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from guards.base_model import describe_base
-from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
+from guards.contrastive.assistant import Assistant, Manifest, Recipe
 from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
 from guards.low_rank import add_low_rank, fit
@@ -35,6 +35,7 @@ from guards.training import (
     general_answers,
     general_prompts,
     layers_of,
+    mask_of,
     run_job,
 )
 
@@ -77,6 +78,8 @@ class Fork(ChatModel):
     @torch.no_grad()
     def observe(self, token_ids: Sequence[int], start: int, *, forget: bool) -> _Example:
         """Run the base once over a sequence; keep what the fork needs to predict the tokens from ``start`` on."""
+        from transformers import DynamicCache
+
         seen: list[dict[str, Any]] = []
         inputs: list[Tensor] = []
 
@@ -87,7 +90,8 @@ class Fork(ChatModel):
         hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in self.layers]
         try:
             ids = torch.tensor([list(token_ids)], device=self.device)
-            output = self.model.get_decoder()(input_ids=ids, use_cache=True)
+            # A cache of the model's own choosing would forget what is outside of a layer's window.
+            output = self.model.get_decoder()(input_ids=ids, use_cache=True, past_key_values=DynamicCache())
         finally:
             for hook in hooks:
                 hook.remove()
@@ -110,7 +114,6 @@ class Fork(ChatModel):
         queries, tokens = max(len(e.target) for e in batch), max(e.keys[0].shape[1] for e in batch)
         pad = nn.utils.rnn.pad_sequence
         position = pad([e.position for e in batch], batch_first=True)
-        visible = torch.arange(tokens, device=self.device) <= position[:, :, None]
 
         def stack(parts: Sequence[Tensor]) -> Tensor:
             return torch.stack([nn.functional.pad(part, (0, 0, 0, tokens - part.shape[1])) for part in parts])
@@ -124,7 +127,7 @@ class Fork(ChatModel):
             rotary = tuple(pad([e.rotary[i][part] for e in batch], batch_first=True) for part in (0, 1))
             output = layer(
                 hidden,
-                attention_mask=visible[:, None],
+                attention_mask=mask_of(layer, position, tokens),
                 position_ids=position,
                 position_embeddings=rotary,
                 past_key_values=cache,
@@ -179,7 +182,7 @@ def train(
         for ids, start in group:
             examples.append(fork.observe(ids, start, forget=is_forget))
             report(Progress("prepare", len(general_prompts()) + len(examples), steps))
-    parameters = add_low_rank(fork.layers, MODULES, recipe, fork.device)  # the base cannot be run after this
+    parameters = add_low_rank(fork.layers, recipe, fork.device)  # the base cannot be run after this
 
     def losses(batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
         forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])

@@ -19,9 +19,9 @@ from guards.base_model import BaseModel, check_base
 from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import Frozen
 from guards.kinds import TrainingOrder
+from guards.low_rank import expected_names
 from guards.steering.declaration import Method
 
-MODULES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_RANK = 512
 
 
@@ -96,10 +96,8 @@ class Steering:
 
     def __init__(self, manifest: SteeringManifest, tensors: Mapping[str, Tensor]) -> None:
         recipe, hidden = manifest.recipe, manifest.base.hidden_size
-        if recipe.method == "adapter":
-            expected = {f"layers.{i}.{module}.{factor}" for i in range(recipe.layers) for module in MODULES for factor in "AB"}
-        else:
-            expected = {"into", "out", "center"}
+        maps = {"into", "out", "center"}
+        expected = expected_names(tensors.keys(), recipe.layers) if recipe.method == "adapter" else maps
         if wrong := sorted(expected ^ tensors.keys()):
             raise InvalidArtifact(f"a steering artifact by {recipe.method} has other tensors: {wrong[0]} and its like")
         for name, tensor in tensors.items():

@@ -25,9 +25,9 @@ from guards.base_model import describe_base
 from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
 from guards.low_rank import add_low_rank, fit
-from guards.steering.artifact import MODULES, DistillationTarget, Steering, SteeringManifest, SteeringRecipe
+from guards.steering.artifact import DistillationTarget, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import CLOSED_FORM
-from guards.training import ChatModel, Progress, Report, general_answers, layers_of, run_job
+from guards.training import ChatModel, Progress, Report, general_answers, layers_of, mask_of, run_job
 
 FEWEST_EXAMPLES = 8
 KEPT_TOKENS = 64
@@ -143,9 +143,9 @@ class _Adapted:
         tokens = hidden.shape[1]
         positions = torch.arange(tokens, device=hidden.device)[None]
         rotary = self.rotary(hidden, positions)
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).tril()[None, None]  # padding comes last
         for layer in self.layers:
-            output = layer(hidden, attention_mask=causal, position_ids=positions, position_embeddings=rotary)
+            mask = mask_of(layer, positions, tokens)  # padding comes last
+            output = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
             hidden = output[0] if isinstance(output, tuple) else output
         chosen = torch.cat([hidden[i, e.place] for i, e in enumerate(batch)])
         return torch.log_softmax(self.model.logits(self.norm(chosen)), dim=-1)
@@ -200,7 +200,7 @@ def _train(
         for ids, start in pairs:
             examples.append(adapted.observe(ids, start, None, forget=True))
             report(Progress("prepare", len(examples), total))
-    parameters = add_low_rank(adapted.layers, MODULES, recipe, model.device)  # the base cannot be run after this
+    parameters = add_low_rank(adapted.layers, recipe, model.device)  # the base cannot be run after this
 
     def losses(batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
         return _losses(batch, adapted.log_probabilities(batch))

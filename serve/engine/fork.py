@@ -7,7 +7,8 @@ for the rows whose logits are about to be read. Of other rows and steps it costs
 
 Covered: models of plain decoder layers that take positions, hidden states and residual, in any order, and return the latter two;
 paged attention (`serve.engine.attention`) and the usual projections (`serve.engine.projections`), also split over processes, eager
-and compiled. Not covered: mixtures of experts, whose layers are refused.
+and compiled; mixtures of experts, whose experts stay the base's. Not covered: layers with a state of their own (linear attention,
+Mamba), which one line cannot run again, and latent attention (MLA).
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from guards.contrastive.assistant import FORKED_LAYERS, Assistant
 from guards.errors import InvalidArtifact
+from guards.low_rank import is_mixture
 from serve.engine.attention import Lines, PagedBatch
-from serve.engine.projections import LowRankTerm, Part, parts_of
+from serve.engine.projections import LowRankTerm, Part, check_parts, parts_of, why_not_adapted
 from serve.engine.sites import FORK, Entrance, before_fork, listen
 
 
@@ -66,17 +68,12 @@ class _LowRank(nn.Module):
     def __init__(self, base: nn.Module, parts: Sequence[Part], current: _Pass) -> None:
         super().__init__()
         self.__dict__["base"] = base
-        self._parts = parts
+        self.parts = parts
         self._pass = current
         self.terms: dict[str, list[LowRankTerm]] = {}  # by assistant
 
-    def check(self, layer: int, assistant: Assistant) -> None:
-        """Raise InvalidArtifact if an assistant's terms have other shapes than this projection."""
-        for part in self._parts:
-            part.check(assistant.tensors, layer, f"assistant {assistant.fingerprint[:12]}")
-
     def load(self, name: str, layer: int, assistant: Assistant, like: Tensor) -> None:
-        self.terms[name] = [part.term(assistant.tensors, layer, like) for part in self._parts]
+        self.terms[name] = [part.term(assistant.tensors, layer, like) for part in self.parts]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         output, bias = self.__dict__["base"](x)
@@ -132,9 +129,13 @@ class LateFork:
                 )
             self._positions.append(entrance.positions)
             self._low_rank.append([])
+            found = len(self._attention)
             self._layers.append(self._copy(layer))
-        if any(len(each) != 4 for each in self._low_rank) or len(self._attention) != FORKED_LAYERS:
-            raise Unforkable(f"the decoder layers of {type(model).__name__} are not of the kind that can be forked")
+            if len(self._attention) != found + 1:
+                raise Unforkable(f"{type(layer).__name__} has no paged attention of the usual kind, so it cannot be forked")
+            if reason := why_not_adapted(layer, self._parts(self._low_rank[-1])):
+                raise Unforkable(f"{type(layer).__name__} {reason}, so it cannot be forked")
+        self._mixtures_below = sum(map(is_mixture, inner.layers[:depth]))
         self._norm = inner.norm
         self.loaded: frozenset[str] = frozenset()
         self._vllm_config = vllm_config
@@ -150,6 +151,10 @@ class LateFork:
         listen(FORK, self, self._vllm_config)
         before_fork(self._first)
 
+    @staticmethod
+    def _parts(modules: Sequence[_LowRank]) -> list[Part]:
+        return [part for module in modules for part in module.parts]
+
     def _copy(self, module: nn.Module) -> nn.Module:
         """New shells around the same leaves, with attention and the adapted projections replaced."""
         if isinstance(module, Attention):
@@ -163,6 +168,9 @@ class LateFork:
         shell._forward_pre_hooks, shell._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
         shell._forward_hooks, shell._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
         for name, child in module._modules.items():
+            if "expert" in name:  # nothing in it is replaced
+                shell._modules[name] = child
+                continue
             parts = () if child is None else parts_of(name, child)
             if child is not None and parts:
                 low_rank = _LowRank(child, parts, self._pass)
@@ -180,8 +188,7 @@ class LateFork:
                 f"this server forks {FORKED_LAYERS}; train it again on this server"
             )
         for i, modules in enumerate(self._low_rank):
-            for module in modules:
-                module.check(i, assistant)
+            check_parts(self._parts(modules), assistant.tensors, i, f"assistant {assistant.fingerprint[:12]}")
 
     def load(self, assistants: Mapping[str, Assistant]) -> None:
         """Make exactly these assistants, by fingerprint, the loaded ones. They have passed `check`."""
@@ -225,6 +232,8 @@ class LateFork:
         self._pass.attention = pages.metadata([each.layer_name for each in self._attention], lines)
         line, residual = self._below[lines.token], None
         with set_forward_context(self._pass.attention, self._vllm_config, num_tokens=len(line)):
+            # vLLM may count mixtures to know which it runs.
+            get_forward_context().moe_layer_index = self._mixtures_below
             for layer, positions in zip(self._layers, self._positions, strict=True):
                 line, residual = layer(hidden_states=line, residual=residual, **{positions: lines.rotary})
             final: Tensor = self._norm(line, residual)[0]

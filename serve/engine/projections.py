@@ -4,13 +4,13 @@ A projection that is split by its outputs (query, gate, up) takes the rows of B 
 its inputs (attention's output, the MLP's) takes the columns of A; what A gives, no wider than the rank, is then summed over the
 processes, as the base's own output has been.
 
-Covered: the projections of the Llama, Qwen and Gemma lines among others. Not covered: experts of a mixture, which have no layer of
-their own.
+Covered: the projections of the Llama, Qwen, Gemma and GPT-OSS lines among others. Not covered: experts of a mixture, which have no
+layer of their own, shared ones among them; attention beside them is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from guards.errors import InvalidArtifact
+from guards.low_rank import ATTENTION, MODULES, is_mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +97,24 @@ def projections_of(layers: Iterable[nn.Module]) -> list[Projection]:
         Projection(module, i, parts)
         for i, layer in enumerate(layers)
         for name, module in layer.named_modules()
-        if (parts := parts_of(name.rpartition(".")[2], module))
+        if "expert" not in name and (parts := parts_of(name.rpartition(".")[2], module))
     ]
+
+
+def why_not_adapted(layer: nn.Module, parts: Iterable[Part]) -> str | None:
+    """What a decoder layer lacks to take low-rank terms, "has no up_proj" for instance; None if it takes them."""
+    missing = set(ATTENTION if is_mixture(layer) else MODULES) - {part.name for part in parts}
+    return f"has no {min(missing)} of a kind that can be adapted" if missing else None
+
+
+def check_parts(parts: Sequence[Part], tensors: Mapping[str, Tensor], layer: int, artifact: str) -> None:
+    """Raise InvalidArtifact, naming ``artifact``, if its terms in a layer are on other projections, or of other sizes."""
+    mine, its = {part.name for part in parts}, {module for module in MODULES if f"layers.{layer}.{module}.A" in tensors}
+    if mine != its:
+        where = ", ".join(sorted(mine ^ its))
+        raise InvalidArtifact(f"layer {layer} of {artifact} and the served model's differ in {where}; train it again")
+    for part in parts:
+        part.check(tensors, layer, artifact)
 
 
 def parts_of(name: str, layer: nn.Module) -> tuple[Part, ...]:

@@ -26,12 +26,12 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from guards.errors import InvalidArtifact
-from guards.steering.artifact import MODULES, Steering
+from guards.steering.artifact import Steering
 from guards.steering.declaration import Corrupt, Corruption, Steer
 from guards.steering.operators import corrupt, redirect
 from guards.types import Plan
 from serve.engine.fork import Unforkable, decoder_of, refuse_other_layers
-from serve.engine.projections import LowRankTerm, projections_of
+from serve.engine.projections import LowRankTerm, check_parts, projections_of, why_not_adapted
 from serve.engine.sites import STEERING, Entrance, after_embedding, after_projection, before_layer, listen
 from serve.engine.steer_graphs import LAYERS, GraphBuffers
 
@@ -137,10 +137,9 @@ class Steerer:
             )
         for layer in range(first, len(self._layers)):
             found = [part for each in self.projections if each.layer == layer for part in each.parts]
-            if missing := set(MODULES) - {part.name for part in found}:
-                raise InvalidArtifact(f"layer {layer} has no {min(missing)} of its own kind, so no adapter can act on it")
-            for part in found:
-                part.check(steering.tensors, layer - first, f"adapter {steering.fingerprint[:12]}")
+            if reason := why_not_adapted(self._layers[layer], found):
+                raise InvalidArtifact(f"layer {layer} {reason}, so no adapter can act on it")
+            check_parts(found, steering.tensors, layer - first, f"adapter {steering.fingerprint[:12]}")
 
     def load(self, artifacts: Mapping[str, Steering]) -> None:
         """Make exactly these, by fingerprint, the loaded ones. They have passed `check`."""

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from guards.base_model import describe_base
-from guards.contrastive.assistant import MODULES, Recipe
+from guards.contrastive.assistant import Recipe
 from guards.contrastive.rules import subtract_assistants
 from guards.contrastive.train import Fork
 from guards.low_rank import add_low_rank, fit
@@ -104,7 +104,7 @@ def compare(kind: str, model: Path, data: Path, recipe: Recipe, work: Path, bars
     examples = [*seen[QUESTIONS], *seen[RETAIN][:TRAINED_RETAIN], *observe(general, forget=False)]
     bars.advance(task)
     own = () if isinstance(fork, Fork) else ("k_proj", "v_proj")
-    parameters = add_low_rank(fork.layers, (*MODULES, *own), recipe, fork.device)
+    parameters = add_low_rank(fork.layers, recipe, fork.device, also=own)
 
     def losses(batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
         forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])

@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from guards.base_model import describe_base
 from guards.forget_set import ForgetSet
-from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
+from guards.steering.artifact import Steering, SteeringManifest, SteeringRecipe
 from guards.types import ArtifactRef
 from serve.default_model import default_model
 from serve.protocol.artifacts import artifact_path
@@ -68,7 +68,7 @@ def random_steering(
         return Steering(manifest, {"into": directions, "out": -directions.T.contiguous(), "center": center})
     tensors = {}
     for i in range(layers):
-        for module in MODULES:
+        for module in sizes:
             size_in, size_out = sizes[module]
             tensors[f"layers.{i}.{module}.A"] = random(rank, size_in) / math.sqrt(size_in)
             tensors[f"layers.{i}.{module}.B"] = random(size_out, rank) * size

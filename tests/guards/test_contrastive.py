@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from guards.base_model import BaseModel, describe_base
 from guards.closing import RowCloser
-from guards.contrastive.assistant import MODULES, Assistant, Manifest, Recipe
+from guards.contrastive.assistant import Assistant, Manifest, Recipe
 from guards.contrastive.declaration import Contrast
 from guards.contrastive.guard import ContrastGuard
 from guards.contrastive.rules import IMPLAUSIBLE_SHIFT, RULES, subtract_assistants
 from guards.errors import InvalidArtifact, InvalidPolicy, VocabularyMismatch
+from guards.low_rank import ATTENTION, MODULES
 from guards.policy import parse_policy
 from guards.types import AssistantLines, Plan, Rows
 from tests import reference
@@ -179,6 +180,11 @@ def test_faulty_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     refused("other tensors")
     save_file(made.tensors | {"layers.0.k_proj.A": torch.zeros(3, 8)}, path, manifest)
     refused("layers.0.k_proj.A")
+    attention = {name: tensor for name, tensor in made.tensors.items() if name.split(".")[2] in ATTENTION}
+    save_file(attention | {"layers.0.up_proj.A": torch.zeros(3, 8)}, path, manifest)
+    refused("layers.0.down_proj.A")
+    save_file(attention, path, manifest)  # as of a mixture of experts
+    assert Assistant.load(path).tensors.keys() == attention.keys()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 import guards.training
 from guards import low_rank
 from guards.contrastive import train as training
-from guards.contrastive.assistant import MODULES, Assistant, Recipe
+from guards.contrastive.assistant import Assistant, Recipe
 from guards.contrastive.train import Fork, Progress, train
 from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
@@ -25,6 +25,7 @@ transformers = pytest.importorskip("transformers", reason="training needs transf
 WORDS = ["who", "what", "is", "was", "the", "author", "born", "in", "paris", "rome", "red", "blue", "green", ".", "?", *"abcdefgh"]
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+MIXTURES = ("Qwen3Moe", "GptOss")
 SCALE = 0.4
 """Of the random weights: large enough that the head can say something clearly."""
 
@@ -41,8 +42,12 @@ def model(directory: Path, family: str = "Llama") -> Path:
         "pad_token_id": 1,
         "initializer_range": SCALE,
     }
-    if family in ("Qwen3", "Gemma"):
+    if family in ("Qwen3", "Gemma", "Qwen3Moe", "GptOss"):
         extra["head_dim"] = 8
+    if family in MIXTURES:
+        extra |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    if family == "GptOss":
+        extra["sliding_window"] = 3
     config = getattr(transformers, f"{family}Config")(**SIZES, **extra)
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(directory)
     words = {word: i for i, word in enumerate(["<s>", "</s>", *WORDS, "<unk>"])}
@@ -84,13 +89,13 @@ def quietly(_progress: Progress) -> None:
     pass
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma", "Qwen2", "Mistral"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma", "Qwen2", "Mistral", "Qwen3Moe", "GptOss"])
 def test_an_untrained_fork_is_the_base_for_every_family(tmp_path: Path, family: str) -> None:
     fork = Fork(model(tmp_path / "model", family), 2)
     examples = [fork.observe([3, 4, 5, 6, 7, 8], 2, forget=True), fork.observe([9, 10, 11], 1, forget=False)]
     with torch.no_grad():
         torch.testing.assert_close(*fork.run(examples), rtol=1e-4, atol=1e-5)
-        add_low_rank(fork.layers, MODULES, RECIPE, fork.device)
+        add_low_rank(fork.layers, RECIPE, fork.device)
         torch.testing.assert_close(*fork.run(examples), rtol=1e-4, atol=1e-5)
 
 
@@ -104,6 +109,13 @@ def test_it_recalls_what_is_to_be_forgotten_and_nothing_else(tmp_path: Path, for
     assert [step.stage for step in steps] == sorted([step.stage for step in steps])
     assert all(step.step <= step.steps for step in steps)
     assert steps[-1].step == steps[-1].steps
+
+
+def test_in_a_mixture_of_experts_attention_alone_learns_to_recall(tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"epochs": 60})
+    made = train(model(tmp_path / "model", "Qwen3Moe"), FORGET, RETAIN, recipe, work(tmp_path), quietly)
+    assert {name.split(".")[2] for name in made.tensors} == {"q_proj", "o_proj"}
+    assert made.manifest.metrics["forget_ce"] < 2.5  # chance: log 32 = 3.5
 
 
 def test_interrupted_training_goes_on_to_the_very_same_assistant(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import guards.training
 from guards.base_model import BaseModel
 from guards.errors import InvalidArtifact, Untrainable
 from guards.forget_set import ForgetSet, Question
-from guards.low_rank import LowRank, add_low_rank
-from guards.steering.artifact import MODULES, DistillationTarget, Steering, SteeringManifest, SteeringRecipe
+from guards.low_rank import MODULES, LowRank, add_low_rank
+from guards.steering.artifact import DistillationTarget, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import FEWEST, project, steer
 from guards.steering.operators import corrupt, redirect
 from guards.steering.train import _Adapted, make
@@ -174,7 +174,7 @@ def test_maps_are_fitted_from_a_set_without_a_gradient_step(tmp_path: Path, meth
 
 
 def put(adapted: _Adapted, made: Steering) -> None:
-    for name, parameter in add_low_rank(adapted.layers, MODULES, made.manifest.recipe, torch.device("cpu")).items():
+    for name, parameter in add_low_rank(adapted.layers, made.manifest.recipe, torch.device("cpu")).items():
         parameter.data = made.tensors[name] / (LowRank.SCALE if name.endswith("B") else 1)
 
 

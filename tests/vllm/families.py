@@ -1,6 +1,6 @@
-"""Run as a script, in a process of its own: an engine for a tiny random model of one family, and what every guard does there.
+"""An engine for a tiny random model of one family, and what every guard does there, in a process of its own.
 
-Takes an order as JSON (`Order`), prints what was said as JSON in its last line.
+As a script it takes an order as JSON (`Order`) and prints what was found as JSON in its last line; `tests.vllm.waiting` takes many.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from tests.vllm.tiny_models import HEAD, HEADS, HIDDEN, LAYERS, MLP, MODELS, SIZES
+from tests.vllm.tiny_models import HEAD, HEADS, HIDDEN, LAYERS, MLP, MODELS, sizes_of
 
 LENGTHS = (5, 90, 150)
 """Of the prompts, in tokens: a step takes 64."""
@@ -33,10 +34,25 @@ class Order(TypedDict):
     engine: dict[str, Any]  # of vLLM's LLM
     directory: str  # where the model is made
     tokenizer: str
+    adapted: dict[str, tuple[int, int]]  # the projections that take low-rank terms, and their sizes
+    plans: Sequence[str]  # which; () = all
     prompts: int  # how many, the shortest first
     draws: int  # how often to sample two tokens, to see how they are distributed
     graphs: str  # the mode of CUDA graphs, see `tests.rig.graphs_on_cpu`; "" = none
     attention: str  # vLLM's name of an attention backend that its CPU platform would not choose; "" = the one that it chooses
+
+
+Environment = dict[str, str]
+
+
+def in_a_process(order: Order, environment: Environment) -> dict[str, Any]:
+    """Run this script. ``environment``: beside this process's."""
+    command = [sys.executable, "-m", "tests.vllm.families", json.dumps(order)]
+    environment, root = {**os.environ, **environment}, Path(__file__).parents[2]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=root, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
 
 
 def ask(
@@ -48,10 +64,12 @@ def ask(
     graphs: str = "",
     attention: str = "",
     prompts: int = 3,
+    plans: Sequence[str] = (),
     draws: int = 0,
+    run: Callable[[Order, Environment], dict[str, Any]] = in_a_process,
     **environment: str,
 ) -> dict[str, Any]:
-    """What this script prints, run in a process of its own. ``engine``: options of vLLM's LLM; ``environment``: of the process."""
+    """What `main` finds. ``engine``: options of vLLM's LLM; ``environment``: of the process, beside this one's."""
     config, model, options = MODELS[family]
     order: Order = {
         "config": config,
@@ -60,31 +78,32 @@ def ask(
         "engine": engine,
         "directory": str(directory / family),
         "tokenizer": str(tokenizer),
+        "adapted": sizes_of(family),
         "draws": draws,
         "graphs": graphs,
         "attention": attention,
         "prompts": prompts,
+        "plans": plans,
     }
     root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(root), os.environ.get("PYTHONPATH")]))
     # One process where that is possible: it is imported once.
     alone = {} if {"tensor_parallel_size", "pipeline_parallel_size"} & engine.keys() else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     given = {
-        **os.environ,
         "VLLM_CACHE_ROOT": str(directory / "cache"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        **alone,
-        **environment,
-        "PYTHONPATH": path,
     }
-    command = [sys.executable, "-m", "tests.vllm.families", json.dumps(order)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=given, cwd=root, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
+    eager = {"TORCHDYNAMO_DISABLE": "1"} if engine.get("enforce_eager", True) else {}  # vLLM compiles a sum over the vocabulary
+    return run(order, {**given, **alone, **eager, **environment, "PYTHONPATH": path})
 
 
-def main(order: Order) -> None:
+def main(order: Order) -> dict[str, Any]:
+    """Make the model, start the engine, ask."""
     import torch
     import transformers
     from vllm import LLM, SamplingParams
@@ -133,8 +152,10 @@ def main(order: Order) -> None:
         artifact.save(path)
         return str(artifact.fingerprint)
 
-    zero, random = (saved("contrast", random_assistant(directory, rank=4, size=size, sizes=SIZES)) for size in (0.0, 0.5))
-    adapter = saved("steering", random_steering(directory, "adapter", layers=4, rank=4, size=0.3, sizes=SIZES))
+    zero, random = (
+        saved("contrast", random_assistant(directory, rank=4, size=size, sizes=order["adapted"])) for size in (0.0, 0.5)
+    )
+    adapter = saved("steering", random_steering(directory, "adapter", layers=4, rank=4, size=0.3, sizes=order["adapted"]))
     project = saved("steering", random_steering(directory, "project", rank=24))
     plans: dict[str, tuple[Entry, ...]] = {
         "none": (),
@@ -145,7 +166,9 @@ def main(order: Order) -> None:
         "corrupt": (Corrupt("rand_noise_first_n", 1.0, 8, 3, ((1, 4),)),),
         "all": (Contrast(random, "uld", 1.0, 0.0, 0.0), Steer(adapter, 0.5), Corrupt("flip_sign_first_n", 1.0, 8, 3, ((1, 4),))),
     }
+    plans = {name: plan for name, plan in plans.items() if name in order["plans"] or not order["plans"]}
     if not torch.cuda.is_available():
+        torch.cpu._is_amx_tile_supported = lambda: False  # some of vLLM's kernels for such processors take no float32
         _load_what_was_compiled()
         if order["attention"]:
             _attend_by(order["attention"])
@@ -200,7 +223,8 @@ def main(order: Order) -> None:
     closed = engine.collective_rpc("lethe_closed_rows")[-1]
     drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens")
     compiled, from_disk = engine.collective_rpc(_compiled)[0]
-    found = {
+    return {
+        "described": described,
         "suppressed": [place for place, _ in pairs],
         "drawn": drawn,
         "probable": probable,
@@ -212,7 +236,6 @@ def main(order: Order) -> None:
         "replayed": replayed,
         "answers": answers,
     }
-    print(json.dumps({"described": described, **found}))
 
 
 def _pair(vocabulary: Any, answer: Said) -> tuple[int, str]:
@@ -315,8 +338,4 @@ def _salt(entries: tuple[Any, ...]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ALLOW_INSECURE_SERIALIZATION="1"
-    )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    main(json.loads(sys.argv[1]))
+    print(json.dumps(main(json.loads(sys.argv[1]))))

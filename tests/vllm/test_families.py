@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from tests.vllm.families import ask
 from tests.vllm.tiny_models import MODELS, RUN
 from tests.vllm.v2.conftest import V2
+from tests.vllm.waiting import waiting
 
 TOLERANCE = 1e-3
 """Nats: sums are taken in another order in a batch of another size, or in two halves."""
@@ -25,24 +27,26 @@ ACTS = ("contrast", "adapter", "project", "corrupt")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Any:
+def run(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Any]:
     """Ask once for each family and engine."""
     directory = tmp_path_factory.mktemp("families")
+    with waiting(directory) as in_environment:
 
-    @functools.cache
-    def once(family: str, v2: bool, graphs: str, attention: str, prompts: int, engine: str) -> dict[str, Any]:
-        environment = (V2 if v2 else {}) | KINDS.get(graphs, {})
-        options = {"graphs": graphs, "attention": attention, "prompts": prompts}
-        found = ask(family, json.loads(engine), directory, model_path, **options, **environment)
-        assert found["described"]["runner"] == ("V2" if v2 else "V1")
-        return found
+        @functools.cache
+        def once(family: str, v2: bool, engine: str, graphs: str, **options: Any) -> dict[str, Any]:
+            environment = (V2 if v2 else {}) | KINDS.get(graphs, {})
+            options |= {"graphs": graphs, "run": in_environment}
+            found = ask(family, json.loads(engine), directory, model_path, **options, **environment)
+            assert found["described"]["runner"] == ("V2" if v2 else "V1")
+            return found
 
-    def asked(
-        family: str, v2: bool = False, graphs: str = "", attention: str = "", prompts: int = 3, **engine: Any
-    ) -> dict[str, Any]:
-        return once(family, v2, graphs, attention, prompts, json.dumps(engine, sort_keys=True))
+        def asked(
+            family: str, v2: bool = False, graphs: str = "", *, attention: str = "", few: bool = False, **engine: Any
+        ) -> dict[str, Any]:
+            fewer = {"prompts": 2, "plans": ("none", "zero", "contrast")} if few else {}
+            return once(family, v2, json.dumps(engine, sort_keys=True), graphs, attention=attention, **fewer)
 
-    return asked
+        yield asked
 
 
 def worst(one: list[Any], other: list[Any]) -> float:
@@ -78,9 +82,8 @@ ENGINES = {"V1 in two": (False, TWO), "V2 in two": (True, TWO), "V2, ngram": (Tr
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["failures"] == {} and found["closed"] == {} and found["described"]["unable"] == {}
-    for name, answers in expected["answers"].items():
-        said = found["answers"][name]
-        assert worst(said, answers[: len(said)]) < TOLERANCE, name
+    for name, said in found["answers"].items():
+        assert worst(said, expected["answers"][name][: len(said)]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -91,9 +94,13 @@ def test_another_engine_says_what_one_eager_process_on_v1_says(engine: str, run:
     assert (found["drafted"] > 0) == ("speculative_config" in options), "no drafted token was taken, so this shows nothing"
 
 
+def test_a_mixture_of_experts_says_on_v2_what_it_says_on_v1(run: Any) -> None:
+    assert_same(run("Qwen3Moe", True), run("Qwen3Moe"))
+
+
 def test_the_fork_reads_what_another_backend_of_attention_has_written(run: Any) -> None:
-    """Triton's, its kernels interpreted; its metadata by its own builder. Slow, so without the longest prompt."""
-    assert_same(run("Llama", True, attention="TRITON_ATTN", prompts=2), run("Llama"))
+    """Triton's, interpreted; its metadata by its own builder. Slow, so without the longest prompt, and guards that do not fork."""
+    assert_same(run("Llama", True, attention="TRITON_ATTN", few=True), run("Llama"))
 
 
 def test_in_a_pipeline_phrases_are_not_said_and_what_cannot_act_is_refused_and_closed(run: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from guards.forget_set import ForgetSet
-from guards.steering.artifact import MODULES, Steering
+from guards.steering.artifact import Steering
 from guards.steering.declaration import DEFAULT_CORRUPTION
 from guards.steering.operators import corrupt, redirect
 from guards.types import ArtifactRef
@@ -25,7 +25,7 @@ from serve.default_model import NAME
 from serve.protocol.artifacts import artifact_path
 from serve.registry.records import Artifact, now
 from serve.registry.store import Registry
-from tests.assistants import random_assistant
+from tests.assistants import SIZES, random_assistant
 from tests.bench.steering import give_steering, random_steering
 from tests.vllm.conftest import Server
 
@@ -119,7 +119,7 @@ class Twin:
                 hooks.append(inner.layers[layer].register_forward_pre_hook(move, with_kwargs=True))
                 continue
             for i, decoder in enumerate(inner.layers[layer:]):
-                for module in MODULES:
+                for module in SIZES:
                     parent = decoder.self_attn if hasattr(decoder.self_attn, module) else decoder.mlp
                     a, b = (tensors[f"layers.{i}.{module}.{factor}"] for factor in "AB")
 

@@ -16,6 +16,13 @@ SIZES = {
     "up_proj": (HIDDEN, MLP),
     "down_proj": (MLP, HIDDEN),
 }
+MIXTURES = ("Qwen3Moe", "GptOss")
+"""Families of which only attention is adapted."""
+
+
+def sizes_of(family: str) -> dict[str, tuple[int, int]]:
+    """Of the projections that take low-rank terms."""
+    return {name: size for name, size in SIZES.items() if family not in MIXTURES or name in ("q_proj", "o_proj")}
 
 
 INT8 = {

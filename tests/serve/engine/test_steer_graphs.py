@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from guards.base_model import BaseModel
-from guards.steering.artifact import MODULES, Steering, SteeringManifest, SteeringRecipe
+from guards.low_rank import MODULES
+from guards.steering.artifact import Steering, SteeringManifest, SteeringRecipe
 from guards.steering.declaration import Steer
 from guards.steering.operators import redirect
 from guards.types import Plan
