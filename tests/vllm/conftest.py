@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "LETHE_TRAINING_NICENESS": "0",
+    "TORCHDYNAMO_DISABLE": "1",  # models run eager here; vLLM would compile a sum over the vocabulary, in every process
 }
 
 
