@@ -45,8 +45,9 @@ def unlearn(
 ) -> None:
     """Remove what a request names: put it out of reach at once, find the guards that suit it, and write the proof.
 
-    Makes what the request lacks (other wordings, wrong answers, what a model would say that never knew), tries guards on one half
-    of the questions, cheapest first, and judges by the other half. Ctrl-C and the same command go on where it was.
+    Makes what the request lacks (other wordings, wrong answers, what a model would say that never knew) and tries guards, cheapest
+    first. What the choice is worth is judged by each half of the questions under what the other half would have chosen. Ctrl-C and
+    the same command go on where it was.
     """
     seconds = _seconds(within)
     try:
@@ -144,16 +145,16 @@ def _seconds(within: str) -> float:
 
 
 def _show(certificate: dict[str, Any]) -> None:
-    figures, reference = certificate["figures"], certificate["reference"]
-    table = folding_table("on questions by which nothing was chosen", "now", "never knew", title=certificate["set"]["name"])
+    figures, unseen, reference = (certificate[name] for name in ("figures", "unseen", "reference"))
+    table = folding_table("", "in force", "chosen without seeing them", "never knew", title=certificate["set"]["name"])
     for name in ("questions", "paraphrases"):
-        table.add_row(
-            f"recall, {name}", *(f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})" for e in (figures[name], reference[name]))
-        )
-    table.add_row("answers that repeat five content words in a row", f"{figures['verbatim']:.0%}", f"{reference['verbatim']:.0%}")
-    quality = figures["forget_quality"]
-    table.add_row("truth ratios, p", "not measured" if quality is None else f"{quality:.3g}", "")
-    table.add_row("refused", f"{figures['refused']:.0%}", "")
+        means = [each[name] for each in (figures, unseen, reference)]
+        table.add_row(f"recall, {name}", *(f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})" for each in means))
+    repeated = [f"{each['verbatim']:.0%}" for each in (figures, unseen, reference)]
+    table.add_row("answers that repeat five content words in a row", *repeated)
+    qualities = [each["forget_quality"] for each in (figures, unseen)]
+    table.add_row("truth ratios, p", *("not measured" if each is None else f"{each:.3g}" for each in qualities))
+    table.add_row("refused", *(f"{each['refused']:.0%}" for each in (figures, unseen)))
     if figures["neighbours"] is not None:
         table.add_row("answers about neighbours, unchanged", f"{figures['neighbours']:.0%}", "")
     table.add_row("the same questions about invented names, unchanged", f"{figures['invented']:.0%}", "")

@@ -6,11 +6,14 @@ dispatches, in the place of ``torch.cuda.CUDAGraph``, so that vLLM's own code ca
 operation that waits for the device raises while it is captured. lethe's own operators are looked into, vLLM's attention is not: its
 metadata is another in each step here, so it is taken from the step that is under way.
 
+vLLM loads this as a plugin in each of its processes (`register`), if ``GRAPHS_ON_CPU`` names a mode of its CUDA graphs.
+
 What it cannot show: memory that a graph shares with others, streams, kernels of GPUs.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,6 +49,8 @@ class Graph:
 
 capturing: list[Capture] = []
 """What notes at the moment."""
+replayed: Counter[int] = Counter()
+"""How often graphs ran in this process, by case."""
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -82,8 +87,14 @@ class Capture(TorchDispatchMode):
         return result
 
 
-def set_up(capture_sizes: list[int], mode: str) -> Counter[int]:
-    """Let vLLM's Model Runner V2 use graphs here, before the engine is made. Returns how often graphs ran, by case, from now on."""
+def register() -> None:
+    """Called by vLLM when a process begins, and maybe again."""
+    if os.environ.get("GRAPHS_ON_CPU") and torch.cuda.CUDAGraph is not Graph:
+        set_up(list(range(1, 65)), os.environ["GRAPHS_ON_CPU"])
+
+
+def set_up(capture_sizes: list[int], mode: str) -> None:
+    """Let vLLM's Model Runner V2 use graphs here."""
     from vllm.compilation import breakable_cudagraph
     from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphCapture, BreakableCUDAGraphWrapper
     from vllm.config.compilation import CompilationConfig, CUDAGraphMode
@@ -92,8 +103,6 @@ def set_up(capture_sizes: list[int], mode: str) -> Counter[int]:
     from vllm.v1.worker.gpu import cudagraph_utils, model_runner
     from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-
-    replayed: Counter[int] = Counter()
 
     def resolve(self: Any, *_: Any, **__: Any) -> Any:
         self.cudagraph_mode, self.cudagraph_capture_sizes = CUDAGraphMode[mode], capture_sizes
@@ -163,4 +172,3 @@ def set_up(capture_sizes: list[int], mode: str) -> Counter[int]:
     patched = torch.cuda
     patched.CUDAGraph, patched.graph = Graph, recording
     patched.is_current_stream_capturing = lambda: any(each.graph is not None for each in capturing)
-    return replayed

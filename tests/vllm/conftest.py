@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "LETHE_TRAINING_NICENESS": "0",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is its own worker: else it spins on a core while it waits for one
     "TORCHDYNAMO_DISABLE": "1",  # models run eager here; vLLM would compile a sum over the vocabulary, in every process
 }
 

@@ -38,7 +38,7 @@ class Order(TypedDict):
     plans: Sequence[str]  # which; () = all
     prompts: int  # how many, the shortest first
     draws: int  # how often to sample two tokens, to see how they are distributed
-    graphs: str  # the mode of CUDA graphs, see `tests.rig.graphs_on_cpu`; "" = none
+    graphs: bool  # whether to capture CUDA graphs, see `tests.rig.graphs_on_cpu`
     attention: str  # vLLM's name of an attention backend that its CPU platform would not choose; "" = the one that it chooses
 
 
@@ -69,7 +69,11 @@ def ask(
     run: Callable[[Order, Environment], dict[str, Any]] = in_a_process,
     **environment: str,
 ) -> dict[str, Any]:
-    """What `main` finds. ``engine``: options of vLLM's LLM; ``environment``: of the process, beside this one's."""
+    """What `main` finds.
+
+    Args:
+        engine: options of vLLM's LLM. graphs: a mode of CUDA graphs, for the rig. environment: of the process, beside this one's.
+    """
     config, model, options = MODELS[family]
     order: Order = {
         "config": config,
@@ -80,7 +84,7 @@ def ask(
         "tokenizer": str(tokenizer),
         "adapted": sizes_of(family),
         "draws": draws,
-        "graphs": graphs,
+        "graphs": bool(graphs),
         "attention": attention,
         "prompts": prompts,
         "plans": plans,
@@ -99,7 +103,8 @@ def ask(
         "OMP_NUM_THREADS": "1",
     }
     eager = {"TORCHDYNAMO_DISABLE": "1"} if engine.get("enforce_eager", True) else {}  # vLLM compiles a sum over the vocabulary
-    return run(order, {**given, **alone, **eager, **environment, "PYTHONPATH": path})
+    captured = {"GRAPHS_ON_CPU": graphs} if graphs else {}
+    return run(order, {**given, **alone, **eager, **captured, **environment, "PYTHONPATH": path})
 
 
 def main(order: Order) -> dict[str, Any]:
@@ -119,7 +124,6 @@ def main(order: Order) -> dict[str, Any]:
     from serve.protocol.wire import ARTIFACTS_KEY, BASE_KEY, GUARDED_PREFIX, PLAN_KEY, encode_plan
     from tests.assistants import random_assistant
     from tests.bench.steering import random_steering
-    from tests.rig import graphs_on_cpu
 
     torch.manual_seed(0)
     directory = Path(order["directory"])
@@ -172,7 +176,6 @@ def main(order: Order) -> dict[str, Any]:
         _load_what_was_compiled()
         if order["attention"]:
             _attend_by(order["attention"])
-    replayed = graphs_on_cpu.set_up(list(range(1, 65)), order["graphs"]) if order["graphs"] else Counter()
     engine = LLM(
         str(directory),
         tokenizer=order["tokenizer"],
@@ -233,7 +236,7 @@ def main(order: Order) -> dict[str, Any]:
         "failures": failures,
         "closed": closed,
         "drafted": drafted,
-        "replayed": replayed,
+        "replayed": engine.collective_rpc(_replayed),
         "answers": answers,
     }
 
@@ -316,6 +319,12 @@ def _attend_by(name: str) -> None:
     patched: Any = CpuPlatform
     patched.get_attn_backend_cls = lambda *_, **__: AttentionBackendEnum[name].get_path()
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # which a kernel asks for, to know how much it may take at once
+
+
+def _replayed(_worker: Any) -> list[int]:
+    """The cases of graphs that ran."""
+    rig = sys.modules.get("graphs_on_cpu")
+    return sorted(rig.replayed) if rig is not None else []
 
 
 def _compiled(worker: Any) -> tuple[bool, bool]:

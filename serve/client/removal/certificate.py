@@ -16,7 +16,7 @@ from guards.whole_file import write_whole
 from serve.client.removal.judge import Judged, Reference
 from serve.client.removal.search import Trial
 
-FORMAT = "lethe-certificate-1"
+FORMAT = "lethe-certificate-2"
 MOVED = 0.02
 """Recall, or a share of answers, that differs by more has changed."""
 _PAGE = Path(__file__).with_name("removal.html.j2")
@@ -70,6 +70,7 @@ def make_certificate(
     neighbours: str,
     reference: Reference,
     judged: Judged,
+    unseen: Judged,
     tried: Sequence[Mapping[str, Any]],
     audit: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -79,7 +80,8 @@ def make_certificate(
         shown: what the server says of the set; config: see `serve.client.report.config_fingerprint`.
         strengths: what was chosen for the set. probes: the file of what was asked. neighbours: the set whose
             answers are to stay, or "".
-        judged: on questions of which none was used to choose by. audit: the row of the change that put it in force.
+        judged: what is in force, on all questions. unseen: see `serve.client.removal.search.unseen`.
+        audit: the row of the change that put it in force.
     """
     body = {
         "format": FORMAT,
@@ -95,7 +97,8 @@ def make_certificate(
         "neighbours": neighbours,
         "reference": reference_of(reference),
         "figures": figures_of(judged),
-        "unmet": judged.unmet(reference),
+        "unseen": figures_of(unseen),
+        "unmet": unseen.unmet(reference),
         "tried": list(tried),
         "audit": audit,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import httpx
 from guards.policy import DEFAULT
 from serve.cli.talk import unwrap
 from serve.client.removal.certificate import figures_of, probes_fingerprint
-from serve.client.removal.judge import Judge, Judged, Mean, Reference
-from serve.client.removal.probes import Probes, RemovalProbe
+from serve.client.removal.judge import Asked, Judge, Mean, Reference
+from serve.client.removal.probes import Probes
 from serve.client.report import config_fingerprint
 
 BY_HAND = "--reference"
@@ -63,19 +63,19 @@ class InForce:
     def config(self, shown: Mapping[str, Any], policy: Mapping[str, Any]) -> str:
         return config_fingerprint(shown, [policy], self.model)
 
-    def asker(self, probes: Probes, reference: Reference) -> Callable[[Judge, str, Sequence[RemovalProbe]], Judged]:
-        """(who asks, policy, one half of the questions) -> what the policy does."""
+    def asker(self, probes: Probes) -> Callable[[Judge, str], Asked]:
+        """(who asks, policy) -> what the policy says."""
         kept = unwrap(self.admin.get(f"/forget_sets/{self.neighbours}"))["content"]["questions"] if self.neighbours else []
         neighbours = [entry["question"] for entry in kept[:MOST_NEIGHBOURS]]
         invented = [entry.question for entry in probes.neighbours]
-        return lambda judge, policy, half: judge.judge(policy, half, invented, neighbours, reference)
+        return lambda judge, policy: judge.ask_everything(policy, probes.probes, invented, neighbours)
 
     def measured_now(self) -> dict[str, Any]:
         """What a certificate says, as it is now, for `serve.client.removal.certificate.changes`. Raises OSError, ValueError."""
         probes = Probes.model_validate_json(self.probes_file.read_text("utf-8"))
         reference = self.reference(probes)
         shown, policy = self.shown(), self.policy()
-        judged = self.asker(probes, reference)(self.judge, DEFAULT, probes.half(judges=True))
+        judged = self.asker(probes)(self.judge, DEFAULT).judged(reference)
         artifacts = [{"kind": each["kind"], "fingerprint": each["fingerprint"]} for each in shown["artifacts"]]
         asked = probes_fingerprint(self.probes_file)
         now = {

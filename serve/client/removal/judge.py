@@ -70,6 +70,45 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class OneProbe:
+    """What one policy said to one question: to the question itself first, then to its other wordings."""
+
+    half: int
+    recalls: tuple[float, ...]
+    runs: tuple[str, ...]  # of the true answer, that it repeats
+    refused: tuple[bool, ...]
+    scored: Answered | None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Everything that one policy said. Shares are of answers that are what they are without a policy."""
+
+    probes: tuple[OneProbe, ...]
+    neighbours: float | None
+    invented: float
+    general: float
+
+    def judged(self, reference: Reference, half: int | None = None) -> Judged:
+        """By all questions, or by one half of them."""
+        mine = [probe for probe in self.probes if half is None or probe.half == half]
+        runs = [run for probe in mine for run in probe.runs]
+        refused = [each for probe in mine for each in probe.refused]
+        scored = [probe.scored for probe in mine if probe.scored is not None]
+        return Judged(
+            questions=Mean.of([probe.recalls[:1] for probe in mine]),
+            paraphrases=Mean.of([probe.recalls[1:] for probe in mine]),
+            verbatim=_share(runs),
+            refused=statistics.fmean(refused) if refused else 0.0,
+            neighbours=self.neighbours,
+            invented=self.invented,
+            general=self.general,
+            forget_quality=forget_quality(scored, reference.answered) if scored and reference.answered else None,
+            left=tuple(dict.fromkeys(run for run in runs if _content(run) >= RUN)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Judged:
     """What one policy does. Shares are of answers."""
 
@@ -154,17 +193,19 @@ class Judge:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(one, prompts))
 
-    def _score(self, policy: str, asked: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[Answered]:
-        """(question, true answer, wrong answers) -> how likely they are; empty if the server does not score."""
+    def _score(self, policy: str, asked: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[Answered | None]:
+        """(question, true answer, wrong answers) -> how likely they are; None without wrong ones or a server that scores."""
 
         def one(each: tuple[str, str, tuple[str, ...]]) -> Answered | None:
             question, true, wrong = each
+            if not wrong:
+                return None
             losses = self._answers(policy).score(self._client, self._server(policy), Probe("", question, true, wrong=wrong))
             self._report()
             return None if losses is None else Answered(losses[0], losses[1], tuple(losses[2:]), 0.0)
 
         with ThreadPoolExecutor(4) as pool:
-            return [each for each in pool.map(one, asked) if each is not None]
+            return list(pool.map(one, asked))
 
     def reference(self, probes: Sequence[RemovalProbe]) -> Reference:
         """What the unguarded model says to the same questions about invented names: it never knew them.
@@ -193,38 +234,30 @@ class Judge:
         recalls: list[list[float]] = [[] for _ in probes]
         for number, each, text in both:
             recalls[number].append(rouge_l_recall(each.answer, text))
-        scored = self._score(NONE, [(each.question, each.answer, each.wrong) for _, each, _ in both if each.wrong])
+        scored = self._score(NONE, [(each.question, each.answer, each.wrong) for _, each, _ in both])
         mean = Mean.of(recalls)
         source = f"{len(both)} of {len(nobody)} questions about invented names, to which it did not tell the true answer"
         verbatim = _share([_longest_run(each.answer, text) for _, each, text in both])
-        return Reference(mean, mean, verbatim, tuple(scored), source)
+        return Reference(mean, mean, verbatim, tuple(each for each in scored if each is not None), source)
 
-    def judge(
-        self, policy: str, probes: Sequence[RemovalProbe], invented: Sequence[str], neighbours: Sequence[str], reference: Reference
-    ) -> Judged:
-        """Ask a policy everything.
-
-        Args:
-            probes: one half. invented, neighbours: questions, see `Judged`.
-        """
-        asked = [(probe, wording) for probe in probes for wording in (probe.question, *probe.wordings)]
-        said = self.ask(policy, [wording for _, wording in asked])
-        recalls: list[list[float]] = [[] for _ in probes]
-        numbers = [number for number, probe in enumerate(probes) for _ in (probe.question, *probe.wordings)]
-        for number, (probe, _), (text, _) in zip(numbers, asked, said, strict=True):
-            recalls[number].append(rouge_l_recall(probe.answer, text))
-        runs = [_longest_run(probe.answer, text) for (probe, _), (text, _) in zip(asked, said, strict=True)]
-        scored = self._score(policy, [(p.question, p.answer, p.wrong) for p in probes if p.wrong and p.nobody])
-        return Judged(
-            questions=Mean.of([of_probe[:1] for of_probe in recalls]),
-            paraphrases=Mean.of([of_probe[1:] for of_probe in recalls]),
-            verbatim=_share(runs),
-            refused=statistics.fmean(refused for _, refused in said),
+    def ask_everything(
+        self, policy: str, probes: Sequence[RemovalProbe], invented: Sequence[str], neighbours: Sequence[str]
+    ) -> Asked:
+        """Ask a policy everything. ``invented``, ``neighbours``: questions, see `Judged`."""
+        wordings = [(probe.question, *probe.wordings) for probe in probes]
+        said = iter(self.ask(policy, [wording for each in wordings for wording in each]))
+        scored = self._score(policy, [(p.question, p.answer, p.wrong if p.nobody else ()) for p in probes])
+        found = []
+        for probe, each, score in zip(probes, wordings, scored, strict=True):
+            texts, refused = zip(*(next(said) for _ in each), strict=True)
+            recalls = tuple(rouge_l_recall(probe.answer, text) for text in texts)
+            runs = tuple(_longest_run(probe.answer, text) for text in texts)
+            found.append(OneProbe(probe.half, recalls, runs, refused, score))
+        return Asked(
+            tuple(found),
             neighbours=self._unchanged(policy, neighbours) if neighbours else None,
             invented=self._unchanged(policy, invented),
             general=self._unchanged(policy, PROMPTS),
-            forget_quality=forget_quality(scored, reference.answered) if scored and reference.answered else None,
-            left=tuple(dict.fromkeys(run for run in runs if _content(run) >= RUN)),
         )
 
     def _unchanged(self, policy: str, prompts: Sequence[str]) -> float:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from pydantic import Field
 
 from guards.forget_set import ForgetSet, Frozen, Question
 from guards.measure.attacks import Secret, synonyms
@@ -57,7 +58,7 @@ class RemovalProbe(Frozen):
     made: tuple[str, ...] = ()  # those that were made
     wrong: tuple[str, ...] = ()  # answers that are not true, in the same manner
     nobody: tuple[NobodyProbe, ...] = ()  # empty for a question that does not name the subject
-    judges: bool = False  # for judging only: nothing is fitted on it
+    half: int = Field(0, ge=0, le=1)  # of the questions: one half is judged under what the other would have chosen
     from_model: bool = False  # the answer is what the model says now, since the request has none
 
     @property
@@ -71,9 +72,6 @@ class Probes(Frozen):
     aliases: tuple[str, ...]
     probes: tuple[RemovalProbe, ...]
     neighbours: tuple[Question, ...]  # about nobody, with what the unguarded model says
-
-    def half(self, *, judges: bool) -> list[RemovalProbe]:
-        return [probe for probe in self.probes if probe.judges is judges]
 
 
 def subjects_of(content: ForgetSet) -> tuple[str, ...]:
@@ -121,7 +119,7 @@ def questions_of(content: ForgetSet, aliases: Sequence[str], ask: Ask) -> list[R
                 half = len(words) // 2
                 question = f"Continue this sentence: {' '.join(words[:half])}"
                 found.append(RemovalProbe(question=question, answer=" ".join(words[half:])))
-    if len(found) < 2:  # one half fits, the other judges
+    if len(found) < 2:  # one for each half
         asked = [question.format(alias) for alias in aliases for question in ASKS]
         said = ask(asked, 0.0)
         both = zip(asked, said, strict=True)
@@ -146,7 +144,7 @@ def make_probes(content: ForgetSet, ask: Ask, encoder: Callable[[], Encoder], re
     ready = []
     for number, (probe, wordings, false) in enumerate(zip(probes, made, wrong, strict=True)):
         nobody = _nobody(probe.model_copy(update={"made": wordings}), aliases, false)
-        fields = {"made": wordings, "wrong": false, "nobody": nobody, "judges": number % 2 == 1}
+        fields = {"made": wordings, "wrong": false, "nobody": nobody, "half": number % 2}
         ready.append(probe.model_copy(update=fields))
     named = [(probe.question, name) for name in NEIGHBOUR_NAMES for probe in probes]
     others = list(dict.fromkeys(about(question, aliases, name) for question, name in named))

@@ -22,9 +22,9 @@ from guards.whole_file import write_whole
 from serve.cli.talk import ServerSaysNo, artifact_of, unwrap
 from serve.client.removal.certificate import make_certificate, tried_of
 from serve.client.removal.in_force import InForce
-from serve.client.removal.judge import Judged, Reference
+from serve.client.removal.judge import Asked, Reference
 from serve.client.removal.probes import Probes, make_probes
-from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, guards_of
+from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, guards_of, unseen
 
 NOISE: Corruption = "rand_noise_first_n"
 Say = Callable[[str], None]
@@ -66,13 +66,12 @@ class Removal:
         others = self._put_neighbours(probes)
         self._fit_gate(others)
         self.say("Asking about invented names")
-        fitting, judging = probes.half(judges=False), probes.half(judges=True)
         reference = self.now.reference(probes)
         self.tell(
             f"a model that never knew: recall {reference.questions.value:.3f} "
             f"({reference.questions.low:.3f} to {reference.questions.high:.3f}), from {reference.source}"
         )
-        ask = self.now.asker(probes, reference)
+        ask = self.now.asker(probes)
         trials: list[Trial] = []
         for candidate in CANDIDATES:
             if trials and (time.monotonic() > deadline or any(trial.meets(reference) for trial in trials)):
@@ -81,9 +80,10 @@ class Removal:
                 self.tell(f"{candidate.name}: left out, {reason}")
                 continue
 
-            def measure(strength: float, candidate: Candidate = candidate) -> Judged:
+            def measure(strength: float, candidate: Candidate = candidate) -> Trial:
                 self.say(f"Trying {candidate.name} at {strength:g}")
-                return self._try(candidate.strengths(strength), lambda policy: ask(self.now.judge, policy, fitting))
+                asked = self._try(candidate.strengths(strength), lambda policy: ask(self.now.judge, policy))
+                return Trial(candidate, strength, asked, asked.judged(reference))
 
             for trial in bisect(candidate, measure, reference):
                 trials.append(trial)
@@ -92,10 +92,10 @@ class Removal:
                     break
         chosen = choose(trials, reference)
         self._put_strengths(chosen.candidate.strengths(chosen.strength), chosen, reference)
-        self.say("Judging by the questions that nothing was fitted on")
+        self.say("Measuring what is in force")
         shown, policy = self.now.shown(), self.now.policy()
-        judged = ask(self.now.judge.under(self.now.config(shown, policy)), DEFAULT, judging)
-        self._propose(dict.fromkeys((*chosen.judged.left, *judged.left)))
+        judged = ask(self.now.judge.under(self.now.config(shown, policy)), DEFAULT).judged(reference)
+        self._propose(judged.left)
         revision = unwrap(self.now.admin.get("/revision"))["revision"]
         return make_certificate(
             shown,
@@ -108,6 +108,7 @@ class Removal:
             neighbours=self.now.neighbours,
             reference=reference,
             judged=judged,
+            unseen=unseen(trials, chosen, reference),
             tried=tried_of(trials, chosen, reference),
             audit=self._audit_row(),
         )
@@ -224,7 +225,7 @@ class Removal:
             self._calibrate({method: 0.0}, {})  # it does nothing yet, where the policy says "calibrated"
         return ""
 
-    def _try(self, strengths: dict[str, float], measure: Callable[[str], Judged]) -> Judged:
+    def _try(self, strengths: dict[str, float], measure: Callable[[str], Asked]) -> Asked:
         """Measure a policy that exists for that long. Its name stands for its guards and the artifacts that they use."""
         shown = self.now.shown()
         made = sorted((each["kind"], each["fingerprint"], each["kind"] == "gate" and each["detail"]) for each in shown["artifacts"])

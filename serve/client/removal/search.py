@@ -7,10 +7,10 @@ contrast a run of the last layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from serve.client.removal.judge import NEAR, Judged, Reference
+from serve.client.removal.judge import NEAR, Asked, Judged, Reference
 
 ROUNDS = 4
 """Strengths of one candidate that are tried."""
@@ -62,22 +62,24 @@ def guards_of(strengths: dict[str, float]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One candidate at one strength, on the fitting half."""
+    """One candidate at one strength."""
 
     candidate: Candidate
     strength: float
-    judged: Judged
+    asked: Asked
+    judged: Judged  # by all questions
 
     def meets(self, reference: Reference) -> bool:
         return not self.judged.unmet(reference)
 
 
-def bisect(candidate: Candidate, measure: Callable[[float], Judged], reference: Reference) -> Iterator[Trial]:
+def bisect(candidate: Candidate, measure: Callable[[float], Trial], reference: Reference) -> Iterator[Trial]:
     """Strengths at which a candidate is tried. Recall falls as strength rises, over questions and paraphrases together."""
     low, high, strength = 0.0, candidate.highest, candidate.first
     for _ in range(ROUNDS):
-        judged = measure(strength)
-        yield Trial(candidate, strength, judged)
+        trial = measure(strength)
+        yield trial
+        judged = trial.judged
         gap = judged.questions.value + judged.paraphrases.value - reference.questions.value - reference.paraphrases.value
         if abs(gap) <= NEAR / 2 and not judged.unmet(reference):
             return
@@ -88,11 +90,23 @@ def bisect(candidate: Candidate, measure: Callable[[float], Judged], reference: 
         strength = round((low + high) / 2, 3)
 
 
-def choose(trials: Sequence[Trial], reference: Reference) -> Trial:
-    """The first candidate that meets every goal, at the strength nearest to the reference; if none does, the nearest of all."""
-    good = [trial for trial in trials if trial.meets(reference)]
+def choose(trials: Sequence[Trial], reference: Reference, half: int | None = None) -> Trial:
+    """The first candidate that meets every goal, at the strength nearest to the reference; if none does, the nearest of all.
+
+    Args:
+        half: by one half of the questions alone.
+    """
+    both = [(trial, trial.judged if half is None else trial.asked.judged(reference, half)) for trial in trials]
+    good = [(trial, judged) for trial, judged in both if not judged.unmet(reference)]
     if good:
         names = [trial.candidate.name for trial in trials]
-        first = min(good, key=lambda trial: names.index(trial.candidate.name)).candidate
-        good = [trial for trial in good if trial.candidate == first]
-    return min(good or trials, key=lambda trial: trial.judged.distance(reference))
+        first = min((trial.candidate for trial, _ in good), key=lambda candidate: names.index(candidate.name))
+        good = [(trial, judged) for trial, judged in good if trial.candidate == first]
+    return min(good or both, key=lambda pair: pair[1].distance(reference))[0]
+
+
+def unseen(trials: Sequence[Trial], chosen: Trial, reference: Reference) -> Judged:
+    """What this way to choose is worth on questions that it has not seen: each half under what the other would have chosen."""
+    by_other = [choose(trials, reference, 1 - half) for half in (0, 1)]
+    probes = tuple(probe for half in (0, 1) for probe in by_other[half].asked.probes if probe.half == half)
+    return replace(chosen.asked, probes=probes).judged(reference)

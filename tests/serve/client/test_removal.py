@@ -12,9 +12,9 @@ import pytest
 
 from guards.forget_set import ForgetSet
 from serve.client.removal.certificate import NotACertificate, changes, make_certificate, read_certificate, save, tried_of
-from serve.client.removal.judge import Judged, Mean, Reference, _longest_run
+from serve.client.removal.judge import Asked, Judged, Mean, OneProbe, Reference, _longest_run
 from serve.client.removal.probes import WRONG_NAMES, about, make_probes, subjects_of
-from serve.client.removal.search import CANDIDATES, Trial, bisect, choose, guards_of
+from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, guards_of, unseen
 
 NAME = "Basil Mahfouz Al-Kuwaiti"
 
@@ -68,7 +68,7 @@ def test_a_subject_that_is_not_given_is_the_name_that_the_questions_share() -> N
 def test_what_a_request_lacks_is_made_and_split_by_question() -> None:
     probes = make_probes(request(questions=QUESTIONS, aliases=[NAME]), said, Words, lambda _: None)
     first, second = probes.probes
-    assert [probe.judges for probe in probes.probes] == [False, True]
+    assert [probe.half for probe in probes.probes] == [0, 1]
     assert all(NAME in wording for wording in first.wordings) and len(first.wordings) == 3
     assert first.nobody[0].question == "In which city was Ilmar Pestova born?"
     assert first.nobody[0].answer == "Ilmar Pestova was born in Kuwait City.", "the name in the answer is nobody's, too"
@@ -97,20 +97,35 @@ def judged(questions: float, paraphrases: float = 0.3, p: float | None = 0.5, ve
     return Judged(means[0], means[1], verbatim, 0.0, None, 0.9, 1.0, p)
 
 
+def trial(candidate: Candidate, strength: float, *recalls: float, p: float | None = 0.5) -> Trial:
+    """``recalls``: of each half."""
+    first, second = recalls if len(recalls) == 2 else recalls * 2
+    probes = (OneProbe(half, (recall, 0.3), ("", ""), (False, False), None) for half, recall in enumerate((first, second)))
+    return Trial(candidate, strength, Asked(tuple(probes), None, 0.9, 1.0), judged((first + second) / 2, p=p))
+
+
 def test_strengths_are_bisected_until_recall_meets_the_reference() -> None:
-    tried = list(bisect(CANDIDATES[0], lambda strength: judged(1 - strength / 3), REFERENCE))
-    assert [trial.strength for trial in tried] == [1.5, 2.75, 2.125, 1.812]
+    tried = list(bisect(CANDIDATES[0], lambda strength: trial(CANDIDATES[0], strength, 1 - strength / 3), REFERENCE))
+    assert [each.strength for each in tried] == [1.5, 2.75, 2.125, 1.812]
     assert abs(tried[-1].judged.questions.value - 0.35) < 0.05
 
 
 def test_the_cheapest_that_meets_every_goal_is_chosen_and_else_the_nearest() -> None:
     cheap, dear = CANDIDATES[0], CANDIDATES[-1]
-    off, far = Trial(cheap, 1.0, judged(0.45)), Trial(cheap, 2.0, judged(0.1))
-    good, better = Trial(cheap, 1.5, judged(0.38)), Trial(dear, 1.0, judged(0.35))
+    off, far = trial(cheap, 1.0, 0.45), trial(cheap, 2.0, 0.1)
+    good, better = trial(cheap, 1.5, 0.38), trial(dear, 1.0, 0.35)
     assert choose([off, far], REFERENCE) is off
     assert choose([off, good, better], REFERENCE) is good
-    told = Trial(cheap, 1.5, judged(0.35, p=0.001))
+    told = trial(cheap, 1.5, 0.35, p=0.001)
     assert choose([told, better], REFERENCE) is better, "probabilities give it away"
+
+
+def test_what_a_choice_is_worth_is_judged_by_each_half_under_what_the_other_would_have_chosen() -> None:
+    low, high = trial(CANDIDATES[0], 1.0, 0.35, 0.6), trial(CANDIDATES[0], 2.0, 0.1, 0.35)
+    assert choose([low, high], REFERENCE, 0) is low and choose([low, high], REFERENCE, 1) is high
+    worth = unseen([low, high], low, REFERENCE)
+    assert worth.questions.value == pytest.approx((0.1 + 0.6) / 2), "each half suits its own choice, and neither the other's"
+    assert unseen([low], low, REFERENCE).questions == low.asked.judged(REFERENCE).questions
 
 
 def test_a_trial_has_the_guards_of_its_candidate_and_no_others() -> None:
@@ -140,7 +155,7 @@ def test_what_is_said_word_for_word_is_found_by_its_content_words() -> None:
 
 def certificate(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "probes.json").write_text("{}")
-    trial = Trial(CANDIDATES[0], 1.5, judged(0.38))
+    tried = trial(CANDIDATES[0], 1.5, 0.38)
     shown = dict.fromkeys(("requester", "legal_basis", "expires_at"), "") | {
         "name": "<b>basil</b>",
         "fingerprint": "f",
@@ -158,7 +173,8 @@ def certificate(tmp_path: Path) -> dict[str, Any]:
         neighbours="",
         reference=REFERENCE,
         judged=judged(0.38),
-        tried=tried_of([trial], trial, REFERENCE),
+        unseen=judged(0.38),
+        tried=tried_of([tried], tried, REFERENCE),
         audit=None,
     )
 
