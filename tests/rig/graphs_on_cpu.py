@@ -95,10 +95,11 @@ def register() -> None:
 
 def set_up(capture_sizes: list[int], mode: str) -> None:
     """Let vLLM's Model Runner V2 use graphs here."""
-    from vllm.compilation import breakable_cudagraph
+    from vllm.compilation import breakable_cudagraph, cuda_graph
     from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphCapture, BreakableCUDAGraphWrapper
-    from vllm.config.compilation import CompilationConfig, CUDAGraphMode
-    from vllm.forward_context import set_forward_context
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+    from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
+    from vllm.forward_context import get_forward_context, is_forward_context_available, set_forward_context
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.worker.gpu import cudagraph_utils, model_runner
     from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
@@ -134,6 +135,25 @@ def set_up(capture_sizes: list[int], mode: str) -> None:
         with set_forward_context(vllm_config=self.vllm_config, num_tokens=described.num_tokens, **step):
             return run(self, described)
 
+    call = CUDAGraphWrapper.__call__
+
+    def run_piece(self: Any, *args: Any, **kwargs: Any) -> Any:
+        context: Any = get_forward_context() if is_forward_context_available() else None
+        pieces = context is not None and context.cudagraph_runtime_mode is CUDAGraphMode.PIECEWISE
+        if pieces and context.batch_descriptor in self.concrete_cudagraph_entries:
+            replayed[context.batch_descriptor.num_active_loras] += 1
+        return call(self, *args, **kwargs)
+
+    update = CpuPlatform.check_and_update_config
+
+    def split(vllm_config: Any) -> None:
+        """A CPU's compiled model is whole; here vLLM splits it, as on a GPU, and compiles no kernels."""
+        update(vllm_config)
+        config = vllm_config.compilation_config
+        if mode == "PIECEWISE" and config.mode is CompilationMode.DYNAMO_TRACE_ONCE:
+            config.mode, config.backend, config.cudagraph_mode = CompilationMode.VLLM_COMPILE, "eager", CUDAGraphMode.PIECEWISE
+            config.compile_sizes = []  # one piece for every size
+
     enter, leave = BreakableCUDAGraphCapture.__enter__, BreakableCUDAGraphCapture.__exit__
 
     def begin(self: Any) -> Any:
@@ -155,6 +175,11 @@ def set_up(capture_sizes: list[int], mode: str) -> None:
     patched.__enter__, patched.__exit__ = begin, end
     patched = BreakableCUDAGraphWrapper
     patched._replay = replay_pieces
+    patched = CUDAGraphWrapper
+    patched.__call__ = run_piece
+    patched = cuda_graph
+    patched.weak_ref_tensors, patched.capture_pool = (lambda given: given), (lambda *_: nullcontext())
+    patched.current_stream = lambda: None
     patched = breakable_cudagraph
     patched.weak_ref_tensor = patched.weak_ref_tensors = lambda given: given
     patched = CompilationConfig
@@ -164,6 +189,8 @@ def set_up(capture_sizes: list[int], mode: str) -> None:
     patched = cudagraph_utils.ModelCudaGraphManager
     patched.run_fullgraph = run_fullgraph
     patched = CpuPlatform
+    patched.check_and_update_config = staticmethod(split)
+    patched.get_static_graph_wrapper_cls = staticmethod(lambda: f"{CUDAGraphWrapper.__module__}.{CUDAGraphWrapper.__name__}")
     patched.get_global_graph_pool = patched.graph_pool_handle = classmethod(lambda _: (0, 0))
     patched = cudagraph_utils
     patched.graph_capture = lambda **_: nullcontext()

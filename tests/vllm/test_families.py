@@ -119,17 +119,21 @@ def test_a_compiled_model_says_what_an_eager_one_says_also_when_it_comes_from_vl
         assert_same(found, run("Llama"))
 
 
-KINDS = {"FULL": {"VLLM_CPU_CI_ENV": "1"}, "FULL_AND_PIECEWISE": {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}}
-"""Of graphs: whole ones of a compiled model, traced once and not made into kernels of its own; and pieces, of an eager one."""
+KINDS = {
+    "FULL": {"VLLM_CPU_CI_ENV": "1"},  # traced once, and not made into kernels of its own
+    "PIECEWISE": {"VLLM_CPU_CI_ENV": "1", "VLLM_DISABLE_COMPILE_CACHE": "1"},
+    "FULL_AND_PIECEWISE": {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"},
+}
+"""Of graphs: whole ones of a compiled model, those of the pieces into which vLLM splits it, and pieces of an eager one."""
 
 
-@pytest.mark.parametrize(("graphs", "processes"), [("FULL", 1), ("FULL", 2), ("FULL_AND_PIECEWISE", 1)])
+@pytest.mark.parametrize(("graphs", "processes"), [*((kind, 1) for kind in KINDS), ("FULL", 2)])
 def test_graphs_captured_while_nobody_is_guarded_do_what_the_guards_of_later_requests_ask(
     graphs: str, processes: int, run: Any
 ) -> None:
-    whole = graphs == "FULL"
-    options = {"enforce_eager": False} | ({} if whole else {"compilation_config": {"mode": 0}}) | (TWO if processes > 1 else {})
+    compiled = graphs != "FULL_AND_PIECEWISE"
+    options = {"enforce_eager": False} | ({} if compiled else {"compilation_config": {"mode": 0}}) | (TWO if processes > 1 else {})
     found = run("Llama", True, graphs, **options)
-    assert found["compiled"] == whole
+    assert found["compiled"] == compiled
     assert found["replayed"] == [[0, 1]] * processes, "graphs ran with steering and without"
     assert_same(found, run("Llama"))
