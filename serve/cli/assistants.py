@@ -23,7 +23,7 @@ from rich.progress import (
 from guards.catalogue import TRAINING_METHODS
 from guards.forget_set import ForgetSet
 from guards.steering.declaration import DEFAULT_CORRUPTION
-from serve.cli.talk import NameArgument, artifact_of, connect, err, fail, folding_table, out, unwrap
+from serve.cli.talk import NameArgument, artifact_of, connect, err, fail, folding_table, http_client, out, unwrap
 from serve.client.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
 from serve.client.calibrate import calibrate as run_calibration
 from serve.client.distil import ask_targets
@@ -186,7 +186,7 @@ def _calibrate_strength(
     settings = Settings()
     headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
     with (
-        httpx.Client(base_url=settings.url, headers=headers, timeout=600) as chat,
+        http_client(base_url=settings.url, headers=headers) as chat,
         Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as progress,
     ):
         served = chat.get("/v1/models").json()["data"][0]["id"]

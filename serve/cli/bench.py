@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from guards.forget_set import ForgetSet
 from guards.measure.attacks import ATTACKS
 from guards.measure.formats import QUESTIONS, Case, read_cases
-from serve.cli.talk import NameArgument, connect, err, fail, folding_table, out, unwrap
+from serve.cli.talk import NameArgument, connect, err, fail, folding_table, http_client, out, unwrap
 from serve.client.bench import Answers, Server, as_fields, measure, probes_of
 from serve.client.calibrate import PROMPTS
 from serve.client.report import TRUTHS, config_fingerprint, make_report, save
@@ -72,7 +72,7 @@ def bench(
     config = config_fingerprint(shown, [{**each, "revision": 0} for each in configs], f"{url} {dated}" if dated else url)
     answers = Answers(directory / f"answers-{config[:16]}.jsonl")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with httpx.Client(timeout=600) as chat, Progress(*columns, console=err) as progress:
+    with http_client() as chat, Progress(*columns, console=err) as progress:
         asked = sum(probe.group == QUESTIONS for probe in probes)
         total = len(probes) + (asked if sample else 0) + (sum(bool(probe.wrong) for probe in probes) if truth else 0)
         tasks = {server.arm: progress.add_task(server.arm, total=total) for server in servers}

@@ -36,10 +36,21 @@ class ServerSaysNo(Exception):
     """The server refused, with a message for people."""
 
 
+IDLE_S = 2.0
+"""After that a connection is not used again. The server closes one that was idle for 5 s, perhaps while a request is on its way."""
+
+
+def http_client(**options: Any) -> httpx.Client:
+    """For a command that asks many times, with pauses between. ``options``: of `httpx.Client`."""
+    limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=IDLE_S)
+    return httpx.Client(timeout=600, limits=limits, **options)
+
+
 def connect() -> httpx.Client:
+    """To the admin API of the server at LETHE_URL."""
     settings = Settings()
     headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
-    return httpx.Client(base_url=settings.url.rstrip("/") + "/lethe/v1", headers=headers, timeout=600)
+    return http_client(base_url=settings.url.rstrip("/") + "/lethe/v1", headers=headers)
 
 
 def unwrap(answer: httpx.Response) -> Any:

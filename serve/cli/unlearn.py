@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from guards.removal_list import Kind, read_removal_list
 from guards.similarity.encoder import Encoder, bundled_encoder, make_encoder
-from serve.cli.talk import JsonOption, NameArgument, connect, err, fail, folding_table, out, print_json, unwrap
+from serve.cli.talk import JsonOption, NameArgument, connect, err, fail, folding_table, http_client, out, print_json, unwrap
 from serve.client.bench import Answers
 from serve.client.removal.certificate import NotACertificate, changes, read_certificate, save
 from serve.client.removal.in_force import BY_HAND, InForce
@@ -120,7 +119,7 @@ def _in_force(
     settings = Settings()
     headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:.0f} answers"), TimeElapsedColumn())
-    with connect() as admin, httpx.Client(timeout=600) as chat, Progress(*columns, console=err) as progress:
+    with connect() as admin, http_client() as chat, Progress(*columns, console=err) as progress:
         task = progress.add_task("Connecting", total=None)
         served = unwrap(chat.get(f"{settings.url}/v1/models", headers=headers))["data"][0]
         answers = Answers(answered / "answers.jsonl")

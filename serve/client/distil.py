@@ -16,7 +16,7 @@ import httpx
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from guards.forget_set import ForgetSet
-from serve.cli.talk import err, fail, unwrap
+from serve.cli.talk import err, fail, http_client, unwrap
 from serve.client.report import config_fingerprint
 from serve.settings import Settings
 
@@ -59,7 +59,7 @@ def ask_targets(client: httpx.Client, name: str, policy: str) -> tuple[Targets, 
     kept = _Kept(directory / f"{config}.jsonl")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with (
-        httpx.Client(base_url=settings.url, headers=headers, timeout=600) as chat,
+        http_client(base_url=settings.url, headers=headers) as chat,
         Progress(*columns, console=err) as progress,
         ThreadPoolExecutor(AT_ONCE) as pool,
     ):
