@@ -87,6 +87,11 @@ def is_mixture(layer: nn.Module) -> bool:
     return any("experts" in name for name, _ in layer.named_modules())
 
 
+def adapted_modules(layer: nn.Module) -> tuple[str, ...]:
+    """The projections of a decoder layer that take low-rank terms, in transformers and in vLLM alike."""
+    return ATTENTION if is_mixture(layer) else MODULES
+
+
 def add_low_rank(layers: Iterable[nn.Module], recipe: Recipe, device: torch.device, *, also: Sequence[str] = ()) -> Parameters:
     """Give every projection of every layer that takes one its low-rank term; the model itself is changed.
 
@@ -103,7 +108,7 @@ def add_low_rank(layers: Iterable[nn.Module], recipe: Recipe, device: torch.devi
     parameters: Parameters = {}
     for i, layer in enumerate(layers):
         places = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
-        for module in (*(ATTENTION if is_mixture(layer) else MODULES), *also):
+        for module in (*adapted_modules(layer), *also):
             parent = next((part for part in places if hasattr(part, module)), None)
             inner = getattr(parent, module, None)
             if parent is None or not isinstance(inner, nn.Linear):

@@ -45,8 +45,8 @@ def unlearn(
     """Remove what a request names: put it out of reach at once, find the guards that suit it, and write the proof.
 
     Makes what the request lacks (other wordings, wrong answers, what a model would say that never knew) and tries guards, cheapest
-    first. What the choice is worth is judged by each half of the questions under what the other half would have chosen. Ctrl-C and
-    the same command go on where it was.
+    first. Besides what is in force, it reports cross-judged figures: each half of the questions under what the other half would
+    have chosen. The guards themselves are made from all questions. Ctrl-C and the same command go on where it was.
     """
     seconds = _seconds(within)
     try:
@@ -144,16 +144,16 @@ def _seconds(within: str) -> float:
 
 
 def _show(certificate: dict[str, Any]) -> None:
-    figures, unseen, reference = (certificate[name] for name in ("figures", "unseen", "reference"))
-    table = folding_table("", "in force", "chosen without seeing them", "never knew", title=certificate["set"]["name"])
+    figures, crossed, reference = (certificate[name] for name in ("figures", "cross_judged", "reference"))
+    table = folding_table("", "in force", "cross-judged", "never knew", title=certificate["set"]["name"])
     for name in ("questions", "paraphrases"):
-        means = [each[name] for each in (figures, unseen, reference)]
+        means = [each[name] for each in (figures, crossed, reference)]
         table.add_row(f"recall, {name}", *(f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})" for each in means))
-    repeated = [f"{each['verbatim']:.0%}" for each in (figures, unseen, reference)]
+    repeated = [f"{each['verbatim']:.0%}" for each in (figures, crossed, reference)]
     table.add_row("answers that repeat five content words in a row", *repeated)
-    qualities = [each["forget_quality"] for each in (figures, unseen)]
+    qualities = [each["forget_quality"] for each in (figures, crossed)]
     table.add_row("truth ratios, p", *("not measured" if each is None else f"{each:.3g}" for each in qualities))
-    table.add_row("refused", *(f"{each['refused']:.0%}" for each in (figures, unseen)))
+    table.add_row("refused", *(f"{each['refused']:.0%}" for each in (figures, crossed)))
     if figures["neighbours"] is not None:
         table.add_row("answers about neighbours, unchanged", f"{figures['neighbours']:.0%}", "")
     table.add_row("the same questions about invented names, unchanged", f"{figures['invented']:.0%}", "")

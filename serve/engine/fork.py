@@ -29,7 +29,7 @@ from guards.contrastive.assistant import FORKED_LAYERS, Assistant
 from guards.errors import InvalidArtifact
 from guards.low_rank import is_mixture
 from serve.engine.attention import Lines, PagedBatch
-from serve.engine.projections import LowRankTerm, Part, check_parts, parts_of, why_not_adapted
+from serve.engine.projections import LowRankTerm, Part, adapted_parts, check_parts, why_not_adapted
 from serve.engine.sites import FORK, Entrance, before_fork, listen
 
 
@@ -130,7 +130,7 @@ class LateFork:
             self._positions.append(entrance.positions)
             self._low_rank.append([])
             found = len(self._attention)
-            self._layers.append(self._copy(layer))
+            self._layers.append(self._copy(layer, layer))
             if len(self._attention) != found + 1:
                 raise Unforkable(f"{type(layer).__name__} has no paged attention of the usual kind, so it cannot be forked")
             if reason := why_not_adapted(layer, self._parts(self._low_rank[-1])):
@@ -155,8 +155,8 @@ class LateFork:
     def _parts(modules: Sequence[_LowRank]) -> list[Part]:
         return [part for module in modules for part in module.parts]
 
-    def _copy(self, module: nn.Module) -> nn.Module:
-        """New shells around the same leaves, with attention and the adapted projections replaced."""
+    def _copy(self, module: nn.Module, decoder: nn.Module) -> nn.Module:
+        """New shells around a decoder layer's leaves, with attention and the adapted projections replaced."""
         if isinstance(module, Attention):
             self._attention.append(module)
             return _SharedAttention(module, self._pass)
@@ -171,13 +171,13 @@ class LateFork:
             if "expert" in name:  # nothing in it is replaced
                 shell._modules[name] = child
                 continue
-            parts = () if child is None else parts_of(name, child)
+            parts = () if child is None else adapted_parts(decoder, name, child)
             if child is not None and parts:
                 low_rank = _LowRank(child, parts, self._pass)
                 self._low_rank[-1].append(low_rank)
                 shell._modules[name] = low_rank
             else:
-                shell._modules[name] = None if child is None else self._copy(child)
+                shell._modules[name] = None if child is None else self._copy(child, decoder)
         return shell
 
     def check(self, assistant: Assistant) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from guards.errors import InvalidArtifact
-from guards.low_rank import ATTENTION, MODULES, is_mixture
+from guards.low_rank import MODULES, adapted_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +97,13 @@ def projections_of(layers: Iterable[nn.Module]) -> list[Projection]:
         Projection(module, i, parts)
         for i, layer in enumerate(layers)
         for name, module in layer.named_modules()
-        if "expert" not in name and (parts := parts_of(name.rpartition(".")[2], module))
+        if "expert" not in name and (parts := adapted_parts(layer, name.rpartition(".")[2], module))
     ]
 
 
 def why_not_adapted(layer: nn.Module, parts: Iterable[Part]) -> str | None:
     """What a decoder layer lacks to take low-rank terms, "has no up_proj" for instance; None if it takes them."""
-    missing = set(ATTENTION if is_mixture(layer) else MODULES) - {part.name for part in parts}
+    missing = set(adapted_modules(layer)) - {part.name for part in parts}
     return f"has no {min(missing)} of a kind that can be adapted" if missing else None
 
 
@@ -115,6 +115,11 @@ def check_parts(parts: Sequence[Part], tensors: Mapping[str, Tensor], layer: int
         raise InvalidArtifact(f"layer {layer} of {artifact} and the served model's differ in {where}; train it again")
     for part in parts:
         part.check(tensors, layer, artifact)
+
+
+def adapted_parts(decoder: nn.Module, name: str, layer: nn.Module) -> tuple[Part, ...]:
+    """Of one of a decoder layer's linear layers, the projections that artifacts adapt: beside experts, attention's alone."""
+    return tuple(part for part in parts_of(name, layer) if part.name in adapted_modules(decoder))
 
 
 def parts_of(name: str, layer: nn.Module) -> tuple[Part, ...]:

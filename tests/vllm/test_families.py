@@ -24,6 +24,8 @@ TOLERANCE = 1e-3
 """Nats: sums are taken in another order in a batch of another size, or in two halves."""
 ACTS = ("contrast", "adapter", "project", "corrupt")
 """What a family may lack; suppression acts on all."""
+FEW = ("none", "zero", "contrast", "all")
+"""Plans that show what the fork reads."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[
         def asked(
             family: str, v2: bool = False, graphs: str = "", *, attention: str = "", few: bool = False, **engine: Any
         ) -> dict[str, Any]:
-            fewer = {"prompts": 2, "plans": ("none", "zero", "contrast")} if few else {}
+            fewer = {"prompts": 2, "plans": FEW} if few else {}
             return once(family, v2, json.dumps(engine, sort_keys=True), graphs, attention=attention, **fewer)
 
         yield asked
@@ -77,13 +79,15 @@ def test_every_guard_of_the_engine_acts_on_a_family_or_says_why_it_does_not(fami
 TWO = {"tensor_parallel_size": 2}
 NGRAMS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2, "prompt_lookup_min": 1}}
 DRAFTS = {"speculative_config": {"method": "draft_model", "model": "itself", "num_speculative_tokens": 2}}
-ENGINES = {"V1 in two": (False, TWO), "V2, ngram": (True, NGRAMS), "V2, draft model": (True, DRAFTS)}
+ENGINES = {"V1 in two": (False, TWO), "V2 in two": (True, TWO), "V2, ngram": (True, NGRAMS), "V2, draft model": (True, DRAFTS)}
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same(found: dict[str, Any], expected: dict[str, Any], few: bool = False) -> None:
     assert found["failures"] == {} and found["closed"] == {} and found["described"]["unable"] == {}
+    plans, prompts = ({*FEW, "suppression"}, 2) if few else (expected["answers"].keys(), 3)
+    assert found["answers"].keys() == plans
     for name, said in found["answers"].items():
-        assert worst(said, expected["answers"][name][: len(said)]) < TOLERANCE, name
+        assert worst(said, expected["answers"][name][:prompts]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -99,8 +103,8 @@ def test_a_mixture_of_experts_says_on_v2_what_it_says_on_v1(run: Any) -> None:
 
 
 def test_the_fork_reads_what_another_backend_of_attention_has_written(run: Any) -> None:
-    """Triton's, interpreted; its metadata by its own builder. Slow, so without the longest prompt, and guards that do not fork."""
-    assert_same(run("Llama", True, attention="TRITON_ATTN", few=True), run("Llama"))
+    """Triton's, its kernels interpreted; its metadata by its own builder. Slow, so few plans, and not the longest prompt."""
+    assert_same(run("Llama", True, attention="TRITON_ATTN", few=True), run("Llama"), few=True)
 
 
 def test_in_a_pipeline_phrases_are_not_said_and_what_cannot_act_is_refused_and_closed(run: Any) -> None:

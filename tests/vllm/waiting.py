@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import traceback
@@ -50,6 +51,7 @@ class Waiting:
                 stderr=log,
                 env=environment,
                 text=True,
+                start_new_session=True,
                 cwd=Path(__file__).parents[2],
             )
 
@@ -66,15 +68,16 @@ class Waiting:
         return answer
 
     def stop(self) -> None:
-        assert self._process.stdin is not None
-        with self._process:  # which closes its pipes
-            self._process.stdin.close()
-            self._process.wait(timeout=60)
+        try:
+            self._process.communicate(timeout=60)  # nothing more: it ends where its orders end
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
 
 
 @contextlib.contextmanager
 def waiting(directory: Path) -> Iterator[Callable[[Order, Environment], dict[str, Any]]]:
-    """Runs an order in a fork of the process that waits in its environment."""
+    """A function that runs an order in a fork of the process that waits in its environment."""
     found: dict[str, Waiting] = {}
 
     def run(order: Order, environment: Environment) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def make_certificate(
     neighbours: str,
     reference: Reference,
     judged: Judged,
-    unseen: Judged,
+    cross_judged: Judged,
     tried: Sequence[Mapping[str, Any]],
     audit: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def make_certificate(
         shown: what the server says of the set; config: see `serve.client.report.config_fingerprint`.
         strengths: what was chosen for the set. probes: the file of what was asked. neighbours: the set whose
             answers are to stay, or "".
-        judged: what is in force, on all questions. unseen: see `serve.client.removal.search.unseen`.
+        judged: what is in force, on all questions. cross_judged: see `serve.client.removal.search`.
         audit: the row of the change that put it in force.
     """
     body = {
@@ -97,12 +97,18 @@ def make_certificate(
         "neighbours": neighbours,
         "reference": reference_of(reference),
         "figures": figures_of(judged),
-        "unseen": figures_of(unseen),
-        "unmet": unseen.unmet(reference),
+        "cross_judged": figures_of(cross_judged),
+        "unmet": _unmet(judged, cross_judged, reference),
         "tried": list(tried),
         "audit": audit,
     }
     return {**body, "sha256": _hash(body)}
+
+
+def _unmet(judged: Judged, cross_judged: Judged, reference: Reference) -> list[str]:
+    """Goals that what is in force does not meet, and those that the cross-judged figures do not meet."""
+    found = judged.unmet(reference)
+    return found + [f"cross-judged: {each}" for each in cross_judged.unmet(reference) if each not in found]
 
 
 def probes_fingerprint(file: Path) -> str:
@@ -123,7 +129,7 @@ def read_certificate(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise NotACertificate(f"{path} is no certificate of a removal ({error}); `lethe unlearn` writes them") from None
     if not known:
-        raise NotACertificate(f"{path} is of format {found['format']!r}, this lethe reads {FORMAT!r}")
+        raise NotACertificate(f"{path} is of format {found['format']!r}, not {FORMAT!r}; `lethe unlearn` writes a new one")
     if _hash(body) != found.get("sha256"):
         raise NotACertificate(f"{path} was changed after it was written: its own hash does not fit")
     return dict(found)

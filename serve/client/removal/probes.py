@@ -58,7 +58,7 @@ class RemovalProbe(Frozen):
     made: tuple[str, ...] = ()  # those that were made
     wrong: tuple[str, ...] = ()  # answers that are not true, in the same manner
     nobody: tuple[NobodyProbe, ...] = ()  # empty for a question that does not name the subject
-    half: int = Field(0, ge=0, le=1)  # of the questions: one half is judged under what the other would have chosen
+    half: int = Field(0, ge=0, le=1)  # of the questions: each is judged under what the other would have chosen
     from_model: bool = False  # the answer is what the model says now, since the request has none
 
     @property

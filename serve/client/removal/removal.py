@@ -24,7 +24,7 @@ from serve.client.removal.certificate import make_certificate, tried_of
 from serve.client.removal.in_force import InForce
 from serve.client.removal.judge import Asked, Reference
 from serve.client.removal.probes import Probes, make_probes
-from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, guards_of, unseen
+from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, cross_judged, guards_of
 
 NOISE: Corruption = "rand_noise_first_n"
 Say = Callable[[str], None]
@@ -62,6 +62,11 @@ class Removal:
         names = ", ".join(self.content.aliases)
         self.tell(f"{self.name} is in force from revision {revision} on: {names} corrupted in prompts; looking for better")
         probes = self._probes()
+        if {probe.half for probe in probes.probes} != {0, 1}:
+            raise ValueError(
+                f"the questions in {self.now.probes_file} are all of one half, and each half is judged by the other's choice; "
+                'add a question to the request, or write "half": 0 and "half": 1'
+            )
         self._put(self._with_wordings(probes))
         others = self._put_neighbours(probes)
         self._fit_gate(others)
@@ -94,7 +99,8 @@ class Removal:
         self._put_strengths(chosen.candidate.strengths(chosen.strength), chosen, reference)
         self.say("Measuring what is in force")
         shown, policy = self.now.shown(), self.now.policy()
-        judged = ask(self.now.judge.under(self.now.config(shown, policy)), DEFAULT).judged(reference)
+        asked = ask(self.now.judge.under(self.now.config(shown, policy)), DEFAULT)
+        judged = asked.judged(reference)
         self._propose(judged.left)
         revision = unwrap(self.now.admin.get("/revision"))["revision"]
         return make_certificate(
@@ -108,7 +114,7 @@ class Removal:
             neighbours=self.now.neighbours,
             reference=reference,
             judged=judged,
-            unseen=unseen(trials, chosen, reference),
+            cross_judged=cross_judged(trials, asked, reference),
             tried=tried_of(trials, chosen, reference),
             audit=self._audit_row(),
         )
@@ -162,7 +168,10 @@ class Removal:
     def _probes(self) -> Probes:
         path = self.now.probes_file
         if path.exists():
-            return Probes.model_validate_json(path.read_text("utf-8"))
+            try:
+                return Probes.model_validate_json(path.read_text("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} cannot be read ({error}); mend it, or delete it to have it made again") from None
 
         def ask(prompts: Any, temperature: float) -> list[str]:
             return [text for text, _ in self.now.judge.ask(NONE, prompts, temperature)]

@@ -105,8 +105,14 @@ def choose(trials: Sequence[Trial], reference: Reference, half: int | None = Non
     return min(good or both, key=lambda pair: pair[1].distance(reference))[0]
 
 
-def unseen(trials: Sequence[Trial], chosen: Trial, reference: Reference) -> Judged:
-    """What this way to choose is worth on questions that it has not seen: each half under what the other would have chosen."""
+def cross_judged(trials: Sequence[Trial], in_force: Asked, reference: Reference) -> Judged:
+    """What a choice is worth that a question had no part in: each half under what the other half would have chosen.
+
+    The guards themselves are made from all questions, and all of them led to the strengths that were tried.
+
+    Args:
+        in_force: what is said of everything but the questions.
+    """
     by_other = [choose(trials, reference, 1 - half) for half in (0, 1)]
     probes = tuple(probe for half in (0, 1) for probe in by_other[half].asked.probes if probe.half == half)
-    return replace(chosen.asked, probes=probes).judged(reference)
+    return replace(in_force, probes=probes).judged(reference)

@@ -14,7 +14,7 @@ from guards.forget_set import ForgetSet
 from serve.client.removal.certificate import NotACertificate, changes, make_certificate, read_certificate, save, tried_of
 from serve.client.removal.judge import Asked, Judged, Mean, OneProbe, Reference, _longest_run
 from serve.client.removal.probes import WRONG_NAMES, about, make_probes, subjects_of
-from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, guards_of, unseen
+from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, cross_judged, guards_of
 
 NAME = "Basil Mahfouz Al-Kuwaiti"
 
@@ -123,9 +123,16 @@ def test_the_cheapest_that_meets_every_goal_is_chosen_and_else_the_nearest() -> 
 def test_what_a_choice_is_worth_is_judged_by_each_half_under_what_the_other_would_have_chosen() -> None:
     low, high = trial(CANDIDATES[0], 1.0, 0.35, 0.6), trial(CANDIDATES[0], 2.0, 0.1, 0.35)
     assert choose([low, high], REFERENCE, 0) is low and choose([low, high], REFERENCE, 1) is high
-    worth = unseen([low, high], low, REFERENCE)
+    worth = cross_judged([low, high], low.asked, REFERENCE)
     assert worth.questions.value == pytest.approx((0.1 + 0.6) / 2), "each half suits its own choice, and neither the other's"
-    assert unseen([low], low, REFERENCE).questions == low.asked.judged(REFERENCE).questions
+    assert cross_judged([low], low.asked, REFERENCE).questions == low.asked.judged(REFERENCE).questions
+
+
+def test_what_is_in_force_decides_about_everything_but_the_questions() -> None:
+    tried = trial(CANDIDATES[0], 1.0, 0.35)
+    in_force = Asked(tried.asked.probes, 0.5, 0.9, 0.8)
+    told = cross_judged([tried], in_force, REFERENCE).unmet(REFERENCE)
+    assert [each for each in told if "neighbours" in each] and [each for each in told if "general" in each]
 
 
 def test_a_trial_has_the_guards_of_its_candidate_and_no_others() -> None:
@@ -173,7 +180,7 @@ def certificate(tmp_path: Path) -> dict[str, Any]:
         neighbours="",
         reference=REFERENCE,
         judged=judged(0.38),
-        unseen=judged(0.38),
+        cross_judged=judged(0.38),
         tried=tried_of([tried], tried, REFERENCE),
         audit=None,
     )
