@@ -159,6 +159,7 @@ def _show(certificate: dict[str, Any]) -> None:
     table.add_row("the same questions about invented names, unchanged", f"{figures['invented']:.0%}", "")
     table.add_row("general answers, unchanged", f"{figures['general']:.0%}", "")
     out.print(table)
+    out.print("Cross-judged: each half of the questions under what the other half would have chosen.")
     chosen = next(each for each in certificate["tried"] if each["chosen"])
     strengths = ", ".join(f"{what} {strength:g}" for what, strength in chosen["strengths"].items())
     out.print(f"In force since {certificate['set']['enabled_at']}: {chosen['guards']} ({strengths})")
