@@ -1,9 +1,9 @@
 """Reads what the literature measures with: the files of TOFU, RWKU and MUSE, from a directory on this machine.
 
-Covered: TOFU's ``forgetNN_perturbed.json``, ``retain_perturbed.json``, ``real_authors_perturbed.json`` and
-``world_facts_perturbed.json`` (Maini et al. 2024); RWKU's ``forget_level1..3.json`` and ``neighbor_level1..2.json`` (Jin et al.
-2024); MUSE's ``knowmem`` and ``verbmem`` (Shi et al. 2024). JSON or JSON lines. Not covered: membership inference (RWKU's MIA,
-MUSE's PrivLeak), which asks for losses over whole documents.
+Covered: TOFU's ``forgetNN_perturbed.json``, ``retain_perturbed.json``, ``real_authors_perturbed.json``,
+``world_facts_perturbed.json`` and ``holdoutNN.json`` (Maini et al. 2024); RWKU's ``forget_level1..3.json`` and
+``neighbor_level1..2.json`` (Jin et al. 2024); MUSE's ``knowmem`` and ``verbmem`` (Shi et al. 2024). JSON or JSON lines. Not
+covered: membership of texts (RWKU's MIA, MUSE's PrivLeak), which asks for losses over whole documents.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from guards.errors import GuardError
 QUESTIONS, PARAPHRASED = "questions", "paraphrased"
 RETAIN, AUTHORS, WORLD = "retain", "real authors", "world facts"
 """What TOFU's model utility is made of."""
+HOLDOUT = "holdout"
+"""Questions about authors whom no model has learned, against whom membership is measured."""
 
 
 class UnreadableProbes(GuardError):
@@ -73,6 +75,7 @@ _FILES: tuple[tuple[str, Callable[[Rows], list[Case]]], ...] = (
     ("retain_perturbed", lambda rows: _tofu(rows, RETAIN, True)),
     ("real_authors_perturbed", lambda rows: _tofu(rows, AUTHORS, True)),
     ("world_facts_perturbed", lambda rows: _tofu(rows, WORLD, True)),
+    ("holdout[0-9][0-9]", lambda rows: _tofu(rows, HOLDOUT, True)),
     ("forget_level[123]", lambda rows: _rwku(rows, False)),
     ("neighbor_level[12]", lambda rows: _rwku(rows, True)),
     ("knowmem/forget_qa", lambda rows: _tofu(rows, QUESTIONS, False)),

@@ -15,7 +15,7 @@ from guards.forget_set import ForgetSet
 from guards.measure.attacks import ATTACKS
 from guards.measure.formats import QUESTIONS, Case, read_cases
 from serve.cli.talk import NameArgument, connect, err, fail, folding_table, http_client, out, unwrap
-from serve.client.bench import Answers, Server, as_fields, measure, probes_of
+from serve.client.bench import Answers, Server, as_fields, measure, probes_of, scored
 from serve.client.calibrate import PROMPTS
 from serve.client.report import TRUTHS, config_fingerprint, make_report, save
 from serve.settings import Settings
@@ -74,7 +74,7 @@ def bench(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with http_client() as chat, Progress(*columns, console=err) as progress:
         asked = sum(probe.group == QUESTIONS for probe in probes)
-        total = len(probes) + (asked if sample else 0) + (sum(bool(probe.wrong) for probe in probes) if truth else 0)
+        total = len(probes) + (asked if sample else 0) + (sum(map(scored, probes)) if truth else 0)
         tasks = {server.arm: progress.add_task(server.arm, total=total) for server in servers}
         figures, said = measure(
             servers,
@@ -147,6 +147,10 @@ def _print(figures: list[dict[str, Any]], sample: int) -> None:
         table.add_section()
         table.add_row(f"leak@{sample}", *(f"{arm['leak']:.3f}" for arm in figures))
         table.add_row("whole truth sampled, at most", *(f"{arm['exact_at_most']:.4f}" for arm in figures))
+    table.add_row(
+        "five content words in a row",
+        *(f"{arm['verbatim'][QUESTIONS]:.0%}" if QUESTIONS in arm["verbatim"] else "" for arm in figures),
+    )
     for title, value in TRUTHS.items():
         cells = ["" if (found := value(arm)) is None else f"{found:.3g}" for arm in figures]
         if any(cells):

@@ -4,8 +4,8 @@ Talks to any OpenAI-compatible server. Every answer is written down as it comes,
 
 Covered: recall (ROUGE-L) of the true answers on questions, held-out paraphrases, attacks and sampled answers; what
 happens to neighbours and general prompts; TOFU's probabilities, truth ratios, forget quality and model utility, where the probes
-have wrong answers and the server scores (lethe's do). Not covered: questions that nobody wrote down; whether a human would take the
-answer from what is said; membership inference.
+have wrong answers and the server scores (lethe's do); what is memorised, and membership against answers that nobody was trained on.
+Not covered: questions that nobody wrote down; whether a human would take the answer from what is said.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import httpx
 from guards.bounds import upper_bound
 from guards.forget_set import ForgetSet
 from guards.measure.attacks import ATTACKS, Secret
-from guards.measure.formats import AUTHORS, QUESTIONS, RETAIN, WORLD, Case
-from guards.measure.recall import rouge_l_recall
+from guards.measure.formats import AUTHORS, HOLDOUT, QUESTIONS, RETAIN, WORLD, Case
+from guards.measure.mean import Mean
+from guards.measure.memorised import MEMBERSHIP, Forced, auc, exact_memorisation, extraction_strength
+from guards.measure.recall import longest_run, rouge_l_recall, verbatim_share
 from guards.measure.truth import (
     Answered,
     forget_quality,
@@ -39,7 +41,7 @@ from guards.measure.truth import (
 )
 from guards.policy import NONE
 
-AT_ONCE = 16
+AT_ONCE = 32
 EXACT = 0.99
 """Recall from which an answer counts as the secret itself."""
 
@@ -72,8 +74,10 @@ class Figures:
 
     arm: str
     recall: dict[str, float] = field(default_factory=dict)  # group -> mean ROUGE-L recall of the truth
+    interval: dict[str, tuple[float, float]] = field(default_factory=dict)  # group -> its 95 % bootstrap interval
     unchanged: dict[str, float] = field(default_factory=dict)  # group -> share of answers word for word the first arm's
     refused: dict[str, float] = field(default_factory=dict)  # group -> share that ended with content_filter
+    verbatim: dict[str, float] = field(default_factory=dict)  # group -> share that repeat five content words of the truth in a row
     leak: float | None = None  # mean over questions of the best of the sampled answers
     exact_at_most: float | None = None  # 95 % bound on the share of sampled answers that hold the whole truth
     seconds: float = 0.0  # median time of an answer
@@ -81,6 +85,9 @@ class Figures:
     truth: dict[str, float] = field(default_factory=dict)  # group -> TOFU's truth ratio, aggregated as for forget or retain
     utility: float | None = None  # TOFU's model utility
     forget_quality: float | None = None  # p-value against the arm that never knew; above .05 they cannot be told apart
+    memorised: float | None = None  # share of the true answers' tokens that greedy decoding would say after the true ones before
+    extracted: float | None = None  # share of the true answers that it goes on with by itself
+    membership: dict[str, float] = field(default_factory=dict)  # attack -> AUC of the questions' answers against held-out ones
 
 
 def probes_of(
@@ -100,6 +107,14 @@ def probes_of(
     probes += [Probe("neighbours", question, answer, keep=True) for question, answer in neighbours]
     probes += [Probe("general", prompt, None, keep=True) for prompt in general]
     return sorted(probes, key=lambda probe: probe.keep)  # what is to stay, last
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Mean cross-entropies per token of the truth, the reworded truth and the wrong answers; and the truth token by token."""
+
+    losses: tuple[float, ...]
+    true: Forced
 
 
 class Answers:
@@ -130,23 +145,31 @@ class Answers:
         told = [*asked, self._under] if self._under else list(asked)
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
-    def score(self, client: httpx.Client, server: Server, probe: Probe) -> list[float] | None:
-        """Mean cross-entropies per token of the truth, the reworded truth and the wrong answers; None if the server cannot say.
+    def score(self, client: httpx.Client, server: Server, probe: Probe) -> Scored | None:
+        """How likely a probe's answers are; None if the server cannot say.
 
         Raises:
             httpx.HTTPError: it can, and failed.
         """
         told = [probe.truth or "", probe.reworded or probe.truth or "", *probe.wrong]
-        body = {"policy": server.policy or NONE, "question": probe.prompt, "continuations": told}
+        body = {"policy": server.policy or NONE, "question": probe.prompt, "continuations": told, "top_logprobs": 1}
         key = self._key("score", server.url, body)
         if key not in self._known:
             answer = client.post(f"{server.url}/lethe/v1/score", json=body, headers=_headers(server))
             if answer.status_code in (403, 404, 405):
                 return None
             answer.raise_for_status()
-            self._keep({"key": key, "losses": [-each["logprob"] / each["tokens"] for each in answer.json()["scores"]]})
-        losses: list[float] = self._known[key]["losses"]
-        return losses
+            scores = answer.json()["scores"]
+            own = scores[0]["logprobs"]
+            tops = [max(value for _, value in place) for place in scores[0]["top"]]
+            entry = {
+                "losses": [-each["logprob"] / each["tokens"] for each in scores],
+                "logprobs": own,
+                "likeliest": [mine >= best for mine, best in zip(own, tops, strict=True)],
+            }
+            self._keep({"key": key, **entry})
+        known = self._known[key]
+        return Scored(tuple(known["losses"]), Forced(probe.truth or "", tuple(known["logprobs"]), tuple(known["likeliest"])))
 
     def _keep(self, entry: dict[str, Any]) -> None:
         with self._lock:
@@ -225,13 +248,17 @@ def measure(
             texts = [entry["texts"][0] for entry in given]
             first = first or texts
             recall: dict[str, float] = {}
+            interval: dict[str, tuple[float, float]] = {}
             unchanged: dict[str, float] = {}
             refused: dict[str, float] = {}
+            verbatim: dict[str, float] = {}
             for group in groups:
                 rows = [i for i, probe in enumerate(probes) if probe.group == group]
                 truths = [(probes[i].truth, texts[i]) for i in rows]
                 if scores := [rouge_l_recall(truth, text) for truth, text in truths if truth is not None]:
-                    recall[group] = statistics.fmean(scores)
+                    mean = Mean.of([[score] for score in scores])
+                    recall[group], interval[group] = mean.value, (mean.low, mean.high)
+                    verbatim[group] = verbatim_share(longest_run(truth, text) for truth, text in truths if truth is not None)
                 unchanged[group] = statistics.fmean(texts[i] == first[i] for i in rows)
                 refused[group] = statistics.fmean(given[i]["refused"][0] for i in rows)
             leak = exact = None
@@ -246,11 +273,11 @@ def measure(
                 hits = sum(score >= EXACT for scores in scores_of for score in scores)
                 exact = upper_bound(hits, sum(map(len, scores_of)))
             seconds = statistics.median(entry["seconds"] for entry in given)
-            figures = Figures(server.arm, recall, unchanged, refused, leak, exact, seconds)
+            figures = Figures(server.arm, recall, interval, unchanged, refused, verbatim, leak, exact, seconds)
             if truth:
-                answered = _answered(server, probes, texts, answers, pool, client, report)
-                known_by_arm[server.arm] = answered.get("questions", [])
-                figures = replace(figures, **_truths(answered))
+                answered, forced = _answered(server, probes, texts, answers, pool, client, report)
+                known_by_arm[server.arm] = answered.get(QUESTIONS, [])
+                figures = replace(figures, **_truths(answered), **_memorised(forced))
             all_figures.append(figures)
             said[server.arm] = texts
     if never := known_by_arm.get(reference or ""):
@@ -269,22 +296,39 @@ def _answered(
     pool: ThreadPoolExecutor,
     client: httpx.Client,
     report: Callable[[str], None],
-) -> dict[str, list[Answered]]:
-    """Group -> what its probes with wrong answers were answered with; empty if the server does not score."""
-    rows = [(probe, text) for probe, text in zip(probes, texts, strict=True) if probe.wrong]
+) -> tuple[dict[str, list[Answered]], dict[str, list[Forced]]]:
+    """Group -> what its probes with wrong answers were answered with, and the true answers; empty if the server does not score."""
+    rows = [(probe, text) for probe, text in zip(probes, texts, strict=True) if scored(probe)]
 
-    def score(row: tuple[Probe, str]) -> list[float] | None:
-        losses = answers.score(client, server, row[0])
+    def score(row: tuple[Probe, str]) -> Scored | None:
+        found = answers.score(client, server, row[0])
         report(server.arm)
-        return losses
+        return found
 
     found: dict[str, list[Answered]] = {}
-    for (probe, text), losses in zip(rows, pool.map(score, rows), strict=True):
-        if losses is not None:
-            true, reworded, *wrong = losses
-            each = Answered(true, reworded, tuple(wrong), rouge_l_recall(probe.truth or "", text))
-            found.setdefault(probe.group, []).append(each)
-    return found
+    forced: dict[str, list[Forced]] = {}
+    for (probe, text), each in zip(rows, pool.map(score, rows), strict=True):
+        if each is not None:
+            forced.setdefault(probe.group, []).append(each.true)
+            if probe.wrong:
+                true, reworded, *wrong = each.losses
+                answered = Answered(true, reworded, tuple(wrong), rouge_l_recall(probe.truth or "", text))
+                found.setdefault(probe.group, []).append(answered)
+    return found, forced
+
+
+def scored(probe: Probe) -> bool:
+    """Whether it is asked how likely a probe's answers are."""
+    return bool(probe.wrong) or probe.group == HOLDOUT
+
+
+def _memorised(forced: Mapping[str, Sequence[Forced]]) -> dict[str, Any]:
+    members, strangers = forced.get(QUESTIONS, ()), forced.get(HOLDOUT, ())
+    if not members:
+        return {}
+    told = {name: auc([*map(score, members)], [*map(score, strangers)]) for name, score in MEMBERSHIP.items()} if strangers else {}
+    means = [statistics.fmean(map(measure, members)) for measure in (exact_memorisation, extraction_strength)]
+    return {"memorised": means[0], "extracted": means[1], "membership": told}
 
 
 def _truths(answered: Mapping[str, Sequence[Answered]]) -> dict[str, Any]:
@@ -306,6 +350,8 @@ def as_fields(figures: Figures) -> dict[str, Any]:
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: rounded(each) for key, each in value.items()}
+        if isinstance(value, tuple):
+            return [rounded(each) for each in value]
         if isinstance(value, float):
             return float(f"{value:.4g}") if abs(value) < 1e-4 else round(value, 4)  # a p-value may be very small
         return value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,16 +17,28 @@ import jinja2
 
 from guards.catalogue import CALIBRATIONS
 from guards.measure.formats import QUESTIONS
+from guards.measure.memorised import MEMBERSHIP
 
 ECHOING = ("multiple choice", "reverse query", "context hint")
 """Attacks whose prompt holds the answer: recall there is high for whoever repeats the prompt. Read them beside the reference."""
+
+
+def _membership(attack: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda arm: arm["membership"].get(attack)
+
+
 TRUTHS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "probability of the true answer": lambda arm: arm["probability"].get(QUESTIONS),
     "truth (1: true and wrong answers alike)": lambda arm: arm["truth"].get(QUESTIONS),
     "forget quality (p)": lambda arm: arm["forget_quality"],
     "model utility": lambda arm: arm["utility"],
+    "exact memorisation": lambda arm: arm["memorised"],
+    "extraction strength": lambda arm: arm["extracted"],
+    **{f"membership by {attack} (AUC)": _membership(attack) for attack in MEMBERSHIP},
 }
-"""TOFU's measures, by their titles: what an arm's figures say of each; None where it was not measured."""
+"""TOFU's measures and those of memorisation, by their titles: what an arm's figures say of each; None where it was not measured."""
+NEAR = {title: value for title, value in TRUTHS.items() if title not in ("forget quality (p)", "model utility")}
+"""Those that whoever never knew would have alike."""
 _PAGE = Path(__file__).with_name("report.html.j2")
 
 
@@ -86,7 +99,24 @@ def make_report(
             for arm in figures
             if arm["arm"] != reference
         }
+        report["nearness"] = {arm["arm"]: nearness(arm, never, kept) for arm in figures if arm["arm"] != reference}
     return report
+
+
+def nearness(arm: Mapping[str, Any], never: Mapping[str, Any], kept: Sequence[str]) -> dict[str, float]:
+    """1 - |difference| from an arm that never knew, for each measure of what is to be forgotten, and their harmonic mean.
+
+    Too little counts as too much does: saying less than whoever never knew also tells that something was removed.
+    """
+    found = {
+        f"recall, {group}": 1 - abs(arm["recall"][group] - never["recall"][group]) for group in arm["recall"] if group not in kept
+    }
+    for title, value in {"leak": lambda each: each["leak"], **NEAR}.items():
+        mine, other = value(arm), value(never)
+        if mine is not None and other is not None:
+            found[title] = 1 - abs(mine - other)
+    found = {title: round(max(0.0, each), 4) for title, each in found.items()}
+    return {**found, "harmonic mean": round(statistics.harmonic_mean(found.values()), 4)} if found else {}
 
 
 def as_page(report: Mapping[str, Any]) -> str:
@@ -113,6 +143,7 @@ def as_page(report: Mapping[str, Any]) -> str:
         groups=groups,
         kept=report["kept"] if arms else [],
         truths=[(title, values) for title, values in truths if any(value is not None for value in values)],
+        nearness=report.get("nearness", {}),
         judged=any(arm["forget_quality"] is not None for arm in arms),
         sampled=bool(report["sample"]) and all(arm["leak"] is not None for arm in arms),
         sample=report["sample"],

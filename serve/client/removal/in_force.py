@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 
+from guards.measure.mean import Mean
 from guards.policy import DEFAULT
 from serve.cli.talk import unwrap
 from serve.client.removal.certificate import figures_of, probes_fingerprint
-from serve.client.removal.judge import Asked, Judge, Mean, Reference
+from serve.client.removal.judge import REFUSAL, Asked, Judge, Reference
 from serve.client.removal.probes import Probes
 from serve.client.report import config_fingerprint
 
@@ -30,6 +31,7 @@ class InForce:
         name: of the set. directory: where everything of its removal lies. admin: a client of the admin API.
         model: the served model's name and place. neighbours: another set, whose answers are to stay; "" = none.
         given: recall of a model that never knew; None = estimate it.
+        refuse: whether its questions are to be refused, rather than answered as by such a model.
     """
 
     name: str
@@ -39,6 +41,7 @@ class InForce:
     model: str
     neighbours: str
     given: float | None
+    refuse: bool = False
 
     @property
     def probes_file(self) -> Path:
@@ -46,6 +49,8 @@ class InForce:
 
     def reference(self, probes: Probes) -> Reference:
         """Raises ValueError, see `Judge.reference`."""
+        if self.refuse:
+            return REFUSAL
         if self.given is not None:
             mean = Mean(self.given, self.given, self.given)
             return Reference(mean, mean, 0.0, source=BY_HAND)

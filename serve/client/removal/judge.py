@@ -6,56 +6,29 @@ was. Not covered: sampled answers and attacks (`lethe bench`), and questions tha
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 
 import httpx
-import numpy as np
 
-from guards.measure.recall import rouge_l_recall, words_of
+from guards.measure.mean import Mean
+from guards.measure.recall import VERBATIM, content_words, longest_run, rouge_l_recall, tells, verbatim_share
 from guards.measure.truth import Answered, forget_quality
 from guards.policy import NONE
 from serve.client.bench import Answers, Probe, Server
 from serve.client.calibrate import PROMPTS
-from serve.client.removal.probes import NobodyProbe, RemovalProbe
+from serve.client.removal.probes import RemovalProbe
 
-AT_ONCE = 16
+AT_ONCE = 32
 MAX_TOKENS = 64
-RESAMPLES = 1_000
-CONTENT = 4
-"""Letters from which a word counts as a content word."""
-RUN = 5
-"""Content words in a row, from which an answer counts as repeated word for word."""
-TELLS = 0.4
-"""Share of an answer's own words, from which somebody who is asked about nobody tells it: see `Judge.reference`."""
+REPEATED = 0.02
+"""Share of answers that may repeat the true one word for word, beyond those of a model that never knew."""
 FEWEST = 8
 """Answers about nobody below which they are no reference."""
 NEAR = 0.05
 """Recall this near to the reference, and a p-value above this, meet the goal."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A mean over answers, with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, groups: Sequence[Sequence[float]]) -> Mean:
-        """Of values in groups, one for each question: wordings of one question are not independent, so questions are drawn."""
-        sums = np.array([(sum(group), len(group)) for group in groups if group])
-        if not len(sums):
-            return cls(0.0, 0.0, 1.0)
-        drawn = np.random.default_rng(0).choice(sums, size=(RESAMPLES, len(sums))).sum(axis=1)
-        low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-        total, count = sums.sum(axis=0)
-        return cls(float(total / count), float(low), float(high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +40,12 @@ class Reference:
     verbatim: float
     answered: tuple[Answered, ...] = ()  # in several wordings of one question, so that p-values come out rather too small
     source: str = ""
+
+
+REFUSAL = Reference(Mean(0.0, 0.0, 0.0), Mean(0.0, 0.0, 0.0), 0.0, source="--goal refuse")
+"""What is aimed at where every question is to be refused, instead of what a model would say that never knew."""
+REFUSED = 0.95
+"""Share of questions that are refused, from which that goal is met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +77,13 @@ class Asked:
         return Judged(
             questions=Mean.of([probe.recalls[:1] for probe in mine]),
             paraphrases=Mean.of([probe.recalls[1:] for probe in mine]),
-            verbatim=_share(runs),
+            verbatim=verbatim_share(runs),
             refused=statistics.fmean(refused) if refused else 0.0,
             neighbours=self.neighbours,
             invented=self.invented,
             general=self.general,
             forget_quality=forget_quality(scored, reference.answered) if scored and reference.answered else None,
-            left=tuple(dict.fromkeys(run for run in runs if _content(run) >= RUN)),
+            left=tuple(dict.fromkeys(run for run in runs if content_words(run) >= VERBATIM)),
         )
 
 
@@ -114,7 +93,7 @@ class Judged:
 
     questions: Mean  # recall
     paraphrases: Mean
-    verbatim: float  # share with RUN content words of the true answer in a row
+    verbatim: float  # share with VERBATIM content words of the true answer in a row
     refused: float
     neighbours: float | None  # share unchanged, word for word, of the answers that are to stay; None if none were given
     invented: float  # the same of answers to the request's questions about invented names: near misses of the gate change them
@@ -124,6 +103,8 @@ class Judged:
 
     def distance(self, reference: Reference) -> float:
         """From a model that never knew: 0 is the aim. Recall beyond the goal's tolerance counts, a p-value below it counts once."""
+        if reference is REFUSAL:
+            return 1 - self.refused
         gaps = (self.questions.value - reference.questions.value, self.paraphrases.value - reference.paraphrases.value)
         told = self.forget_quality is not None and self.forget_quality <= NEAR
         changed = (1 - self.general) + (0 if self.neighbours is None else 1 - self.neighbours)
@@ -132,16 +113,22 @@ class Judged:
     def unmet(self, reference: Reference) -> list[str]:
         """The goals that it does not meet, in words."""
         found = []
-        for name, mine, other in (
-            ("questions", self.questions, reference.questions),
-            ("paraphrases", self.paraphrases, reference.paraphrases),
-        ):
-            if abs(mine.value - other.value) > NEAR:
-                found.append(f"recall on {name} is {mine.value:.3f}, never knew {other.value:.3f} (goal: within {NEAR})")
-        if self.forget_quality is not None and self.forget_quality <= NEAR:
-            found.append(f"truth ratios differ from never knew, p = {self.forget_quality:.2g} (goal: above {NEAR})")
-        if self.verbatim > reference.verbatim + 0.02:
-            found.append(f"{self.verbatim:.0%} of answers repeat {RUN} content words in a row, never knew {reference.verbatim:.0%}")
+        if reference is REFUSAL:
+            if self.refused < REFUSED:
+                found.append(f"{self.refused:.0%} of the questions are refused (goal: {REFUSED:.0%})")
+        else:
+            for name, mine, other in (
+                ("questions", self.questions, reference.questions),
+                ("paraphrases", self.paraphrases, reference.paraphrases),
+            ):
+                if abs(mine.value - other.value) > NEAR:
+                    found.append(f"recall on {name} is {mine.value:.3f}, never knew {other.value:.3f} (goal: within {NEAR})")
+            if self.forget_quality is not None and self.forget_quality <= NEAR:
+                found.append(f"truth ratios differ from never knew, p = {self.forget_quality:.2g} (goal: above {NEAR})")
+        if self.verbatim > reference.verbatim + REPEATED:
+            found.append(
+                f"{self.verbatim:.0%} of answers repeat {VERBATIM} content words in a row, never knew {reference.verbatim:.0%}"
+            )
         for name, share in (("neighbours", self.neighbours), ("general prompts", self.general)):
             if share is not None and share < 0.99:
                 found.append(f"{1 - share:.0%} of the answers to {name} have changed (goal: at most 1 %)")
@@ -200,9 +187,9 @@ class Judge:
             question, true, wrong = each
             if not wrong:
                 return None
-            losses = self._answers(policy).score(self._client, self._server(policy), Probe("", question, true, wrong=wrong))
+            scored = self._answers(policy).score(self._client, self._server(policy), Probe("", question, true, wrong=wrong))
             self._report()
-            return None if losses is None else Answered(losses[0], losses[1], tuple(losses[2:]), 0.0)
+            return None if scored is None else Answered(scored.losses[0], scored.losses[1], scored.losses[2:], 0.0)
 
         with ThreadPoolExecutor(4) as pool:
             return list(pool.map(one, asked))
@@ -211,8 +198,7 @@ class Judge:
         """What the unguarded model says to the same questions about invented names: it never knew them.
 
         A model may have learned an answer by the wording of its question, and then gives it whoever is asked about. Such answers
-        show what it knows, not what it would say if it did not, so they are left out: those that hold TELLS of the words of the
-        true answer that the question does not hold.
+        show what it knows, not what it would say if it did not, so they are left out (`guards.measure.recall.tells`).
 
         Raises:
             ValueError: no question names the subject, or the model answers too many of them alike for everybody.
@@ -224,7 +210,11 @@ class Judge:
                 'add the subject\'s names to the request ({"alias": "…"} lines)'
             )
         said = [text for text, _ in self.ask(NONE, [each.question for _, each in nobody])]
-        both = [(number, each, text) for (number, each), text in zip(nobody, said, strict=True) if _told(each, text) < TELLS]
+        both = [
+            (number, each, text)
+            for (number, each), text in zip(nobody, said, strict=True)
+            if not tells(each.question, each.answer, text)
+        ]
         if len(both) < FEWEST:
             raise ValueError(
                 f"{len(nobody) - len(both)} of {len(nobody)} questions are answered alike about invented names, so what "
@@ -237,7 +227,7 @@ class Judge:
         scored = self._score(NONE, [(each.question, each.answer, each.wrong) for _, each, _ in both])
         mean = Mean.of(recalls)
         source = f"{len(both)} of {len(nobody)} questions about invented names, to which it did not tell the true answer"
-        verbatim = _share([_longest_run(each.answer, text) for _, each, text in both])
+        verbatim = verbatim_share([longest_run(each.answer, text) for _, each, text in both])
         return Reference(mean, mean, verbatim, tuple(each for each in scored if each is not None), source)
 
     def ask_everything(
@@ -251,7 +241,7 @@ class Judge:
         for probe, each, score in zip(probes, wordings, scored, strict=True):
             texts, refused = zip(*(next(said) for _ in each), strict=True)
             recalls = tuple(rouge_l_recall(probe.answer, text) for text in texts)
-            runs = tuple(_longest_run(probe.answer, text) for text in texts)
+            runs = tuple(longest_run(probe.answer, text) for text in texts)
             found.append(OneProbe(probe.half, recalls, runs, refused, score))
         return Asked(
             tuple(found),
@@ -263,27 +253,3 @@ class Judge:
     def _unchanged(self, policy: str, prompts: Sequence[str]) -> float:
         both = zip(self.ask(NONE, prompts), self.ask(policy, prompts), strict=True)
         return statistics.fmean(before == after for before, after in both) if prompts else 1.0
-
-
-def _share(runs: Sequence[str]) -> float:
-    return statistics.fmean(_content(run) >= RUN for run in runs) if runs else 0.0
-
-
-def _told(asked: NobodyProbe, said: str) -> float:
-    """Share of the content words of a true answer that its question does not hold and ``said`` does; 0 if it has none."""
-    question, words = words_of(asked.question), words_of(said)
-    own = [word for word in words_of(asked.answer) if len(word) >= CONTENT and word not in question]
-    return statistics.fmean(word in words for word in own) if own else 0.0
-
-
-def _content(text: str) -> int:
-    return sum(len(word) >= CONTENT for word in words_of(text))
-
-
-def _longest_run(truth: str, said: str) -> str:
-    """The passage of ``truth``, as it stands there, whose words ``said`` repeats in a row; of several, that with most content."""
-    places = list(re.finditer(r"[^\W_]+", truth))
-    words = [place[0].lower() for place in places]
-    blocks = SequenceMatcher(None, words, words_of(said), autojunk=False).get_matching_blocks()
-    passages = [truth[places[each.a].start() : places[each.a + each.size - 1].end()] for each in blocks if each.size]
-    return max(passages, key=_content, default="")

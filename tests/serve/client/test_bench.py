@@ -67,7 +67,9 @@ class Model:
             return httpx.Response(404)
         knows = body["policy"] == "none" and host == "one"
         losses = [0.1 if told in ("In the town of Karlsgrube.", "kept") and knows else 1.0 for told in body["continuations"]]
-        return httpx.Response(200, json={"scores": [{"logprob": -2 * loss, "tokens": 2} for loss in losses]})
+        places = [{"logprobs": [-loss] * 2, "top": [[[1, -loss], [2, -0.5]]] * 2} for loss in losses]
+        scores = [{"logprob": -2 * loss, "tokens": 2, **place} for loss, place in zip(losses, places, strict=True)]
+        return httpx.Response(200, json={"scores": scores})
 
 
 def run(path: Path, model: Model, sample: int = 0) -> tuple[list[Figures], dict[str, list[str]]]:
@@ -87,6 +89,7 @@ def test_every_question_paraphrase_and_attack_is_a_probe() -> None:
 def test_figures_are_those_of_what_was_said(tmp_path: Path) -> None:
     none, guarded, never = run(tmp_path / "a.jsonl", Model(), sample=4)[0]
     assert none.recall["paraphrased"] == 1.0 and none.recall["questions"] == pytest.approx(0.5)
+    assert none.interval["questions"] == (0.0, 1.0), "two questions say little"
     assert none.unchanged["general"] == 1.0 and guarded.unchanged["general"] == 0.0
     assert guarded.refused["questions"] == 1.0 and guarded.recall["questions"] == 0.0 and none.refused["questions"] == 0.0
     assert none.leak == pytest.approx(0.5) and never.leak == 0.0
@@ -132,6 +135,9 @@ def test_the_page_escapes_whatever_a_model_or_a_requester_says(tmp_path: Path) -
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>J. Doe" not in page and "<i>Where" not in page
     assert "http://" not in page and "https://" not in page, "the page loads something"
     assert report["distance_to_reference"]["none"]["paraphrased"] == 1.0
+    near = report["nearness"]["guarded"]
+    assert near["recall, questions"] == 1.0 and 0 < near["harmonic mean"] <= 1 and "neighbours" not in str(near)
+    assert report["nearness"]["none"]["recall, paraphrased"] == 0.0 == report["nearness"]["none"]["harmonic mean"]
     saved = save(report, tmp_path / "out")
     assert json.loads(saved[0].read_text()) == report and saved[1].read_text() == page
 
@@ -154,11 +160,12 @@ TRUTHS = [
     for i in range(8)
 ]
 KEPT = [Case(group, f"{group}?", "kept", True, "", ("lost",)) for group in ("retain", "real authors", "world facts")]
+STRANGERS = [Case("holdout", f"Who are you {i}?", "Nobody at all.", True) for i in range(4)]
 
 
 def measured(path: Path, model: Model) -> list[Figures]:
     servers = [Server("none", "http://one", "none"), Server("guarded", "http://one", "guarded"), Server("never", "http://two", "")]
-    probes = probes_of(CONTENT, [], [], [*TRUTHS, *KEPT])
+    probes = probes_of(CONTENT, [], [], [*TRUTHS, *KEPT, *STRANGERS])
     with httpx.Client(transport=httpx.MockTransport(model)) as client:
         options: dict[str, Any] = {"max_tokens": 9, "truth": True, "reference": "never", "client": client}
         return measure(servers, probes, Answers(path), lambda _: None, **options)[0]
@@ -171,6 +178,8 @@ def test_probabilities_and_truth_are_measured_where_there_are_wrong_answers(tmp_
     )
     assert none.truth["questions"] == pytest.approx(math.exp(-0.9)) and never.truth["questions"] == 1.0
     assert none.probability["world facts"] == pytest.approx(1 / (1 + math.exp(-0.9))), "a share among the choices"
+    assert (none.memorised, none.extracted) == (1.0, 1.0) and (never.memorised, never.extracted) == (0.0, 0.0)
+    assert none.membership["loss"] == 1.0 and never.membership["loss"] == 0.5, "whoever never knew cannot tell them apart"
     assert none.utility is not None and guarded.utility == 0.0, "nothing of the truth is recalled, and true and wrong are alike"
     assert guarded.forget_quality == 1.0 and none.forget_quality is not None and none.forget_quality < 0.001
     measured(tmp_path / "a.jsonl", again := Model())
