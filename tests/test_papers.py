@@ -63,11 +63,11 @@ def test_files_that_a_document_names_exist(paper: str) -> None:
 
 def test_every_admin_route_is_documented() -> None:
     documented = re.sub(r"{\w+}", "{}", TEXTS["serve/README.md"])
-    for module in ("admin_routes.py", "experiment_routes.py"):
+    for module in ("admin_routes.py", "experiment_routes.py", "removal_routes.py"):
         source = (ROOT / "serve" / "http" / module).read_text("utf-8")
         for path in re.findall(r'@router\.\w+\("(/[\w/{}]+)"', source):
             full = re.sub(r"{\w+}", "{}", path)
-            assert full in documented or re.sub(r"^/(forget_sets|experiments)/{}", "", full) in documented, path
+            assert full in documented or re.sub(r"^/(forget_sets|experiments|removals)/{}", "", full) in documented, path
 
 
 def test_every_guard_and_every_setting_of_it_is_documented() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -19,8 +19,9 @@ from serve.cli.talk import JsonOption, NameArgument, connect, err, fail, folding
 from serve.client.bench import Answers
 from serve.client.removal.certificate import NotACertificate, changes, read_certificate, save
 from serve.client.removal.in_force import BY_HAND, InForce
-from serve.client.removal.judge import Judge
+from serve.client.removal.judge import REFUSAL, Judge
 from serve.client.removal.probes import subjects_of
+from serve.client.removal.progress import ProgressFile
 from serve.client.removal.removal import Removal
 from serve.settings import Settings
 
@@ -36,10 +37,17 @@ def unlearn(
         float | None,
         typer.Option(min=0, max=1, help="Recall of a model that never knew; estimated from invented names if not given."),
     ] = None,
+    goal: Annotated[
+        Literal["forget", "refuse"],
+        typer.Option(help="forget: answers as of a model that never knew; refuse: no answer to questions about it."),
+    ] = "forget",
     within: Annotated[str, typer.Option(help="How long to look for better guards: 45m, 1h, 90s.")] = "45m",
     directory: Annotated[Path | None, typer.Option(help="Where everything is written; default: ./removal-NAME.")] = None,
     column: Annotated[str | None, typer.Option(help="Of a CSV file, the column to read.")] = None,
     kind: Annotated[Kind | None, typer.Option("--as", help="What the column's cells, or the lines of a plain list, are.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Add also what nobody is likely to mean, as `forget add --force` does.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove what a request names: put it out of reach at once, find the guards that suit it, and write the proof.
@@ -50,7 +58,7 @@ def unlearn(
     """
     seconds = _seconds(within)
     try:
-        content = read_removal_list(request.read_bytes(), name, column=column, kind=kind, force=False)
+        content = read_removal_list(request.read_bytes(), name, column=column, kind=kind, force=force)
     except OSError as error:
         fail(f"cannot read {request}: {error.strerror}")
     for note in content.notes:
@@ -60,21 +68,24 @@ def unlearn(
         typer.confirm(f"Put {name} in force on {Settings().url}, and change the default policy so that it is guarded?", abort=True)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     wanted = content.forget_set.model_copy(update={"aliases": subjects_of(content.forget_set)})
-    with _in_force(name, place, place, neighbours or "", reference) as (now, progress, task):
-        removal = Removal(
-            wanted,
-            now,
-            _encoder,
-            seconds,
-            lambda text: progress.update(task, description=text),
-            lambda text: progress.console.print(text),
-        )
-        try:
-            certificate = removal.run()
-        except ValueError as error:
-            fail(f"{error}. What is in force stays in force: `lethe forget show {name}`")
-        except KeyboardInterrupt:
-            fail(f"stopped; the same command goes on. What is in force stays in force: `lethe forget show {name}`")
+    file = ProgressFile(place)
+    try:
+        with _in_force(name, place, place, neighbours or "", reference, file.answered) as (now, progress, task):
+            now.refuse = goal == "refuse"
+
+            def say(text: str) -> None:
+                progress.update(task, description=text)
+                file.say(text)
+
+            def tell(text: str) -> None:
+                progress.console.print(text)
+                file.tell(text)
+
+            certificate = Removal(wanted, now, _encoder, seconds, say, tell).run()
+    except ValueError as error:
+        fail(f"{error}. What is in force stays in force: `lethe forget show {name}`")
+    except KeyboardInterrupt:
+        fail(f"stopped; the same command goes on. What is in force stays in force: `lethe forget show {name}`")
     paths = save(certificate, place)
     _show(certificate)
     out.print(f"The proof: {paths[1]} to read, {paths[0]} to verify (`lethe verify {paths[0]}`)")
@@ -92,9 +103,14 @@ def verify(
         given = found["reference"]["questions"]["value"] if found["reference"]["source"] == BY_HAND else None
         with (
             tempfile.TemporaryDirectory() as fresh,  # nothing that was answered before counts
-            _in_force(found["set"]["name"], certificate.parent, Path(fresh), found["neighbours"], given) as (now, progress, task),
+            _in_force(found["set"]["name"], certificate.parent, Path(fresh), found["neighbours"], given, lambda: None) as (
+                now,
+                progress,
+                task,
+            ),
         ):
             progress.update(task, description="Measuring again")
+            now.refuse = found["reference"]["source"] == REFUSAL.source
             changed = changes(found, now.measured_now())
     except (NotACertificate, ValueError) as error:
         fail(str(error))
@@ -113,17 +129,22 @@ def verify(
 
 @contextmanager
 def _in_force(
-    name: str, place: Path, answered: Path, neighbours: str, reference: float | None
+    name: str, place: Path, answers_in: Path, neighbours: str, reference: float | None, answered: Callable[[], None]
 ) -> Iterator[tuple[InForce, Progress, TaskID]]:
-    """A set on the server at LETHE_URL, while a progress bar counts what is answered about it."""
+    """A set on the server at LETHE_URL, while a progress bar and ``answered`` count what is answered about it."""
     settings = Settings()
     headers = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:.0f} answers"), TimeElapsedColumn())
     with connect() as admin, http_client() as chat, Progress(*columns, console=err) as progress:
         task = progress.add_task("Connecting", total=None)
         served = unwrap(chat.get(f"{settings.url}/v1/models", headers=headers))["data"][0]
-        answers = Answers(answered / "answers.jsonl")
-        judge = Judge(settings.url, settings.key, served["id"], answers, chat, lambda: progress.advance(task))
+        answers = Answers(answers_in / "answers.jsonl")
+
+        def report() -> None:
+            progress.advance(task)
+            answered()
+
+        judge = Judge(settings.url, settings.key, served["id"], answers, chat, report)
         model = f"{served['id']} {served.get('root')}"
         yield InForce(name, place, admin, judge, model, neighbours, reference), progress, task
 
@@ -145,7 +166,8 @@ def _seconds(within: str) -> float:
 
 def _show(certificate: dict[str, Any]) -> None:
     figures, crossed, reference = (certificate[name] for name in ("figures", "cross_judged", "reference"))
-    table = folding_table("", "in force", "cross-judged", "never knew", title=certificate["set"]["name"])
+    aim = "aim" if reference["source"] == REFUSAL.source else "never knew"
+    table = folding_table("", "in force", "cross-judged", aim, title=certificate["set"]["name"])
     for name in ("questions", "paraphrases"):
         means = [each[name] for each in (figures, crossed, reference)]
         table.add_row(f"recall, {name}", *(f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})" for each in means))
@@ -162,6 +184,6 @@ def _show(certificate: dict[str, Any]) -> None:
     out.print("Cross-judged: each half of the questions under what the other half would have chosen.")
     chosen = next(each for each in certificate["tried"] if each["chosen"])
     strengths = ", ".join(f"{what} {strength:g}" for what, strength in chosen["strengths"].items())
-    out.print(f"In force since {certificate['set']['enabled_at']}: {chosen['guards']} ({strengths})")
+    out.print(f"In force since {certificate['set']['enabled_at']}: {chosen['guards']}{f' ({strengths})' if strengths else ''}")
     for each in certificate["unmet"]:
         out.print(f"Not met: {each}")

@@ -26,6 +26,7 @@ from serve.control.build import Builder, BuildFailed
 from serve.control.check import check
 from serve.control.gate_fitting import GateOrder, measure_gate
 from serve.control.in_force import InForce, Loader
+from serve.control.removals import Removals
 from serve.control.similarity import Similarity
 from serve.control.text_guards import TextGuards
 from serve.control.training import Trainer
@@ -43,6 +44,7 @@ class Control:
         load: loads artifacts in every worker and returns the failures.
         model: the served model's directory, if assistants can be trained for it; base: what `describe_base` says of it.
         training_niceness: see `Trainer`.
+        removals: those that this server carries out, if it does.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Control:
         model: Path | None = None,
         base: BaseModel | None = None,
         training_niceness: int = 19,
+        removals: Removals | None = None,
     ) -> None:
         self._registry = registry
         self._artifacts = artifacts
@@ -69,6 +72,7 @@ class Control:
         if model is not None and base is not None:
             self._trainer = Trainer(artifacts.with_name("training"), model, self._adopt, training_niceness)
         self._base = base
+        self._removals = removals
 
     @property
     def snapshot(self) -> Snapshot:
@@ -97,6 +101,8 @@ class Control:
         await self.in_force.start()
         if self._trainer is not None:
             self._trainer.resume({stored.name for stored in stored_sets})
+        if self._removals is not None:
+            self._removals.resume({stored.name for stored in stored_sets})
         self.in_force.follow(self._disable_expired)
 
     async def stop(self) -> None:
@@ -104,8 +110,9 @@ class Control:
             task.cancel()
         await asyncio.gather(*self._builds.values(), return_exceptions=True)
         await self.in_force.stop()
-        if self._trainer is not None:
-            await self._trainer.stop()
+        for jobs in (self._removals, self._trainer):
+            if jobs is not None:
+                await jobs.stop()
         await self._similarity.stop()
 
     # Changes. Each returns the revision from which it holds.
@@ -153,6 +160,8 @@ class Control:
         if training is not None and training["status"] != "failed":
             raise NotReady(f"the assistant of forget set {name!r} is being trained; wait until it is ready")
         async with self._changing:
+            if self._removals is not None:
+                await self._removals.strip(name)
             if self._trainer is not None:
                 await self._trainer.cancel(name)  # a job holds a copy of the texts
             revision = await asyncio.to_thread(self._registry.strip_set, name, actor=actor)
@@ -164,8 +173,9 @@ class Control:
         """Delete a set; if it was enabled, it is out of force with this revision. Raises UnknownName."""
         async with self._changing:
             revision = await asyncio.to_thread(self._registry.delete_set, name, actor=actor)
-            if self._trainer is not None:
-                await self._trainer.cancel(name)
+            for jobs in (self._removals, self._trainer):
+                if jobs is not None:
+                    await jobs.cancel(name)
             await self.in_force.committed(revision)
         return revision
 

@@ -137,7 +137,7 @@ def attach(
     async def create_forget_set(
         request: Request, name: str | None = None, force: Force = False, column: Column = None, kind: As = None
     ) -> dict[str, Any]:
-        read = await _removal_list(request, name, column, kind, force=force)
+        read = await requested_set(request, name, column, kind, force=force)
         revision = await control.create(read.forget_set, actor=actor(request))
         return {**await _shown(read.forget_set.name, revision), "notes": read.notes}
 
@@ -156,7 +156,7 @@ def attach(
     async def replace_forget_set(
         name: str, request: Request, force: Force = False, column: Column = None, kind: As = None
     ) -> dict[str, Any]:
-        read = await _removal_list(request, name, column, kind, force=force)
+        read = await requested_set(request, name, column, kind, force=force)
         return {**await _shown(name, await control.replace(read.forget_set, actor=actor(request))), "notes": read.notes}
 
     @router.delete("/forget_sets/{name}", response_model=DeletedAnswer)
@@ -360,7 +360,7 @@ def _describe(stored: StoredSet) -> dict[str, Any]:
     }
 
 
-async def _removal_list(request: Request, name: str | None, column: str | None, kind: Kind | None, *, force: bool) -> RemovalList:
+async def requested_set(request: Request, name: str | None, column: str | None, kind: Kind | None, *, force: bool) -> RemovalList:
     """The set in a body: a JSON object; or, with the name in the URL, a file of another form (see `guards.removal_list`)."""
     content_type = request.headers.get("content-type", "").split(";")[0].strip()
     if content_type in (*JSON_LINES, *TABLES) or column is not None or kind is not None:

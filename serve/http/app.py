@@ -24,6 +24,7 @@ from guards.base_model import BaseModel
 from guards.policy import DEFAULT, NONE
 from guards.similarity.encoder import bundled_encoder
 from serve.control.control import Control
+from serve.control.removals import Removals
 from serve.control.similarity import Similarity
 from serve.experiments.live import LiveExperiments
 from serve.experiments.measurements import Measurements
@@ -36,9 +37,9 @@ from serve.generation.side_by_side import SideBySide
 from serve.generation.workers import check_workers, count_closed_rows, load_artifacts
 from serve.hits import RecentHits
 from serve.http import admin_routes as admin
-from serve.http import experiment_routes
+from serve.http import experiment_routes, removal_routes
 from serve.http.budgets import Budgets
-from serve.http.launch import check_binding, guard_arguments, model_directory, parse_arguments, template_of
+from serve.http.launch import check_binding, guard_arguments, model_directory, own_url, parse_arguments, template_of
 from serve.http.middleware import Admission
 from serve.http.probes import Probes
 from serve.http.rules import is_loopback
@@ -72,6 +73,7 @@ async def guarded_app(
             terminal.say(f"{guard} cannot be used here: {reason}")
         base = args.additional_config[PLAN_KEY][BASE_KEY]
         similarity = Similarity(settings.encoder or bundled_encoder(), settings.artifacts_dir)
+        removals = Removals(settings.state_dir / "removals", registry, own_url(args), settings.training_niceness)
         control = Control(
             registry,
             vocabulary,
@@ -82,6 +84,7 @@ async def guarded_app(
             model=model_directory(args),
             base=None if base is None else BaseModel.model_validate(base),
             training_niceness=settings.training_niceness,
+            removals=removals,
         )
         await control.start()
         try:
@@ -124,7 +127,8 @@ async def guarded_app(
             live = LiveExperiments(lambda: control.snapshot, measurements, control.phrases, similarity, shadow)
             of_experiments = experiment_routes.attach(app, control, experiments, measurements, live)
             hits = RecentHits()
-            admin.attach(app, control, registry, scorer, side_by_side, hits, [of_experiments], unable)
+            of_removals = removal_routes.attach(app, removals)
+            admin.attach(app, control, registry, scorer, side_by_side, hits, [of_experiments, of_removals], unable)
             # Outermost, around every middleware that vLLM or a plugin of its brought along.
             admission = Admission(
                 behind_admission,

@@ -193,6 +193,23 @@ class ReportAnswer(Answer):
     verdict: list[str]
 
 
+class RemovalShown(Answer):
+    """A removal that the server carries out."""
+
+    name: str
+    status: Literal["waiting", "running", "failed", "done"]
+    reason: str | None = Field(description="why it failed or was stopped")
+    order: dict[str, Any]
+    doing: str
+    told: list[str] = Field(description="what has been found so far, a sentence each")
+    answers: int = Field(description="asked for so far")
+    certificate: dict[str, Any] | None = Field(description="the proof, once it is done")
+
+
+class RemovalsAnswer(Answer):
+    data: list[RemovalShown]
+
+
 class FeedbackAnswer(Answer):
     request_id: str
     thumb: Literal["up", "down"]

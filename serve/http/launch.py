@@ -64,6 +64,14 @@ def parse_arguments(arguments: Sequence[str], default_model: Callable[[], str]) 
     return args
 
 
+def own_url(args: Namespace) -> str | None:
+    """Where the server can be reached from its own machine; None on a Unix socket, and with TLS, whose name is another."""
+    if args.uds or args.ssl_certfile:
+        return None
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host or "", args.host)  # noqa: S104 - not bound to
+    return f"http://[{host}]:{args.port}" if ":" in host else f"http://{host}:{args.port}"
+
+
 def show_options(word: str) -> None:
     """Print vLLM's options that have a word in them, or all of them."""
     cli_env_setup()
