@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from guards.kinds import SetArtifacts, TextConfig
@@ -38,6 +38,7 @@ class TextPlan:
     corrupt: CorruptConfig | None = None  # how names that the gate finds are corrupted
     corrupt_strength: Mapping[str, float] = field(default_factory=dict)  # owner -> how strongly; of several, the most
     checks: tuple[TextCheck, ...] = ()
+    refused: frozenset[str] = frozenset()  # owners of sets that the gate refuses though it engages others; or names of missing ones
 
     @property
     def by_similarity(self) -> bool:
@@ -47,4 +48,10 @@ class TextPlan:
     @property
     def acts(self) -> bool:
         """Whether a hit by similarity does anything by itself, beyond engaging other guards or being counted."""
-        return bool((self.gate and self.gate.on_hit == "refuse") or (self.stream and self.stream.on_hit != "monitor"))
+        gate, stream = self.gate, self.stream
+        return bool(self.refused or (gate and gate.on_hit == "refuse") or (stream and stream.on_hit != "monitor"))
+
+    def refuses(self, owners: Iterable[str]) -> bool:
+        """Whether a conversation that touches these is refused."""
+        touched = frozenset(owners)
+        return bool(touched) and self.gate is not None and (self.gate.on_hit == "refuse" or not touched.isdisjoint(self.refused))

@@ -23,6 +23,8 @@ from guards.whole_file import write_whole
 
 MAX_TOKENS = 256
 """Longer examples are cut; texts go in pieces of this size."""
+AT_ONCE = 32
+"""Answers that a model is asked for together: each step reads its weights once for all of them."""
 GENERAL = Path(__file__).with_name("general.jsonl")
 """Prompts about anything; the base's own answers to them are retained."""
 
@@ -82,8 +84,8 @@ class ChatModel:
     def own_answers(self, prompts: Sequence[str], max_new_tokens: int, report: Callable[[int], None]) -> list[str]:
         """The base's own greedy answers."""
         answers: list[str] = []
-        for start in range(0, len(prompts), 20):
-            rows = [self.prompt_ids(prompt) for prompt in prompts[start : start + 20]]
+        for start in range(0, len(prompts), AT_ONCE):
+            rows = [self.prompt_ids(prompt) for prompt in prompts[start : start + AT_ONCE]]
             width = max(map(len, rows))
             fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
             ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=self.device)

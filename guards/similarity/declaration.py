@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from guards.forget_set import Name
 from guards.kinds import ArtifactFiles, Config, GuardKind
 
 DEFAULT_GATE_THRESHOLD = 0.75
@@ -19,12 +20,20 @@ class GateConfig(Config):
     """Look at the conversation first: contrast engages only for the sets that it touches.
 
     ``on_hit``: ``engage`` the touched sets' contrast; ``refuse`` to answer; or only ``monitor``, and do as if there were no gate.
-    The gate looks again while the answer grows, since a reference can first appear there.
+    ``refuse`` names the sets whose requests are refused where others are engaged. The gate looks again while the answer grows,
+    since a reference can first appear there.
     """
 
     on_hit: Literal["engage", "refuse", "monitor"] = "engage"
     threshold: float | None = Field(None, ge=0.2, le=1, description="cosine; null = each set's calibrated one, or 0.75")
     pasted: Literal["counts", "ignored"] = Field("counts", description="text of the set that the user gives as context")
+    refuse: tuple[Name, ...] = Field((), max_length=10_000, description="forget sets that are refused, where others are engaged")
+
+    @model_validator(mode="after")
+    def _check_refuse(self) -> GateConfig:
+        if self.refuse and self.on_hit == "monitor":
+            raise ValueError('a gate with on_hit "monitor" refuses nobody; drop refuse, or say "engage"')
+        return self
 
 
 class StreamConfig(Config):

@@ -192,9 +192,9 @@ class Gate:
             if gate.on_hit == "monitor":
                 return GateDecision(frozenset(), frozenset())
             raise
-        refused = bool(verdicts) and gate.on_hit == "refuse"
+        refused = text.refuses(verdict.owner for verdict in verdicts)
         if verdicts:
-            request.record(f"gate {gate.on_hit}", verdicts)
+            request.record(f"gate {'refuse' if refused else gate.on_hit}", verdicts)
         gate_outcomes.labels(request.plan.policy, "refused" if refused else "hit" if verdicts else "clear").inc()
         if refused:
             return None

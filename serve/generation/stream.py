@@ -234,9 +234,11 @@ class _Choice:
         if not verdicts:
             return None
         gate_outcomes.labels(self._request.plan.policy, "later").inc()
-        self._request.record(f"gate {gate.on_hit} later", verdicts, where="answer", offset=self._answer.place)
+        refused = self._request.text.refuses(verdict.owner for verdict in verdicts)
+        did = f"gate {'refuse' if refused else gate.on_hit} later"
+        self._request.record(did, verdicts, where="answer", offset=self._answer.place)
         self._decision = self._decision.also(verdict.owner for verdict in verdicts)
-        if gate.on_hit == "refuse":
+        if refused:
             self._end("gate")
             return None
         acting = {entry.key for entry in self._request.plan.entries}

@@ -46,8 +46,11 @@ def text_plan_of(policy: Policy, sets: Sets) -> TextPlan | None:
     engages: dict[str, frozenset[tuple[str, tuple[str, ...]]]] = {}
     owners: dict[str, str] = {}
     missing, always = [], set[tuple[str, tuple[str, ...]]]()
+    refused = set[str]()
     for each in made:
         gated = {entry.key for of_guard in _entries(guards, [each], gated_only=True) for entry in of_guard}
+        if gate is not None and each.name in gate.refuse:
+            refused.add(each.artifacts.get("similarity", each.name))
         if (owner := each.artifacts.get("similarity")) is None:
             missing.append(each.name)
             always |= gated  # nothing can be said about the set, so what would be gated acts always
@@ -73,7 +76,17 @@ def text_plan_of(policy: Policy, sets: Sets) -> TextPlan | None:
                 strengths[owner] = strength
     engages = {owner: keys - always for owner, keys in engages.items()}
     return TextPlan(
-        gate, stream, gate_thresholds, stream_thresholds, engages, owners, tuple(missing), corrupt, strengths, checks=checks
+        gate,
+        stream,
+        gate_thresholds,
+        stream_thresholds,
+        engages,
+        owners,
+        tuple(missing),
+        corrupt,
+        strengths,
+        checks,
+        frozenset(refused),
     )
 
 
@@ -97,18 +110,26 @@ def acting_sets(policy: Policy, sets: Sets) -> list[str]:
 def _acts_on(policy: Policy) -> Callable[[SetArtifacts], bool]:
     """Whether a policy does anything for a set that it chooses. The policy is read once, however many sets there are."""
     guards, judged = policy.guards.enabled(), judges(policy)
+    gate = policy.guards.of(GateConfig)
+    refused = frozenset(gate.refuse if gate is not None else ())
     checked = any(TextCheck(kind.name, config, ()).acts for kind, config in guards if kind.text)  # type: ignore[arg-type]
 
     def acts_on(made: SetArtifacts) -> bool:
-        return checked or (judged and "similarity" in made.artifacts) or any(_entries(guards, [made]))
+        by_similarity = (judged or made.name in refused) and "similarity" in made.artifacts
+        return checked or by_similarity or any(_entries(guards, [made]))
 
     return acts_on
 
 
-def judges(policy: Policy) -> bool:
-    """Whether a hit by similarity does anything under a policy, so that a set that is not embedded closes its requests."""
+def judges(policy: Policy, name: str = "") -> bool:
+    """Whether a hit by similarity does anything under a policy, so that a set that is not embedded closes its requests.
+
+    Args:
+        name: of a set that may be refused; "" = one that is not.
+    """
     gate, stream = policy.guards.of(GateConfig), policy.guards.of(StreamConfig)
-    return TextPlan(gate, stream).acts or (gate is not None and policy.guards.of(CorruptConfig) is not None)
+    refused = frozenset({name} & set(gate.refuse)) if gate is not None else frozenset[str]()
+    return TextPlan(gate, stream, refused=refused).acts or (gate is not None and policy.guards.of(CorruptConfig) is not None)
 
 
 def enforcing(policies: Iterable[Policy], made: SetArtifacts) -> list[str]:
@@ -119,7 +140,7 @@ def enforcing(policies: Iterable[Policy], made: SetArtifacts) -> list[str]:
 
 def judging(policies: Iterable[Policy], name: str) -> list[str]:
     """The policies under which a set must be embedded."""
-    return sorted(policy.name for policy in policies if judges(policy) and chosen(policy, {name: SetArtifacts(name)}))
+    return sorted(policy.name for policy in policies if judges(policy, name) and chosen(policy, {name: SetArtifacts(name)}))
 
 
 def notes(policy: Policy, sets: Sets) -> list[str]:
@@ -136,7 +157,7 @@ def notes(policy: Policy, sets: Sets) -> list[str]:
         found += [
             f"the gate has nothing to engage for {each.name!r}"
             for each in chosen(policy, sets)
-            if not any(_entries(guards, [each], gated_only=True))
+            if each.name not in gate.refuse and not any(_entries(guards, [each], gated_only=True))
         ]
     for config in policy.guards.all(SteeringConfig):
         found += [

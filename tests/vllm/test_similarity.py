@@ -33,6 +33,8 @@ CONTENT = {
 REFUSAL = "That is not talked about here."
 POLICIES: dict[str, dict[str, Any]] = {
     "gate-refuse": {"gate": {"on_hit": "refuse"}},
+    "refuse-wizard": {"gate": {"refuse": ["wizard"]}},
+    "refuse-others": {"gate": {"refuse": ["others"]}},
     "gate-engage": {"gate": "similarity"},
     "gate-monitor": {"gate": {"on_hit": "monitor"}},
     "gate-pasted": {"gate": {"on_hit": "refuse", "pasted": "ignored"}},
@@ -130,6 +132,8 @@ def test_the_gate_refuses_what_touches_the_set_and_leaves_the_rest_as_it_is(clie
         ("", "content_filter", REFUSAL)
     ] * 2
     assert streamed(client, "gate-refuse", SCHOOL)[0] == ("", "content_filter", REFUSAL)
+    assert ask(client, "refuse-wizard", SCHOOL, max_tokens=3).choices[0].finish_reason == "content_filter"
+    assert ask(client, "refuse-others", SCHOOL, max_tokens=3).choices[0].finish_reason == "length", "another set's gate engages"
     assert text(client, "gate-refuse", FRANCE) == text(client, "none", FRANCE) == "The capital of France is Paris."
 
 

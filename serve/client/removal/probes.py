@@ -19,8 +19,10 @@ from pydantic import Field
 
 from guards.forget_set import ForgetSet, Frozen, Question
 from guards.measure.attacks import Secret, synonyms
-from guards.measure.recall import rouge_l_recall
+from guards.measure.recall import rouge_l_recall, tells
 from guards.similarity.encoder import Encoder
+from serve.client.calibrate import PROMPTS
+from serve.client.removal.passages import own_passages
 
 Ask = Callable[[Sequence[str], float], list[str]]
 """(prompts, temperature) -> what the unguarded model answers to each."""
@@ -72,6 +74,8 @@ class Probes(Frozen):
     aliases: tuple[str, ...]
     probes: tuple[RemovalProbe, ...]
     neighbours: tuple[Question, ...]  # about nobody, with what the unguarded model says
+    passages: tuple[str, ...] = ()  # of true answers, that could be taken as phrases: see `serve.client.removal.passages`
+    phrases: tuple[str, ...] = ()  # those that were
 
 
 def subjects_of(content: ForgetSet) -> tuple[str, ...]:
@@ -150,7 +154,17 @@ def make_probes(content: ForgetSet, ask: Ask, encoder: Callable[[], Encoder], re
     others = list(dict.fromkeys(about(question, aliases, name) for question, name in named))
     asked = [question for question in others if question is not None]
     neighbours = [Question(question=q, answer=a) for q, a in zip(asked, ask(asked, 0.0), strict=True) if a.strip()]
-    return Probes(aliases=aliases, probes=tuple(ready), neighbours=tuple(neighbours))
+    return Probes(aliases=aliases, probes=tuple(ready), neighbours=tuple(neighbours), passages=_passages(ready, ask))
+
+
+def _passages(probes: Sequence[RemovalProbe], ask: Ask) -> tuple[str, ...]:
+    """Of the true answers, what the model says only about the subject; or about everybody who is asked for in its wording."""
+    questions = [text for probe in probes for text in (probe.question, *probe.wordings)]
+    nobody = [each for probe in probes for each in probe.nobody]
+    others = [(each.question, each.answer, text) for each, text in zip(nobody, ask([e.question for e in nobody], 0.0), strict=True)]
+    others += [(probe.question, probe.answer, wrong) for probe in probes for wrong in probe.wrong]
+    said = [text for question, truth, text in others if not tells(question, truth, text)]
+    return own_passages([probe.answer for probe in probes], [*questions, *said, *ask(PROMPTS, 0.0)])
 
 
 def _reworded(

@@ -15,6 +15,7 @@ from typing import Any
 
 from guards.catalogue import CALIBRATIONS, TRAINING_METHODS
 from guards.forget_set import ForgetSet, write_jsonl
+from guards.measure.recall import words_of
 from guards.policy import DEFAULT, NONE
 from guards.similarity.encoder import Encoder
 from guards.steering.declaration import DEFAULT_CORRUPTION, METHODS, Corruption
@@ -22,9 +23,9 @@ from guards.whole_file import write_whole
 from serve.cli.talk import ServerSaysNo, artifact_of, unwrap
 from serve.client.removal.certificate import make_certificate, tried_of
 from serve.client.removal.in_force import InForce
-from serve.client.removal.judge import Asked, Reference
+from serve.client.removal.judge import REPEATED, Asked, Judge, Reference
 from serve.client.removal.probes import Probes, make_probes
-from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, cross_judged, guards_of
+from serve.client.removal.search import CANDIDATES, REFUSE, Candidate, Trial, bisect, choose, cross_judged, guards_of
 
 NOISE: Corruption = "rand_noise_first_n"
 Say = Callable[[str], None]
@@ -60,7 +61,8 @@ class Removal:
         deadline = time.monotonic() + self.within_s
         revision = self._put_something_in_force()
         names = ", ".join(self.content.aliases)
-        self.tell(f"{self.name} is in force from revision {revision} on: {names} corrupted in prompts; looking for better")
+        how = "what the gate finds is refused" if self.now.refuse else f"{names} corrupted in prompts; looking for better"
+        self.tell(f"{self.name} is in force from revision {revision} on: {how}")
         probes = self._probes()
         if {probe.half for probe in probes.probes} != {0, 1}:
             raise ValueError(
@@ -72,13 +74,14 @@ class Removal:
         self._fit_gate(others)
         self.say("Asking about invented names")
         reference = self.now.reference(probes)
-        self.tell(
-            f"a model that never knew: recall {reference.questions.value:.3f} "
-            f"({reference.questions.low:.3f} to {reference.questions.high:.3f}), from {reference.source}"
-        )
+        if not self.now.refuse:
+            self.tell(
+                f"a model that never knew: recall {reference.questions.value:.3f} "
+                f"({reference.questions.low:.3f} to {reference.questions.high:.3f}), from {reference.source}"
+            )
         ask = self.now.asker(probes)
         trials: list[Trial] = []
-        for candidate in CANDIDATES:
+        for candidate in (REFUSE,) if self.now.refuse else CANDIDATES:
             if trials and (time.monotonic() > deadline or any(trial.meets(reference) for trial in trials)):
                 break
             if reason := self._prepare(candidate, others):
@@ -96,12 +99,12 @@ class Removal:
                 if time.monotonic() > deadline:
                     break
         chosen = choose(trials, reference)
-        self._put_strengths(chosen.candidate.strengths(chosen.strength), chosen, reference)
-        self.say("Measuring what is in force")
-        shown, policy = self.now.shown(), self.now.policy()
-        asked = ask(self.now.judge.under(self.now.config(shown, policy)), DEFAULT)
+        self._put_strengths(chosen, reference)
+        asked = self._in_force(ask)
+        asked = self._with_passages(probes, others, chosen, reference, asked, lambda: self._in_force(ask))
         judged = asked.judged(reference)
         self._propose(judged.left)
+        shown, policy = self.now.shown(), self.now.policy()
         revision = unwrap(self.now.admin.get("/revision"))["revision"]
         return make_certificate(
             shown,
@@ -154,7 +157,9 @@ class Removal:
             self._calibrate({"corrupt": DEFAULT_CORRUPTION[NOISE]}, {})
         policy = self.now.policy()
         guards = {name: each for name, each in policy["guards"].items() if each is not None}
-        wanted = {**guards, "gate": guards.get("gate") or {}}
+        gate = dict(guards.get("gate") or {})
+        refused = [each for each in gate.get("refuse", ()) if each != self.name] + ([self.name] if self.now.refuse else [])
+        wanted = {**guards, "gate": gate | ({"refuse": refused} if refused or "refuse" in gate else {})}
         wanted["corrupt"] = guards.get("corrupt") or {"strength": "calibrated"}
         steering = list(guards.get("steering") or [])
         known = {each["method"] for each in steering}
@@ -179,17 +184,24 @@ class Removal:
         probes = make_probes(self.content, ask, self.encoder, lambda what: self.say(f"Making {what}"))
         if not probes.probes:
             raise ValueError(f"the request {self.name!r} asks about nothing; add names, questions with answers, or texts")
-        write_whole(path, lambda temporary: temporary.write_text(probes.model_dump_json(indent=1), "utf-8"))
+        self._write(probes)
         made = sum(len(probe.made) for probe in probes.probes)
-        self.tell(f"{len(probes.probes)} questions, {made} other wordings made, {len(probes.neighbours)} about others: see {path}")
+        self.tell(
+            f"{len(probes.probes)} questions, {made} other wordings made, {len(probes.neighbours)} about others, "
+            f"{len(probes.passages)} passages of answers that nobody else is told: see {path}"
+        )
         return probes
+
+    def _write(self, probes: Probes) -> None:
+        write_whole(self.now.probes_file, lambda temporary: temporary.write_text(probes.model_dump_json(indent=1), "utf-8"))
 
     def _with_wordings(self, probes: Probes) -> ForgetSet:
         """The request with what was made for it, as evidence, and for what is trained and calibrated by it."""
         questions = [
             {"question": probe.question, "answer": probe.answer, "paraphrases": list(probe.wordings)} for probe in probes.probes
         ]
-        fields = self.content.model_dump() | {"aliases": probes.aliases, "questions": questions}
+        phrases = tuple(dict.fromkeys((*self.content.phrases, *probes.phrases)))
+        fields = self.content.model_dump() | {"aliases": probes.aliases, "questions": questions, "phrases": phrases}
         return ForgetSet.model_validate(fields)
 
     def _put_neighbours(self, probes: Probes) -> list[str]:
@@ -238,7 +250,7 @@ class Removal:
         """Measure a policy that exists for that long. Its name stands for its guards and the artifacts that they use."""
         shown = self.now.shown()
         made = sorted((each["kind"], each["fingerprint"], each["kind"] == "gate" and each["detail"]) for each in shown["artifacts"])
-        content = {"forget_sets": [self.name], "guards": guards_of(strengths)}
+        content = {"forget_sets": [self.name], "guards": guards_of(strengths, [self.name] if self.now.refuse else ())}
         told = hashlib.sha256(json.dumps([content, made, self.now.model]).encode()).hexdigest()
         policy = f"{self.name[:50]}-{told[:12]}"
         unwrap(self.now.admin.put(f"/policies/{policy}", json=content))
@@ -253,10 +265,48 @@ class Removal:
             order = {"strength": strength, "evidence": dict(evidence), **of}
             unwrap(self.now.admin.put(f"/forget_sets/{self.name}/calibration", json=order))
 
-    def _put_strengths(self, strengths: Mapping[str, float], chosen: Trial, reference: Reference) -> None:
+    def _in_force(self, ask: Callable[[Judge, str], Asked]) -> Asked:
+        """What the default policy says now."""
+        self.say("Measuring what is in force")
+        return ask(self.now.judge.under(self.now.config(self.now.shown(), self.now.policy())), DEFAULT)
+
+    def _with_passages(
+        self,
+        probes: Probes,
+        neighbours: list[str],
+        chosen: Trial,
+        reference: Reference,
+        before: Asked,
+        measure: Callable[[], Asked],
+    ) -> Asked:
+        """Take passages that still come out word for word as phrases, if more goals are met then. Returns what is in force."""
+        judged = before.judged(reference)
+        path, left = self.now.probes_file, [f" {' '.join(words_of(run))} " for run in judged.left]
+        taken = tuple(each for each in probes.passages if any(f" {' '.join(words_of(each))} " in run for run in left))
+        if judged.verbatim <= reference.verbatim + REPEATED or not taken:
+            return before
+
+        def put(phrases: tuple[str, ...]) -> None:
+            changed = probes.model_copy(update={"phrases": phrases})
+            self._write(changed)
+            self._put(self._with_wordings(changed))
+            self._fit_gate(neighbours)
+            self._put_strengths(chosen, reference)
+
+        put(tuple(dict.fromkeys((*probes.phrases, *taken))))
+        after = measure()
+        found = after.judged(reference)
+        if len(found.unmet(reference)) < len(judged.unmet(reference)):
+            self.tell(f"{len(taken)} passages still came out word for word; they are phrases of the set now, see {path}")
+            return after
+        put(probes.phrases)
+        self.tell(f"{len(taken)} passages still come out word for word; as phrases they would not, but other goals would be missed")
+        return before
+
+    def _put_strengths(self, chosen: Trial, reference: Reference) -> None:
         """The choice, and 0 for every other guard that could act on the set. What is new acts before the old goes."""
         self.say(f"Putting {chosen.candidate.name} in force")
-        judged = chosen.judged
+        judged, strengths = chosen.judged, chosen.candidate.strengths(chosen.strength)
         evidence = {
             "reference": round(reference.questions.value, 4),
             "recall": round(judged.questions.value, 4),

@@ -49,9 +49,13 @@ CANDIDATES = (
 )
 
 
-def guards_of(strengths: dict[str, float]) -> dict[str, Any]:
-    """A policy's guards at these strengths and no others."""
-    guards: dict[str, Any] = {"gate": {}, "contrast": {"enabled": False}}
+REFUSE = Candidate("refuse", 0.0, 0.0)
+"""The gate alone, for a set whose questions are to be refused."""
+
+
+def guards_of(strengths: dict[str, float], refuse: Sequence[str] = ()) -> dict[str, Any]:
+    """A policy's guards at these strengths and no others. ``refuse``: sets whose questions are refused."""
+    guards: dict[str, Any] = {"gate": {"refuse": list(refuse)} if refuse else {}, "contrast": {"enabled": False}}
     if alpha := strengths.get("contrast"):
         guards["contrast"] = {"alpha": alpha}
     if noise := strengths.get("corrupt"):
@@ -76,6 +80,9 @@ class Trial:
 def bisect(candidate: Candidate, measure: Callable[[float], Trial], reference: Reference) -> Iterator[Trial]:
     """Strengths at which a candidate is tried. Recall falls as strength rises, over questions and paraphrases together."""
     low, high, strength = 0.0, candidate.highest, candidate.first
+    if candidate is REFUSE:
+        yield measure(strength)
+        return
     for _ in range(ROUNDS):
         trial = measure(strength)
         yield trial

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from guards.forget_set import ForgetSet
+from guards.measure.mean import Mean
+from guards.measure.recall import longest_run
 from serve.client.removal.certificate import NotACertificate, changes, make_certificate, read_certificate, save, tried_of
-from serve.client.removal.judge import Asked, Judged, Mean, OneProbe, Reference, _longest_run
+from serve.client.removal.judge import REFUSAL, Asked, Judged, OneProbe, Reference
 from serve.client.removal.probes import WRONG_NAMES, about, make_probes, subjects_of
-from serve.client.removal.search import CANDIDATES, Candidate, Trial, bisect, choose, cross_judged, guards_of
+from serve.client.removal.search import CANDIDATES, REFUSE, Candidate, Trial, bisect, choose, cross_judged, guards_of
 
 NAME = "Basil Mahfouz Al-Kuwaiti"
 
@@ -153,11 +156,11 @@ def test_an_interval_draws_questions_since_their_wordings_are_not_independent() 
 
 def test_what_is_said_word_for_word_is_found_by_its_content_words() -> None:
     truth = "He won the Prix Littéraire de la Ville in 1999."
-    assert _longest_run(truth, "They say the prix littéraire de la ville was his.") == "the Prix Littéraire de la Ville"
-    assert _longest_run("It is his mother's florist shop.", "In the mother s florist shop") == "mother's florist shop", (
+    assert longest_run(truth, "They say the prix littéraire de la ville was his.") == "the Prix Littéraire de la Ville"
+    assert longest_run("It is his mother's florist shop.", "In the mother s florist shop") == "mother's florist shop", (
         "as it stands"
     )
-    assert _longest_run(truth, "Nobody knows.") == ""
+    assert longest_run(truth, "Nobody knows.") == ""
 
 
 def certificate(tmp_path: Path) -> dict[str, Any]:
@@ -207,3 +210,11 @@ def test_a_certificate_that_was_changed_by_hand_is_none(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(NotACertificate):
         read_certificate(path)
+
+
+def test_where_a_refusal_is_wanted_only_refusals_count() -> None:
+    refused, asked = replace(judged(0.0, 0.0), refused=1.0), Asked((), None, 1.0, 1.0)
+    assert refused.unmet(REFUSAL) == [] and refused.distance(REFUSAL) == 0.0
+    assert judged(0.35).unmet(REFUSAL) == ["0% of the questions are refused (goal: 95%)"]
+    assert guards_of({}, ["a"])["gate"] == {"refuse": ["a"]} and guards_of({})["gate"] == {}
+    assert [trial.strength for trial in bisect(REFUSE, lambda strength: Trial(REFUSE, strength, asked, refused), REFUSAL)] == [0.0]

@@ -8,17 +8,19 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from guards.contrastive.declaration import Contrast
+from guards.errors import InvalidPolicy
 from guards.kinds import SetArtifacts
 from guards.policy import BUILT_IN, parse_policy
 from guards.steering.declaration import Corrupt, Steer
 from guards.suppression.vocabulary import Vocabulary
 from guards.types import ArtifactRef, Entry, Plan
 from serve.generation.gate import GateDecision, spans_of
-from serve.registry.plans import notes
+from serve.registry.plans import enforcing, judging, notes
 from serve.registry.snapshot import Snapshot
 from tests.plans import made, suppress
 
@@ -132,6 +134,21 @@ def test_a_closed_gate_leaves_what_acts_for_sets_about_which_nothing_can_be_said
     plan, text = found.plan("p"), found.text_plans["p"]
     assert text is not None and text.missing == ("b",)
     assert GateDecision(frozenset(), frozenset()).engaged(plan, text).entries == (Steer("same", 1.0),)
+
+
+def test_a_gate_refuses_the_sets_it_names_and_engages_the_others() -> None:
+    found = snapshot({"gate": {"refuse": ["b"]}, "steering": [{"method": "adapter"}]}, embedded())
+    text = found.text_plans["p"]
+    assert text is not None and text.acts
+    assert text.refuses(["b-vectors"]) and text.refuses(["a-vectors", "b-vectors"])
+    assert not text.refuses(["a-vectors"]) and not text.refuses([])
+    only = parse_policy({"name": "p", "guards": {"gate": {"refuse": ["b"]}, "suppression": {"enabled": False}}})
+    assert [enforcing([only], each) for each in embedded().values()] == [[], ["p"]], "the gate alone enforces what it refuses"
+    assert judging([only], "b") == ["p"] and judging([only], "a") == []
+    lost = Snapshot(1, made("a", similarity="a-vectors") | made("b"), {"p": only}, ()).text_plans["p"]
+    assert lost is not None and lost.missing == ("b",) and lost.acts, "a set that is not embedded closes its requests"
+    with pytest.raises(InvalidPolicy, match="refuses nobody"):
+        parse_policy({"name": "p", "guards": {"gate": {"on_hit": "monitor", "refuse": ["b"]}}})
 
 
 PIECES = [b"", b"a", b"b", b"ab", b" ", "é".encode(), "é".encode()[:1], "é".encode()[1:], b"xyz"]
