@@ -91,9 +91,8 @@ def ask(
     }
     root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(root), os.environ.get("PYTHONPATH")]))
-    # One process where that is possible: it is imported once.
-    alone = {} if {"tensor_parallel_size", "pipeline_parallel_size"} & engine.keys() else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     given = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core has no process of its own
         "VLLM_CACHE_ROOT": str(directory / "cache"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -104,7 +103,7 @@ def ask(
     }
     eager = {"TORCHDYNAMO_DISABLE": "1"} if engine.get("enforce_eager", True) else {}  # vLLM compiles a sum over the vocabulary
     captured = {"GRAPHS_ON_CPU": graphs} if graphs else {}
-    return run(order, {**given, **alone, **eager, **captured, **environment, "PYTHONPATH": path})
+    return run(order, {**given, **eager, **captured, **environment, "PYTHONPATH": path})
 
 
 def main(order: Order) -> dict[str, Any]:

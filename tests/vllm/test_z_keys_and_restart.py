@@ -153,7 +153,7 @@ def test_what_was_in_force_survives_kill_9(server: Server, client: openai.OpenAI
     assert files
     for i, file in enumerate(files):  # what a disk may do meanwhile
         file.write_bytes(b"nothing") if i % 2 else file.unlink()
-    server.start()
+    server.start(VLLM_ENABLE_V1_MULTIPROCESSING="1")  # from here on as users have it: the engine in a process of its own
     server.wait()
     shown = admin.get("/revision").json()
     assert (shown["revision"], shown["enabled"], shown["policies"]) == (revision, ["lasting"], {"default": ["lasting"], "none": []})
@@ -187,7 +187,7 @@ def test_an_unsafe_way_to_start_is_refused_with_the_fix(server: Server, tmp_path
 
 def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_more(server: Server) -> None:
     # Long enough that the answer is still under way when the other request has been refused.
-    body = {"model": NAME, "messages": [{"role": "user", "content": FRANCE}], "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {"model": NAME, "messages": [{"role": "user", "content": FRANCE}], "max_tokens": 150, "ignore_eos": True, "stream": True}
     assert server.process is not None
     asked = httpx.Client(base_url=server.url, timeout=120)
     with asked, asked.stream("POST", "/v1/chat/completions", json=body) as answer:

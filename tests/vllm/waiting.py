@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -101,6 +102,9 @@ def main() -> None:
         importlib.import_module(name)
     registry: Any = importlib.import_module("vllm.model_executor.models.registry")
     registry._run_in_subprocess = lambda function: function()  # only this fork sees what looking at a model imports
+    # Workers are forked, too: on a CPU, vLLM would start each anew, to import everything once more.
+    executor: Any = importlib.import_module("vllm.v1.executor.multiproc_executor")
+    executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     folding("number", True)  # which every engine needs, as it needs the one that this is made of
     gc.collect()
     gc.freeze()  # vLLM collects garbage again and again: not through all of this
