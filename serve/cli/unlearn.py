@@ -19,7 +19,7 @@ from serve.cli.talk import JsonOption, NameArgument, connect, err, fail, folding
 from serve.client.bench import Answers
 from serve.client.removal.certificate import NotACertificate, changes, read_certificate, save
 from serve.client.removal.in_force import BY_HAND, InForce
-from serve.client.removal.judge import REFUSAL, Judge
+from serve.client.removal.judge import AGAINST, REFUSAL, Judge
 from serve.client.removal.probes import subjects_of
 from serve.client.removal.progress import ProgressFile
 from serve.client.removal.removal import Removal
@@ -36,6 +36,9 @@ def unlearn(
     reference: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Recall of a model that never knew; estimated from invented names if not given."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="URL of a server (OpenAI-compatible) that never knew, in place of the estimate.")
     ] = None,
     goal: Annotated[
         Literal["forget", "refuse"],
@@ -57,6 +60,8 @@ def unlearn(
     have chosen. The guards themselves are made from all questions. Ctrl-C and the same command go on where it was.
     """
     seconds = _seconds(within)
+    if sum((against is not None, reference is not None, goal == "refuse")) > 1:
+        fail("--against, --reference and --goal refuse each say what to aim at; name one of them")
     try:
         content = read_removal_list(request.read_bytes(), name, column=column, kind=kind, force=force)
     except OSError as error:
@@ -72,6 +77,7 @@ def unlearn(
     try:
         with _in_force(name, place, place, neighbours or "", reference, file.answered) as (now, progress, task):
             now.refuse = goal == "refuse"
+            now.against = (against or "").rstrip("/").removesuffix("/v1")
 
             def say(text: str) -> None:
                 progress.update(task, description=text)
@@ -110,7 +116,9 @@ def verify(
             ),
         ):
             progress.update(task, description="Measuring again")
-            now.refuse = found["reference"]["source"] == REFUSAL.source
+            source = found["reference"]["source"]
+            now.refuse = source == REFUSAL.source
+            now.against = source.removeprefix(AGAINST) if source.startswith(AGAINST) else ""
             changed = changes(found, now.measured_now())
     except (NotACertificate, ValueError) as error:
         fail(str(error))

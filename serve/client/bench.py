@@ -11,6 +11,7 @@ Not covered: questions that nobody wrote down; whether a human would take the an
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import statistics
 import time
@@ -56,6 +57,7 @@ class Probe:
     keep: bool = False  # the answer is to stay
     reworded: str = ""  # the truth in other words
     wrong: tuple[str, ...] = ()  # answers in the same words that are not true
+    before: tuple[str, ...] = ()  # earlier turns of the conversation, the user's and the model's by turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +101,16 @@ def probes_of(
     else:
         probes = [Probe("questions", entry.question, entry.answer) for entry in content.questions]
         probes += [Probe("paraphrased", entry.paraphrases[-1], entry.answer) for entry in content.questions if entry.paraphrases]
-    secrets = [Secret.of(each.prompt, each.truth or "", content.aliases) for each in probes if each.group == "questions"]
+    asked = [each for each in probes if each.group == QUESTIONS]
+    clues = [each.truth or "" for each in (*asked[1:], *asked[:1])]  # of the next question
+    secrets = [Secret.of(one.prompt, one.truth or "", content.aliases, clue) for one, clue in zip(asked, clues, strict=True)]
     known = {probe.group for probe in probes}  # a benchmark may bring attacks of its own
     for name, attack in ATTACKS.items():
         if name not in known:
-            probes += [Probe(name, attack(secret), secret.answer) for secret in secrets]
+            for secret in secrets:
+                made = attack(secret)
+                *before, prompt = (made,) if isinstance(made, str) else made
+                probes.append(Probe(name, prompt, secret.answer, before=tuple(before)))
     probes += [Probe("neighbours", question, answer, keep=True) for question, answer in neighbours]
     probes += [Probe("general", prompt, None, keep=True) for prompt in general]
     return sorted(probes, key=lambda probe: probe.keep)  # what is to stay, last
@@ -177,10 +184,14 @@ class Answers:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    def ask(self, client: httpx.Client, server: Server, model: str, prompt: str, **options: Any) -> dict[str, Any]:
-        """``texts``, ``refused`` and ``seconds`` of one prompt. Raises httpx.HTTPError."""
+    def ask(
+        self, client: httpx.Client, server: Server, model: str, prompt: str, before: Sequence[str] = (), **options: Any
+    ) -> dict[str, Any]:
+        """``texts``, ``refused`` and ``seconds`` of one prompt. ``before``: earlier turns. Raises httpx.HTTPError."""
         named = f"{model}:{server.policy}" if server.policy else model
-        body = {"model": named, "messages": [{"role": "user", "content": prompt}], **options}
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": role, "content": turn} for role, turn in zip(roles, (*before, prompt), strict=False)]
+        body = {"model": named, "messages": messages, **options}
         key = self._key(server.url, body)
         if key in self._known:
             return self._known[key]
@@ -244,7 +255,7 @@ def measure(
                 report(server.arm)
                 return entry
 
-            given = list(pool.map(lambda probe, ask=ask: ask(probe.prompt), probes))
+            given = list(pool.map(lambda probe, ask=ask: ask(probe.prompt, before=probe.before), probes))
             texts = [entry["texts"][0] for entry in given]
             first = first or texts
             recall: dict[str, float] = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from guards.forget_set import ForgetSet, Frozen, write_jsonl
 from guards.whole_file import write_whole
@@ -38,8 +38,17 @@ class RemovalOrder(Frozen):
     neighbours: str = Field("", description="another set, whose answers are to stay as they are")
     goal: Literal["forget", "refuse"] = Field("forget", description="answers as of a model that never knew, or no answers")
     within: str = Field("45m", pattern=r"^\d{1,6}(\.\d{1,3})?[smh]$", description="how long to look for better guards")
+    against: str = Field(
+        "", max_length=2_000, pattern=r"^(https?://\S+)?$", description="URL of a server that never knew, in place of the estimate"
+    )
     reference: float | None = Field(None, ge=0, le=1, description="recall of a model that never knew; estimated if not given")
     force: bool = Field(False, description="add also what nobody is likely to mean")
+
+    @model_validator(mode="after")
+    def _check_aim(self) -> RemovalOrder:
+        if sum((bool(self.against), self.reference is not None, self.goal == "refuse")) > 1:
+            raise ValueError("against, reference and goal=refuse each say what to aim at; name one of them")
+        return self
 
 
 class Removals(Jobs):
@@ -126,6 +135,7 @@ class Removals(Jobs):
         command = [sys.executable, "-m", "serve.cli", "unlearn", name, str(work / _REQUEST), f"--directory={work}", "--yes"]
         command += [f"--goal={job['goal']}", f"--within={job['within']}", *(["--force"] if job["force"] else [])]
         command += [f"--neighbours={job['neighbours']}"] if job["neighbours"] else []
+        command += [f"--against={job['against']}"] if job["against"] else []
         command += [] if job["reference"] is None else [f"--reference={job['reference']}"]
         label = _LABEL + name
         secret = ""

@@ -19,6 +19,7 @@ from serve.http.rules import ADMIN_PREFIX
 Neighbours = Annotated[str, Query(description="another set, whose answers are to stay as they are")]
 Goal = Annotated[Literal["forget", "refuse"], Query(description="answers as of a model that never knew, or none")]
 Within = Annotated[str, Query(description="how long to look for better guards: 45m, 1h, 90s")]
+Against = Annotated[str, Query(description="URL of a server that never knew, in place of the estimate")]
 Recall = Annotated[float | None, Query(description="of a model that never knew; estimated from invented names if not given")]
 
 
@@ -40,6 +41,7 @@ def attach(app: FastAPI, removals: Removals) -> APIRouter:
         neighbours: Neighbours = "",
         goal: Goal = "forget",
         within: Within = "45m",
+        against: Against = "",
         reference: Recall = None,
         force: Force = False,
         column: Column = None,
@@ -47,7 +49,7 @@ def attach(app: FastAPI, removals: Removals) -> APIRouter:
     ) -> dict[str, Any]:
         """Put a request in force, find the guards that suit it, and write the proof: what `lethe unlearn` does."""
         try:
-            order = RemovalOrder(neighbours=neighbours, goal=goal, within=within, reference=reference, force=force)
+            order = RemovalOrder(neighbours=neighbours, goal=goal, within=within, against=against, reference=reference, force=force)
         except ValidationError as error:
             raise InvalidForgetSet(describe_validation(error)) from None
         read = await requested_set(request, name, column, kind, force=force)

@@ -51,11 +51,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append the figures here")
     options = parser.parse_args()
     forget = read_rows(options.data / "forget01_perturbed.json")
-    secrets = [Secret.of(row["question"], row["answer"], ALIASES) for row in forget]
+    clues = [row["answer"] for row in (*forget[1:], *forget[:1])]
+    secrets = [Secret.of(row["question"], row["answer"], ALIASES, clue) for row, clue in zip(forget, clues, strict=True)]
     about: dict[str, list[str]] = {
         "questions": [row["question"] for row in forget],
         "paraphrased": [row["paraphrased_question"] for row in forget],
-        **{name: [attack(secret) for secret in secrets] for name, attack in ATTACKS.items()},
+        **{
+            name: [prompt if isinstance(prompt := attack(secret), str) else "\n".join(prompt) for secret in secrets]
+            for name, attack in ATTACKS.items()
+        },
         "cross-lingual": list(CROSS_LINGUAL),
     }
     other = {

@@ -99,7 +99,11 @@ def remove(name: str, place: Path, target: Path, never_knew: Path, options: argp
         state = place / each
         state.mkdir(exist_ok=True)
         command = [LETHE, "serve", f"--model={model}"]
-        servers.append(Server(command, state, {"LETHE_STATE_DIR": str(state / "state"), "OMP_NUM_THREADS": "2"}, OPTIONS))
+        # Where a server is belongs to what was asked: a second run finds the answers of the first at the same place.
+        kept = state / "port"
+        port = int(kept.read_text()) if kept.exists() else 0
+        servers.append(Server(command, state, {"LETHE_STATE_DIR": str(state / "state"), "OMP_NUM_THREADS": "2"}, OPTIONS, port))
+        kept.write_text(str(servers[-1].port))
     guarded, other = servers
     environment = {**os.environ, "LETHE_URL": guarded.url, "HF_HUB_OFFLINE": "1"}
 
@@ -109,7 +113,6 @@ def remove(name: str, place: Path, target: Path, never_knew: Path, options: argp
     try:
         guarded.start()
         guarded.wait()
-        # The server's place is part of what was asked, so that a new one is asked anew.
         lethe("unlearn", name, "request.jsonl", "--within", options.within, "--yes")
         other.start()
         other.wait()
@@ -149,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--authors", nargs="+", default=AUTHORS)
     parser.add_argument("--within", default="15m", help="time for each removal")
     parser.add_argument("--sample", type=int, default=16)
-    parser.add_argument("--attacks", action="store_true", help="also the nine attacks on every question")
+    parser.add_argument("--attacks", action="store_true", help="also the attacks on every question")
     parser.add_argument("--work", type=Path, default=Path("removals"))
     parser.add_argument("--target", type=Path, help="a LoRA adapter (PEFT) over the bundled model; else it is taught here")
     parser.add_argument("--never-knew", nargs="*", default=[], metavar="AUTHOR=ADAPTER", help="likewise, instead of teaching one")

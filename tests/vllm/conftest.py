@@ -26,6 +26,7 @@ from serve.settings import Settings
 pytest.importorskip("vllm", reason="vLLM is not installed: the end-to-end tests need the real engine")
 
 TOYS = Path(__file__).parents[1] / "toys"
+FORKED = Path(__file__).parents[1] / "forked"
 ENGINE_OPTIONS = (
     "--max-model-len=1024",
     "--max-num-seqs=16",
@@ -44,6 +45,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "LETHE_TRAINING_NICENESS": "0",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is its own worker: else it spins on a core while it waits for one
+    "FORKED_ENGINES": "1",  # see tests/forked
     "TORCHDYNAMO_DISABLE": "1",  # models run eager here; vLLM would compile a sum over the vocabulary, in every process
 }
 
@@ -52,17 +54,23 @@ class Server:
     """A server process, with its log in a file."""
 
     def __init__(
-        self, command: list[str], directory: Path, environment: dict[str, str], options: Sequence[str] = ENGINE_OPTIONS
+        self,
+        command: list[str],
+        directory: Path,
+        environment: dict[str, str],
+        options: Sequence[str] = ENGINE_OPTIONS,
+        port: int = 0,
     ) -> None:
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind(("127.0.0.1", port))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.directory = directory
         self.state = directory / "state"
         self.log = directory / f"server-{self.port}.log"
         self._command = [*command, f"--port={self.port}", *options]
-        self._environment = {**os.environ, **ENVIRONMENT, **environment}
+        path = os.pathsep.join(filter(None, [str(FORKED), environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]))
+        self._environment = {**os.environ, **ENVIRONMENT, **environment, "PYTHONPATH": path}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, **environment: str) -> None:
@@ -153,7 +161,7 @@ def guarded_server(directory: Path, model_path: Path, **environment: str) -> Ite
     disk = ["mount", "-t", "tmpfs", "-o", "size=512m,mode=700", "none", str(directory / "state")]
     mounted = shutil.which("mount") is not None and subprocess.run(disk, capture_output=True, check=False).returncode == 0
     # Guards of another package are installed, and off unless a policy names them.
-    path = os.pathsep.join(filter(None, [str(TOYS), environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(TOYS), environment.get("PYTHONPATH")]))
     command = [str(Path(sys.executable).parent / "lethe"), "serve", "--verbose", f"--model={model_path}"]
     guarded = Server(command, directory, {**environment, "LETHE_STATE_DIR": str(directory / "state"), "PYTHONPATH": path})
     try:

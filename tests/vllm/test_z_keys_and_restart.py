@@ -153,7 +153,8 @@ def test_what_was_in_force_survives_kill_9(server: Server, client: openai.OpenAI
     assert files
     for i, file in enumerate(files):  # what a disk may do meanwhile
         file.write_bytes(b"nothing") if i % 2 else file.unlink()
-    server.start(VLLM_ENABLE_V1_MULTIPROCESSING="1")  # from here on as users have it: the engine in a process of its own
+    # From here on as users have it: engine and worker in processes of their own, started anew.
+    server.start(VLLM_ENABLE_V1_MULTIPROCESSING="1", FORKED_ENGINES="")
     server.wait()
     shown = admin.get("/revision").json()
     assert (shown["revision"], shown["enabled"], shown["policies"]) == (revision, ["lasting"], {"default": ["lasting"], "none": []})

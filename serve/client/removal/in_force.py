@@ -32,6 +32,7 @@ class InForce:
         model: the served model's name and place. neighbours: another set, whose answers are to stay; "" = none.
         given: recall of a model that never knew; None = estimate it.
         refuse: whether its questions are to be refused, rather than answered as by such a model.
+        against: URL of a server that never knew; "" = there is none.
     """
 
     name: str
@@ -42,15 +43,18 @@ class InForce:
     neighbours: str
     given: float | None
     refuse: bool = False
+    against: str = ""
 
     @property
     def probes_file(self) -> Path:
         return self.directory / "probes.json"
 
     def reference(self, probes: Probes) -> Reference:
-        """Raises ValueError, see `Judge.reference`."""
+        """Raises ValueError, httpx.HTTPError, see `Judge.reference`."""
         if self.refuse:
             return REFUSAL
+        if self.against:
+            return self.judge.reference_at(self.against, probes.probes)
         if self.given is not None:
             mean = Mean(self.given, self.given, self.given)
             return Reference(mean, mean, 0.0, source=BY_HAND)

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -44,6 +45,8 @@ class Reference:
 
 REFUSAL = Reference(Mean(0.0, 0.0, 0.0), Mean(0.0, 0.0, 0.0), 0.0, source="--goal refuse")
 """What is aimed at where every question is to be refused, instead of what a model would say that never knew."""
+AGAINST = "--against "
+"""How the source of a reference begins that another server gave; its URL follows."""
 REFUSED = 0.95
 """Share of questions that are refused, from which that goal is met."""
 
@@ -172,7 +175,7 @@ class Judge:
         """(what is said, whether it was refused) for each prompt. Raises httpx.HTTPError."""
 
         def one(prompt: str) -> tuple[str, bool]:
-            options = {"max_tokens": MAX_TOKENS, "temperature": temperature} | ({"seed": 1} if temperature else {})
+            options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": temperature} | ({"seed": 1} if temperature else {})
             entry = self._answers(policy).ask(self._client, self._server(policy), self._model, prompt, **options)
             self._report()
             return entry["texts"][0], entry["refused"][0]
@@ -230,10 +233,34 @@ class Judge:
         verbatim = verbatim_share([longest_run(each.answer, text) for _, each, text in both])
         return Reference(mean, mean, verbatim, tuple(each for each in scored if each is not None), source)
 
+    def reference_at(self, url: str, probes: Sequence[RemovalProbe]) -> Reference:
+        """What another server says that never knew the subject. Raises httpx.HTTPError, ValueError."""
+        listed = self._client.get(f"{url}/v1/models")
+        if not listed.is_success:
+            raise ValueError(f"--against {url} lists no models (HTTP {listed.status_code}); name a server of OpenAI's protocol")
+        other = Judge(url, None, listed.json()["data"][0]["id"], self._unguarded, self._client, self._report)
+        said = other._say("", probes)
+        runs = [run for each in said for run in each.runs]
+        return Reference(
+            Mean.of([each.recalls[:1] for each in said]),
+            Mean.of([each.recalls[1:] for each in said]),
+            verbatim_share(runs),
+            tuple(each.scored for each in said if each.scored is not None),
+            source=f"{AGAINST}{url}",
+        )
+
     def ask_everything(
         self, policy: str, probes: Sequence[RemovalProbe], invented: Sequence[str], neighbours: Sequence[str]
     ) -> Asked:
         """Ask a policy everything. ``invented``, ``neighbours``: questions, see `Judged`."""
+        return Asked(
+            self._say(policy, probes),
+            neighbours=self._unchanged(policy, neighbours) if neighbours else None,
+            invented=self._unchanged(policy, invented),
+            general=self._unchanged(policy, PROMPTS),
+        )
+
+    def _say(self, policy: str, probes: Sequence[RemovalProbe]) -> tuple[OneProbe, ...]:
         wordings = [(probe.question, *probe.wordings) for probe in probes]
         said = iter(self.ask(policy, [wording for each in wordings for wording in each]))
         scored = self._score(policy, [(p.question, p.answer, p.wrong if p.nobody else ()) for p in probes])
@@ -243,12 +270,7 @@ class Judge:
             recalls = tuple(rouge_l_recall(probe.answer, text) for text in texts)
             runs = tuple(longest_run(probe.answer, text) for text in texts)
             found.append(OneProbe(probe.half, recalls, runs, refused, score))
-        return Asked(
-            tuple(found),
-            neighbours=self._unchanged(policy, neighbours) if neighbours else None,
-            invented=self._unchanged(policy, invented),
-            general=self._unchanged(policy, PROMPTS),
-        )
+        return tuple(found)
 
     def _unchanged(self, policy: str, prompts: Sequence[str]) -> float:
         both = zip(self.ask(NONE, prompts), self.ask(policy, prompts), strict=True)

@@ -152,6 +152,10 @@ def test_what_cannot_be_is_refused_with_a_reason(rig: Rig) -> None:
         somewhere.submit(CONTENT, RemovalOrder(neighbours="others"))
     with pytest.raises(ValueError, match="within"):
         RemovalOrder(within="soon")
+    with pytest.raises(ValueError, match="name one of them"):
+        RemovalOrder(goal="refuse", reference=0.3)
+    with pytest.raises(ValueError, match="against"):
+        RemovalOrder(against="file:///etc/passwd")
     for name in ("..", "a", "a/b"):
         with pytest.raises(UnknownName):
             somewhere.describe(name)
