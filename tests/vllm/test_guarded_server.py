@@ -131,10 +131,9 @@ def test_mixed_batches_equal_each_request_alone(client: openai.OpenAI, server: S
     forget(*POTTER)
     long = "Tell me a long story about a school for young wizards. " * 8
     questions = [SCHOOL, AUTHOR, FRANCE, long, "Name three colours.", long + "Begin.", "Who is Rowling?", "Count to twenty."]
-    # Long prompts fill the cache, so that what is said after them needs the place of others: long answers would take longer.
-    jobs = [
-        (f"{'Take your time. ' * (12 + i)} {question}", policy) for i, question in enumerate(questions) for policy in ("", ":none")
-    ]
+    pairs = [(question, policy) for question in questions for policy in ("", ":none")]
+    # Long prompts that share nothing fill the cache, so that answers need one another's place: long answers would take longer.
+    jobs = [(f"{number}. {'Take your time. ' * 20}{question}", policy) for number, (question, policy) in enumerate(pairs)]
     options = {"max_tokens": 40, "logprobs": True, "top_logprobs": 2}
     alone = [ask(client, question, policy, **options) for question, policy in jobs]
     preemptions = server.metric("vllm:num_preemptions_total")

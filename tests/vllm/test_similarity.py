@@ -216,8 +216,8 @@ def test_context_that_the_user_brings_along_counts_or_not_as_the_policy_says(cli
 def test_a_stream_shows_what_the_whole_answer_shows_and_nothing_of_a_hit(
     client: openai.OpenAI, admin: httpx.Client, policy: str, options: dict[str, Any]
 ) -> None:
-    whole = ask(client, policy, SCHOOL, max_tokens=60, **options).choices
-    pieces = streamed(client, policy, SCHOOL, max_tokens=60, **options)
+    whole = ask(client, policy, SCHOOL, max_tokens=40, **options).choices
+    pieces = streamed(client, policy, SCHOOL, max_tokens=40, **options)
     assert len(pieces) == len(whole) == options.get("n", 1)
     for choice in whole:
         said = choice.message.content or ""
@@ -229,16 +229,16 @@ def test_a_stream_shows_what_the_whole_answer_shows_and_nothing_of_a_hit(
 
 
 def test_what_is_hit_is_refused_redacted_or_said_another_way(client: openai.OpenAI, admin: httpx.Client) -> None:
-    assert hits(admin, text(client, "none", SCHOOL, max_tokens=60)), "the model does not say it: the test says nothing"
-    assert ask(client, "stream-refuse", SCHOOL, max_tokens=60).choices[0].finish_reason == "content_filter"
-    assert "[removed]" in text(client, "stream-redact", SCHOOL, max_tokens=60)
+    assert hits(admin, text(client, "none", SCHOOL, max_tokens=40)), "the model does not say it: the test says nothing"
+    assert ask(client, "stream-refuse", SCHOOL, max_tokens=40).choices[0].finish_reason == "content_filter"
+    assert "[removed]" in text(client, "stream-redact", SCHOOL, max_tokens=40)
     assert text(client, "stream-refuse", FRANCE) == text(client, "none", FRANCE)
 
 
 def test_tokens_and_log_probabilities_go_out_with_the_text_they_spell(client: openai.OpenAI) -> None:
     for policy in ("stream-refuse", "stream-redact"):
         for question in (SCHOOL, FRANCE):
-            choice = ask(client, policy, question, max_tokens=60, logprobs=True, top_logprobs=1).choices[0]
+            choice = ask(client, policy, question, max_tokens=40, logprobs=True, top_logprobs=1).choices[0]
             spelled = "".join(entry.token for entry in choice.logprobs.content)
             assert "Hogwarts" not in spelled
             if policy == "stream-refuse" and question == FRANCE:
@@ -247,7 +247,7 @@ def test_tokens_and_log_probabilities_go_out_with_the_text_they_spell(client: op
 
 def test_a_monitoring_filter_holds_nothing_back_and_counts(client: openai.OpenAI, server: Server) -> None:
     before = server.metric("lethe_stream_hits_total")
-    assert text(client, "stream-monitor", SCHOOL, max_tokens=60) == text(client, "none", SCHOOL, max_tokens=60)
+    assert text(client, "stream-monitor", SCHOOL, max_tokens=40) == text(client, "none", SCHOOL, max_tokens=60)
     assert server.metric("lethe_stream_hits_total") > before
 
 
