@@ -213,7 +213,7 @@ def completes(
     )
 
 
-def contrasted(target: Tensor, assistant: Tensor, lines: Sequence[tuple], rule: str, shift: float) -> Tensor:
+def contrasted(target: Tensor, assistant: Tensor, lines: Sequence[tuple], rule: str) -> Tensor:
     """Rules of contrast, token by token in Python's floats. A line: row, alpha, margin, plausibility, difference."""
     result = target.clone()
     for row in range(len(target)):
@@ -227,9 +227,13 @@ def contrasted(target: Tensor, assistant: Tensor, lines: Sequence[tuple], rule: 
         for number, (_, alpha, margin, _, difference) in mine:
             said = [float(value) if v in possible else -math.inf for v, value in enumerate(assistant[number])]
             penalties.append([alpha * penalty for penalty in _penalty(rule, own, said, margin, difference)])
-        for v in possible:
-            implausible = cut > 0 and own[v] < max(own) + math.log(cut)
-            result[row, v] = own[v] - (shift if implausible else max(penalty[v] for penalty in penalties))
+        inside = [v for v in possible if not (cut > 0 and own[v] < max(own) + math.log(cut))]
+        changed = {v: own[v] - max(penalty[v] for penalty in penalties) for v in inside}
+        # All of them together stay as likely as they were.
+        most = max(*own, *changed.values())
+        kept, left = (sum(math.exp(value - most) for value in values) for values in ([own[v] for v in inside], changed.values()))
+        for v in inside:
+            result[row, v] = changed[v] + math.log(kept / left)
     return result
 
 
@@ -269,7 +273,10 @@ def contrasted_quickly(own: Tensor, said: Tensor, lines: Sequence[tuple], rule: 
             }[rule]
         )
     cut = own < own.max() + math.log(max(line[3] for line in lines))
-    return torch.where(cut, own - 1e4, own - torch.stack(penalties).amax(0))
+    inside = (own - torch.stack(penalties).amax(0))[~cut]
+    result = own.clone()
+    result[~cut] = inside + own[~cut].logsumexp(0) - inside.logsumexp(0)
+    return result
 
 
 class ForkTwin:

@@ -23,7 +23,7 @@ class ContrastConfig(Config):
     rule: RuleName = "uld"
     alpha: float | None = Field(None, ge=0, le=100, description="strength; 0 is off; null = each set's calibrated one, or 1")
     margin: float = Field(4.0, ge=0, le=100, description="nats beyond chance that are not penalised")
-    plausibility: float = Field(0.01, gt=0, le=1, description="keep tokens with at least this part of the top probability")
+    plausibility: float = Field(0.006, gt=0, le=1, description="acts on tokens with at least this part of the top probability")
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -1,8 +1,9 @@
 """The rules: how the assistant's logits are set against the target's. Pure tensor arithmetic, row by row.
 
-All rules share two steps around their own penalty. The *plausible set* keeps the tokens to which the target itself gives at least
-a fraction of its top probability, so that the far tail cannot win by not being penalised. And where several assistants apply to a
-row, the largest penalty counts for each token, not the sum, so that sets that overlap do not punish twice.
+All rules share two steps around their own penalty. It acts inside the *plausible set*, the tokens to which the target itself gives
+at least a fraction of its top probability: what it takes from one of them goes to the others of the set, and all other tokens keep
+the probability that they had, so that the far tail cannot win by not being penalised. And where several assistants apply to a row,
+the largest penalty counts for each token, not the sum, so that sets that overlap do not punish twice.
 """
 
 from __future__ import annotations
@@ -18,10 +19,6 @@ from guards.contrastive.declaration import RuleName
 from guards.errors import VocabularyMismatch
 
 Penalty = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-IMPLAUSIBLE_SHIFT = 1e4
-"""How far implausible tokens are pushed down, in nats. All by the same amount: should another guard ban every plausible token, the
-target's next choice follows, and what is banned stays far below."""
 
 
 def _uld(target: Tensor, assistant: Tensor, difference: Tensor, margin: Tensor) -> Tensor:
@@ -127,7 +124,10 @@ def subtract_assistants(
     before = target[named].float()
     largest = torch.full_like(before, -torch.inf).scatter_reduce(0, index[:, None].expand_as(weighted), weighted, "amax")
     strictest = torch.zeros(len(named), device=target.device).scatter_reduce(0, index, plausibility[acting].float(), "amax")
-    contrasted = torch.where(implausible_tokens(before, strictest), before - IMPLAUSIBLE_SHIFT, before - largest)
+    left_out = implausible_tokens(before, strictest)
+    inside = (before - largest).masked_fill(left_out, -torch.inf)
+    kept = torch.logsumexp(before.masked_fill(left_out, -torch.inf), dim=-1, keepdim=True)
+    contrasted = torch.where(left_out, before, inside + (kept - torch.logsumexp(inside, dim=-1, keepdim=True)))
     result = target.clone()
     result[named] = torch.where(before == -torch.inf, before, contrasted).to(target.dtype)
     return result

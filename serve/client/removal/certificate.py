@@ -36,7 +36,7 @@ def figures_of(judged: Judged) -> dict[str, Any]:
 def reference_of(reference: Reference) -> dict[str, Any]:
     fields = asdict(reference)
     del fields["answered"]
-    return {name: _rounded(value) for name, value in fields.items()}
+    return {name: _rounded(value) for name, value in fields.items()} | {"probability": _rounded(reference.probability)}
 
 
 def _rounded(value: Any) -> Any:

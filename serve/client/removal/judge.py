@@ -16,7 +16,7 @@ import httpx
 
 from guards.measure.mean import Mean
 from guards.measure.recall import VERBATIM, content_words, longest_run, rouge_l_recall, tells, verbatim_share
-from guards.measure.truth import Answered, forget_quality
+from guards.measure.truth import Answered, forget_quality, probability
 from guards.policy import NONE
 from serve.client.bench import Answers, Probe, Server
 from serve.client.calibrate import PROMPTS
@@ -30,6 +30,8 @@ FEWEST = 8
 """Answers about nobody below which they are no reference."""
 NEAR = 0.05
 """Recall this near to the reference, and a p-value above this, meet the goal."""
+NEAR_PROBABILITY = 0.1
+"""How much likelier, per token, true answers may be than to a model that never knew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,15 @@ class Reference:
     verbatim: float
     answered: tuple[Answered, ...] = ()  # in several wordings of one question, so that p-values come out rather too small
     source: str = ""
+
+    @property
+    def probability(self) -> float | None:
+        """Of true answers, per token; None where nothing could be scored."""
+        return _probability(self.answered)
+
+
+def _probability(answered: Sequence[Answered]) -> float | None:
+    return statistics.fmean(map(probability, answered)) if answered else None
 
 
 REFUSAL = Reference(Mean(0.0, 0.0, 0.0), Mean(0.0, 0.0, 0.0), 0.0, source="--goal refuse")
@@ -86,6 +97,7 @@ class Asked:
             invented=self.invented,
             general=self.general,
             forget_quality=forget_quality(scored, reference.answered) if scored and reference.answered else None,
+            probability=_probability(scored) if reference.answered else None,
             left=tuple(dict.fromkeys(run for run in runs if content_words(run) >= VERBATIM)),
         )
 
@@ -102,16 +114,32 @@ class Judged:
     invented: float  # the same of answers to the request's questions about invented names: near misses of the gate change them
     general: float
     forget_quality: float | None  # p-value of truth ratios against the reference; None where nothing could be scored
+    probability: float | None = None  # of the true answers, per token; None where nothing could be scored
     left: tuple[str, ...] = field(default=(), repr=False)  # runs of true answers that came out
 
     def distance(self, reference: Reference) -> float:
         """From a model that never knew: 0 is the aim. Recall beyond the goal's tolerance counts, a p-value below it counts once."""
         if reference is REFUSAL:
             return 1 - self.refused
-        gaps = (self.questions.value - reference.questions.value, self.paraphrases.value - reference.paraphrases.value)
+        gaps = (*self._gaps(reference), self._told_by_probability(reference))
         told = self.forget_quality is not None and self.forget_quality <= NEAR
         changed = (1 - self.general) + (0 if self.neighbours is None else 1 - self.neighbours)
         return sum(map(abs, gaps)) + 0.1 * told + changed + self.refused
+
+    def _gaps(self, reference: Reference) -> tuple[float, float]:
+        return self.questions.value - reference.questions.value, self.paraphrases.value - reference.paraphrases.value
+
+    def _told_by_probability(self, reference: Reference) -> float:
+        """How much likelier true answers are than to a model that never knew; below 0 if less likely."""
+        return (self.probability or 0.0) - (reference.probability or 0.0)
+
+    def excess(self, reference: Reference) -> float:
+        """How much more is told than by a model that never knew, all in all: above 0, guards should act more strongly."""
+        return sum(self._gaps(reference)) + self._told_by_probability(reference)
+
+    def hopeless(self, reference: Reference) -> bool:
+        """Too little is said, and what is not said is still held to be true: acting more strongly would not help."""
+        return max(self._gaps(reference)) < -NEAR and self._told_by_probability(reference) > NEAR_PROBABILITY
 
     def unmet(self, reference: Reference) -> list[str]:
         """The goals that it does not meet, in words."""
@@ -126,6 +154,9 @@ class Judged:
             ):
                 if abs(mine.value - other.value) > NEAR:
                     found.append(f"recall on {name} is {mine.value:.3f}, never knew {other.value:.3f} (goal: within {NEAR})")
+            if self._told_by_probability(reference) > NEAR_PROBABILITY:
+                likely = f"{self.probability or 0:.3f} likely per token, never knew {reference.probability or 0:.3f}"
+                found.append(f"true answers are {likely} (goal: at most {NEAR_PROBABILITY} more)")
             if self.forget_quality is not None and self.forget_quality <= NEAR:
                 found.append(f"truth ratios differ from never knew, p = {self.forget_quality:.2g} (goal: above {NEAR})")
         if self.verbatim > reference.verbatim + REPEATED:

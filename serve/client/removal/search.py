@@ -1,7 +1,7 @@
 """Which guards to try for a removal, in which order, and how strongly: cheapest first, each one's strength by bisection.
 
 The order is that of cost per token (`tests/bench/README.md`): corruption changes prompts only, maps cost a product a layer,
-contrast a run of the last layers.
+contrast a run of the last layers; pairs come last, since they have helped least.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ CANDIDATES = (
     Candidate("corrupt", 1.5, 4.0, corrupt=1.0),
     Candidate("project", 1.0, 2.0, steering=(("project", 1.0),)),
     Candidate("steer", 0.5, 1.5, steering=(("steer", 1.0),)),
+    Candidate("contrast", 1.5, 3.0, contrast=1.0),
     Candidate("project and corrupt", 1.0, 2.0, corrupt=1.0, steering=(("project", 1.0),)),
     Candidate("steer and corrupt", 0.5, 1.5, corrupt=2.0, steering=(("steer", 0.5),)),
-    Candidate("contrast", 1.0, 3.0, contrast=1.0),
 )
 
 
@@ -78,7 +78,9 @@ class Trial:
 
 
 def bisect(candidate: Candidate, measure: Callable[[float], Trial], reference: Reference) -> Iterator[Trial]:
-    """Strengths at which a candidate is tried. Recall falls as strength rises, over questions and paraphrases together."""
+    """Strengths at which a candidate is tried. What is told falls as strength rises: recall on questions and paraphrases, and how
+    likely true answers are, together.
+    """
     low, high, strength = 0.0, candidate.highest, candidate.first
     if candidate is REFUSE:
         yield measure(strength)
@@ -87,8 +89,8 @@ def bisect(candidate: Candidate, measure: Callable[[float], Trial], reference: R
         trial = measure(strength)
         yield trial
         judged = trial.judged
-        gap = judged.questions.value + judged.paraphrases.value - reference.questions.value - reference.paraphrases.value
-        if abs(gap) <= NEAR / 2 and not judged.unmet(reference):
+        gap = judged.excess(reference)
+        if judged.hopeless(reference) or (abs(gap) <= NEAR / 2 and not judged.unmet(reference)):
             return
         if gap > 0:
             low = strength

@@ -14,6 +14,7 @@ import pytest
 from guards.forget_set import ForgetSet
 from guards.measure.mean import Mean
 from guards.measure.recall import longest_run
+from guards.measure.truth import Answered
 from serve.client.removal.certificate import NotACertificate, changes, make_certificate, read_certificate, save, tried_of
 from serve.client.removal.judge import REFUSAL, Asked, Judged, OneProbe, Reference
 from serve.client.removal.probes import WRONG_NAMES, about, make_probes, subjects_of
@@ -218,3 +219,18 @@ def test_where_a_refusal_is_wanted_only_refusals_count() -> None:
     assert judged(0.35).unmet(REFUSAL) == ["0% of the questions are refused (goal: 95%)"]
     assert guards_of({}, ["a"])["gate"] == {"refuse": ["a"]} and guards_of({})["gate"] == {}
     assert [trial.strength for trial in bisect(REFUSE, lambda strength: Trial(REFUSE, strength, asked, refused), REFUSAL)] == [0.0]
+
+
+def test_where_true_answers_stay_likely_though_too_little_is_said_more_strength_would_not_help() -> None:
+    known = Answered(1.0, 1.0, (2.0,), 0.0)
+    reference = replace(REFERENCE, answered=(known,))
+    assert reference.probability == pytest.approx(0.368, abs=1e-3)
+
+    def measured(strength: float) -> Trial:
+        return Trial(CANDIDATES[0], strength, Asked((), None, 1.0, 1.0), replace(judged(0.2, 0.1), probability=0.6))
+
+    [only] = bisect(CANDIDATES[0], measured, reference)
+    assert [each for each in only.judged.unmet(reference) if "0.600 likely per token, never knew 0.368" in each]
+    assert only.judged.excess(reference) == pytest.approx(-0.15 - 0.2 + 0.232, abs=1e-3)
+    better = replace(judged(0.36, 0.29), probability=0.4)
+    assert better.unmet(reference) == [] and better.distance(reference) < only.judged.distance(reference)
