@@ -17,7 +17,7 @@ from guards.removal_list import Kind, read_removal_list
 from guards.similarity.encoder import Encoder, bundled_encoder, make_encoder
 from serve.cli.talk import JsonOption, NameArgument, connect, err, fail, folding_table, http_client, out, print_json, unwrap
 from serve.client.bench import Answers
-from serve.client.removal.certificate import NotACertificate, changes, read_certificate, save
+from serve.client.removal.certificate import NOT_IN_FORCE, NotACertificate, changes, read_certificate, save
 from serve.client.removal.in_force import BY_HAND, InForce
 from serve.client.removal.judge import AGAINST, REFUSAL, Judge
 from serve.client.removal.probes import subjects_of
@@ -119,7 +119,8 @@ def verify(
             source = found["reference"]["source"]
             now.refuse = source == REFUSAL.source
             now.against = source.removeprefix(AGAINST) if source.startswith(AGAINST) else ""
-            changed = changes(found, now.measured_now())
+            # Out of force, nothing guards it: what it says then is what it says without any guard.
+            changed = changes(found, now.measured_now()) if now.shown()["enabled_at"] else [NOT_IN_FORCE]
     except (NotACertificate, ValueError) as error:
         fail(str(error))
     except OSError as error:

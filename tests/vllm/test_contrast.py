@@ -249,7 +249,7 @@ def test_a_set_is_trained_while_serving_and_then_forgotten(server: Server, admin
             assert shown["training"]["status"] != "failed", shown["training"]
             assert time.monotonic() < deadline
             assert "Paris" in ask(), "not in force before it is enabled"
-            time.sleep(5)
+            time.sleep(2)
         assert {artifact["kind"] for artifact in shown["artifacts"]} == {"assistant", "similarity"}
         assert admin.post("/forget_sets/trained/enable").status_code == 200
         assert "capital of France is Paris" not in ask(), "what it was trained on is still said"

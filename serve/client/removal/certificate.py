@@ -17,6 +17,7 @@ from serve.client.removal.judge import Judged, Reference
 from serve.client.removal.search import Trial
 
 FORMAT = "lethe-certificate-2"
+NOT_IN_FORCE = "the set is not in force"
 MOVED = 0.02
 """Recall, or a share of answers, that differs by more has changed."""
 _PAGE = Path(__file__).with_name("removal.html.j2")
@@ -143,7 +144,7 @@ def changes(certificate: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     """
     found = []
     if not now["set"]["enabled_at"]:
-        found.append("the set is not in force")
+        found.append(NOT_IN_FORCE)
     elif now["set"]["enabled_at"] != certificate["set"]["enabled_at"]:
         found.append(f"the set is in force since {now['set']['enabled_at']}, then since {certificate['set']['enabled_at']}")
     if now["set"]["fingerprint"] != certificate["set"]["fingerprint"]:
