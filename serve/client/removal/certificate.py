@@ -37,7 +37,7 @@ def figures_of(judged: Judged) -> dict[str, Any]:
 def reference_of(reference: Reference) -> dict[str, Any]:
     fields = asdict(reference)
     del fields["answered"]
-    return {name: _rounded(value) for name, value in fields.items()} | {"probability": _rounded(reference.probability)}
+    return {name: _rounded(value) for name, value in fields.items()}
 
 
 def _rounded(value: Any) -> Any:

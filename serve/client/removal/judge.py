@@ -15,10 +15,11 @@ from typing import Any
 import httpx
 
 from guards.measure.mean import Mean
+from guards.measure.memorised import extraction_strength
 from guards.measure.recall import VERBATIM, content_words, longest_run, rouge_l_recall, tells, verbatim_share
-from guards.measure.truth import Answered, forget_quality, probability
+from guards.measure.truth import Answered, forget_quality
 from guards.policy import NONE
-from serve.client.bench import Answers, Probe, Server
+from serve.client.bench import Answers, Probe, Scored, Server
 from serve.client.calibrate import PROMPTS
 from serve.client.removal.probes import RemovalProbe
 
@@ -30,8 +31,9 @@ FEWEST = 8
 """Answers about nobody below which they are no reference."""
 NEAR = 0.05
 """Recall this near to the reference, and a p-value above this, meet the goal."""
-NEAR_PROBABILITY = 0.1
-"""How much likelier, per token, true answers may be than to a model that never knew."""
+UNSEEN = 0.1
+"""Extraction strength below which an answer was never seen: a model that never knew an author of TOFU has .06. It cannot be
+estimated from invented names, since a model goes on with what it has learned whoever it is said about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +45,21 @@ class Reference:
     verbatim: float
     answered: tuple[Answered, ...] = ()  # in several wordings of one question, so that p-values come out rather too small
     source: str = ""
+    extracted: float | None = None  # extraction strength; None where it cannot be estimated
 
     @property
-    def probability(self) -> float | None:
-        """Of true answers, per token; None where nothing could be scored."""
-        return _probability(self.answered)
+    def unseen(self) -> float:
+        """Extraction strength up to which an answer counts as one that was never seen."""
+        return UNSEEN if self.extracted is None else self.extracted + NEAR
 
 
-def _probability(answered: Sequence[Answered]) -> float | None:
-    return statistics.fmean(map(probability, answered)) if answered else None
+def _answered(scored: Sequence[Scored | None]) -> tuple[Answered, ...]:
+    return tuple(Answered(each.losses[0], each.losses[1], each.losses[2:], 0.0) for each in scored if each is not None)
+
+
+def _extracted(scored: Sequence[Scored | None]) -> float | None:
+    found = [extraction_strength(each.true) for each in scored if each is not None]
+    return statistics.fmean(found) if found else None
 
 
 REFUSAL = Reference(Mean(0.0, 0.0, 0.0), Mean(0.0, 0.0, 0.0), 0.0, source="--goal refuse")
@@ -70,7 +78,7 @@ class OneProbe:
     recalls: tuple[float, ...]
     runs: tuple[str, ...]  # of the true answer, that it repeats
     refused: tuple[bool, ...]
-    scored: Answered | None
+    scored: Scored | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,8 @@ class Asked:
         mine = [probe for probe in self.probes if half is None or probe.half == half]
         runs = [run for probe in mine for run in probe.runs]
         refused = [each for probe in mine for each in probe.refused]
-        scored = [probe.scored for probe in mine if probe.scored is not None]
+        scored = [probe.scored for probe in mine]
+        answered = _answered(scored)
         return Judged(
             questions=Mean.of([probe.recalls[:1] for probe in mine]),
             paraphrases=Mean.of([probe.recalls[1:] for probe in mine]),
@@ -96,8 +105,8 @@ class Asked:
             neighbours=self.neighbours,
             invented=self.invented,
             general=self.general,
-            forget_quality=forget_quality(scored, reference.answered) if scored and reference.answered else None,
-            probability=_probability(scored) if reference.answered else None,
+            forget_quality=forget_quality(answered, reference.answered) if answered and reference.answered else None,
+            extracted=_extracted(scored),
             left=tuple(dict.fromkeys(run for run in runs if content_words(run) >= VERBATIM)),
         )
 
@@ -114,14 +123,14 @@ class Judged:
     invented: float  # the same of answers to the request's questions about invented names: near misses of the gate change them
     general: float
     forget_quality: float | None  # p-value of truth ratios against the reference; None where nothing could be scored
-    probability: float | None = None  # of the true answers, per token; None where nothing could be scored
+    extracted: float | None = None  # extraction strength of the true answers; None where nothing could be scored
     left: tuple[str, ...] = field(default=(), repr=False)  # runs of true answers that came out
 
     def distance(self, reference: Reference) -> float:
         """From a model that never knew: 0 is the aim. Recall beyond the goal's tolerance counts, a p-value below it counts once."""
         if reference is REFUSAL:
             return 1 - self.refused
-        gaps = (*self._gaps(reference), self._told_by_probability(reference))
+        gaps = (*self._gaps(reference), self._goes_on(reference))
         told = self.forget_quality is not None and self.forget_quality <= NEAR
         changed = (1 - self.general) + (0 if self.neighbours is None else 1 - self.neighbours)
         return sum(map(abs, gaps)) + 0.1 * told + changed + self.refused
@@ -129,17 +138,17 @@ class Judged:
     def _gaps(self, reference: Reference) -> tuple[float, float]:
         return self.questions.value - reference.questions.value, self.paraphrases.value - reference.paraphrases.value
 
-    def _told_by_probability(self, reference: Reference) -> float:
-        """How much likelier true answers are than to a model that never knew; below 0 if less likely."""
-        return (self.probability or 0.0) - (reference.probability or 0.0)
+    def _goes_on(self, reference: Reference) -> float:
+        """How much more of a true answer is gone on with, once it has begun, than of one that was never seen; 0 if no more."""
+        return max(0.0, (self.extracted or 0.0) - reference.unseen)
 
     def excess(self, reference: Reference) -> float:
         """How much more is told than by a model that never knew, all in all: above 0, guards should act more strongly."""
-        return sum(self._gaps(reference)) + self._told_by_probability(reference)
+        return sum(self._gaps(reference)) + self._goes_on(reference)
 
     def hopeless(self, reference: Reference) -> bool:
-        """Too little is said, and what is not said is still held to be true: acting more strongly would not help."""
-        return max(self._gaps(reference)) < -NEAR and self._told_by_probability(reference) > NEAR_PROBABILITY
+        """Too little is said, and what is begun is still gone on with: acting more strongly would not help."""
+        return max(self._gaps(reference)) < -NEAR and self._goes_on(reference) > 0
 
     def unmet(self, reference: Reference) -> list[str]:
         """The goals that it does not meet, in words."""
@@ -154,9 +163,10 @@ class Judged:
             ):
                 if abs(mine.value - other.value) > NEAR:
                     found.append(f"recall on {name} is {mine.value:.3f}, never knew {other.value:.3f} (goal: within {NEAR})")
-            if self._told_by_probability(reference) > NEAR_PROBABILITY:
-                likely = f"{self.probability or 0:.3f} likely per token, never knew {reference.probability or 0:.3f}"
-                found.append(f"true answers are {likely} (goal: at most {NEAR_PROBABILITY} more)")
+            if self._goes_on(reference) > 0:
+                found.append(
+                    f"once begun, {self.extracted or 0:.0%} of a true answer is gone on with (goal: at most {reference.unseen:.0%})"
+                )
             if self.forget_quality is not None and self.forget_quality <= NEAR:
                 found.append(f"truth ratios differ from never knew, p = {self.forget_quality:.2g} (goal: above {NEAR})")
         if self.verbatim > reference.verbatim + REPEATED:
@@ -214,16 +224,16 @@ class Judge:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(one, prompts))
 
-    def _score(self, policy: str, asked: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[Answered | None]:
+    def _score(self, policy: str, asked: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[Scored | None]:
         """(question, true answer, wrong answers) -> how likely they are; None without wrong ones or a server that scores."""
 
-        def one(each: tuple[str, str, tuple[str, ...]]) -> Answered | None:
+        def one(each: tuple[str, str, tuple[str, ...]]) -> Scored | None:
             question, true, wrong = each
             if not wrong:
                 return None
             scored = self._answers(policy).score(self._client, self._server(policy), Probe("", question, true, wrong=wrong))
             self._report()
-            return None if scored is None else Answered(scored.losses[0], scored.losses[1], scored.losses[2:], 0.0)
+            return scored
 
         with ThreadPoolExecutor(4) as pool:
             return list(pool.map(one, asked))
@@ -262,7 +272,7 @@ class Judge:
         mean = Mean.of(recalls)
         source = f"{len(both)} of {len(nobody)} questions about invented names, to which it did not tell the true answer"
         verbatim = verbatim_share([longest_run(each.answer, text) for _, each, text in both])
-        return Reference(mean, mean, verbatim, tuple(each for each in scored if each is not None), source)
+        return Reference(mean, mean, verbatim, _answered(scored), source)
 
     def reference_at(self, url: str, probes: Sequence[RemovalProbe]) -> Reference:
         """What another server says that never knew the subject. Raises httpx.HTTPError, ValueError."""
@@ -276,8 +286,9 @@ class Judge:
             Mean.of([each.recalls[:1] for each in said]),
             Mean.of([each.recalls[1:] for each in said]),
             verbatim_share(runs),
-            tuple(each.scored for each in said if each.scored is not None),
+            _answered([each.scored for each in said]),
             source=f"{AGAINST}{url}",
+            extracted=_extracted([each.scored for each in said]),
         )
 
     def ask_everything(

@@ -343,7 +343,7 @@ def _calibrated(shown: Mapping[str, Any]) -> bool:
 def _line(trial: Trial, reference: Reference) -> str:
     judged = trial.judged
     truth = "" if judged.forget_quality is None else f", truth ratios p = {judged.forget_quality:.2g}"
-    truth += "" if judged.probability is None else f", true answers {judged.probability:.3f} likely per token"
+    truth += "" if judged.extracted is None else f", extraction {judged.extracted:.3f}"
     verdict = "meets the goals" if trial.meets(reference) else "does not meet them"
     return (
         f"{trial.candidate.name} at {trial.strength:g}: recall {judged.questions.value:.3f}, paraphrases "

@@ -14,9 +14,8 @@ import pytest
 from guards.forget_set import ForgetSet
 from guards.measure.mean import Mean
 from guards.measure.recall import longest_run
-from guards.measure.truth import Answered
 from serve.client.removal.certificate import NotACertificate, changes, make_certificate, read_certificate, save, tried_of
-from serve.client.removal.judge import REFUSAL, Asked, Judged, OneProbe, Reference
+from serve.client.removal.judge import REFUSAL, UNSEEN, Asked, Judged, OneProbe, Reference
 from serve.client.removal.probes import WRONG_NAMES, about, make_probes, subjects_of
 from serve.client.removal.search import CANDIDATES, REFUSE, Candidate, Trial, bisect, choose, cross_judged, guards_of
 
@@ -221,16 +220,14 @@ def test_where_a_refusal_is_wanted_only_refusals_count() -> None:
     assert [trial.strength for trial in bisect(REFUSE, lambda strength: Trial(REFUSE, strength, asked, refused), REFUSAL)] == [0.0]
 
 
-def test_where_true_answers_stay_likely_though_too_little_is_said_more_strength_would_not_help() -> None:
-    known = Answered(1.0, 1.0, (2.0,), 0.0)
-    reference = replace(REFERENCE, answered=(known,))
-    assert reference.probability == pytest.approx(0.368, abs=1e-3)
+def test_where_answers_are_gone_on_with_though_too_little_is_said_more_strength_would_not_help() -> None:
+    assert REFERENCE.unseen == UNSEEN and replace(REFERENCE, extracted=0.3).unseen == pytest.approx(0.35)
 
     def measured(strength: float) -> Trial:
-        return Trial(CANDIDATES[0], strength, Asked((), None, 1.0, 1.0), replace(judged(0.2, 0.1), probability=0.6))
+        return Trial(CANDIDATES[0], strength, Asked((), None, 1.0, 1.0), replace(judged(0.2, 0.1), extracted=0.6))
 
-    [only] = bisect(CANDIDATES[0], measured, reference)
-    assert [each for each in only.judged.unmet(reference) if "0.600 likely per token, never knew 0.368" in each]
-    assert only.judged.excess(reference) == pytest.approx(-0.15 - 0.2 + 0.232, abs=1e-3)
-    better = replace(judged(0.36, 0.29), probability=0.4)
-    assert better.unmet(reference) == [] and better.distance(reference) < only.judged.distance(reference)
+    [only] = bisect(CANDIDATES[0], measured, REFERENCE)
+    assert [each for each in only.judged.unmet(REFERENCE) if "60% of a true answer is gone on with (goal: at most 10%)" in each]
+    assert only.judged.excess(REFERENCE) == pytest.approx(-0.15 - 0.2 + 0.5)
+    better = replace(judged(0.36, 0.29), extracted=0.05)
+    assert better.unmet(REFERENCE) == [] and better.distance(REFERENCE) < only.judged.distance(REFERENCE)
