@@ -8,6 +8,7 @@ the set's texts are dropped, so is what is here, all but certificate and report,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Collection
@@ -28,8 +29,8 @@ _REQUEST, _DONE, _ANSWERS = "request.jsonl", "done.json", "answers.jsonl"
 CERTIFICATE, REPORT, PROBES, PHRASES = "certificate.json", "report.html", "probes.json", "phrases.jsonl"
 FILES = {REPORT: "text/html", PROBES: "application/json", PHRASES: "application/jsonl", CERTIFICATE: "application/json"}
 """What may be read of a removal, and as what."""
-_LABEL = "removal of "
-"""Of the keys that removals use."""
+_LABEL = "lethe: removal of "
+"""Of the keys that removals use. Those that a crash has left are revoked at the next start."""
 
 
 class RemovalOrder(Frozen):
@@ -65,12 +66,22 @@ class Removals(Jobs):
         super().__init__(directory, niceness)
         self._registry = registry
         self._url = url
+        self._ordering = asyncio.Lock()
 
     def resume(self, existing: Collection[str]) -> None:
         """Go on with what was interrupted, and drop what belongs to sets that are gone. A removal may have not yet made its set."""
-        self._revoke(_LABEL)
+        for key in self._registry.stored_keys():
+            if key.label.startswith(_LABEL):
+                self._registry.revoke_key(key.id, actor="removal")
         begun = {work.name for work in self._directory.glob("*") if (work / JOB).exists()}
         super().resume({*existing, *begun})
+
+    async def order(self, content: ForgetSet, order: RemovalOrder) -> None:
+        """Begin a removal, or let it go on. Raises what `submit` does."""
+        async with self._ordering:  # two orders of one name must not both find that nothing is carried out
+            await asyncio.to_thread(self.submit, content, order)
+            if not self.busy(content.name):
+                self.run(content.name)
 
     def submit(self, content: ForgetSet, order: RemovalOrder) -> None:
         """Write a removal down, for `run`. Blocking. One that is carried out already goes on undisturbed if it is the same.
@@ -137,23 +148,19 @@ class Removals(Jobs):
         command += [f"--neighbours={job['neighbours']}"] if job["neighbours"] else []
         command += [f"--against={job['against']}"] if job["against"] else []
         command += [] if job["reference"] is None else [f"--reference={job['reference']}"]
-        label = _LABEL + name
-        secret = ""
+        key, secret = "", ""
         try:
             if await asyncio.to_thread(self._registry.stored_keys):
                 limits = Limits(in_experiments=False)
-                _, secret = await asyncio.to_thread(self._registry.create_key, "admin", label, actor="removal", limits=limits)
+                key, secret = await asyncio.to_thread(
+                    self._registry.create_key, "admin", _LABEL + name, actor="removal", limits=limits
+                )
             await self.run_process(command, {"LETHE_URL": self._url, "LETHE_KEY": secret})
         finally:
-            if secret:
-                await asyncio.shield(asyncio.to_thread(self._revoke, label))
+            if key:
+                with contextlib.suppress(UnknownName):  # somebody was faster
+                    await asyncio.shield(asyncio.to_thread(self._registry.revoke_key, key, actor="removal"))
         (work / JOB).rename(work / _DONE)
-
-    def _revoke(self, label: str) -> None:
-        """Take back the keys with labels that begin so."""
-        for key in self._registry.stored_keys():
-            if key.label.startswith(label):
-                self._registry.revoke_key(key.id, actor="removal")
 
 
 async def _listening(host: str, port: int) -> None:

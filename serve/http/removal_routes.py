@@ -53,11 +53,8 @@ def attach(app: FastAPI, removals: Removals) -> APIRouter:
         except ValidationError as error:
             raise InvalidForgetSet(describe_validation(error)) from None
         read = await requested_set(request, name, column, kind, force=force)
-        content = read.forget_set
-        await asyncio.to_thread(removals.submit, content, order)
-        if not removals.busy(content.name):
-            removals.run(content.name)
-        return await shown(content.name)
+        await removals.order(read.forget_set, order)
+        return await shown(read.forget_set.name)
 
     @router.get("/removals/{name}", response_model=RemovalShown)
     async def show_removal(name: str) -> dict[str, Any]:

@@ -47,10 +47,12 @@ MEASURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "p": lambda arm: arm["forget_quality"],
     "leak": lambda arm: arm["leak"],
     "memorised": lambda arm: arm["memorised"],
+    "extracted": lambda arm: arm["extracted"],
     "AUC": lambda arm: max(arm["membership"].values(), key=lambda value: abs(value - 0.5)),
-    "retain": lambda arm: arm["unchanged"]["retain"],
+    "others": lambda arm: arm["unchanged"]["retain"],
     "world facts": lambda arm: arm["unchanged"]["world facts"],
     "general": lambda arm: arm["unchanged"]["general"],
+    "strangers": lambda arm: arm["unchanged"]["holdout"],
 }
 """What the table shows, of one arm of a report of `lethe bench`."""
 

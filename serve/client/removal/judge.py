@@ -32,8 +32,8 @@ FEWEST = 8
 NEAR = 0.05
 """Recall this near to the reference, and a p-value above this, meet the goal."""
 UNSEEN = 0.1
-"""Extraction strength below which an answer was never seen: a model that never knew an author of TOFU has .06. It cannot be
-estimated from invented names, since a model goes on with what it has learned whoever it is said about."""
+"""Extraction strength below which an answer was never seen: models that never knew two authors of TOFU have .05 and .06. It
+cannot be estimated from invented names, since a model goes on with what it has learned whoever it is said about."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ def test_it_has_a_key_of_its_own_while_there_are_keys_and_no_longer(rig: Rig) ->
             await until(lambda: removals.describe("a")["answers"] == 3)
             shown = removals.describe("a")
             assert shown["status"] == "running" and shown["doing"] == "Looking" and shown["told"][0].startswith("lethe-")
-            assert [key.label for key in rig.registry.stored_keys()] == ["somebody", "removal of a"]
+            assert [key.label for key in rig.registry.stored_keys()] == ["somebody", "lethe: removal of a"]
             with pytest.raises(NotReady, match="being carried out"):
                 await removals.strip("a")
             with pytest.raises(NotReady, match="another removal"):
@@ -115,7 +115,7 @@ def test_one_that_a_crash_interrupted_goes_on_also_before_its_set_is_there(rig: 
         async with rig.removals() as first:
             rig.registry.create_key("chat", "somebody", actor="t")
             first.submit(CONTENT, RemovalOrder())
-            rig.registry.create_key("admin", "removal of a", actor="removal")  # which the crash has left
+            rig.registry.create_key("admin", "lethe: removal of a", actor="removal")  # which the crash has left
             (rig.directory / "gone").mkdir()
             (rig.directory / "gone" / "done.json").write_text("{}")
         async with rig.removals() as second:
