@@ -30,6 +30,8 @@ FORMAT = "lethe-checkpoint-2"
 
 ATTENTION = ("q_proj", "o_proj")
 """Never k_proj or v_proj: the late fork reads the base's keys and values, which is what keeps it without state."""
+LATENT_QUERY = "q_b_proj"
+"""What some models with latent attention (MLA) have for q_proj: it makes queries of a latent vector."""
 MLP = ("gate_proj", "up_proj", "down_proj")
 MODULES = (*ATTENTION, *MLP)
 
@@ -38,7 +40,8 @@ def expected_names(names: Collection[str], layers: int) -> set[str]:
     """What an artifact that holds tensors of these names must hold: in each layer attention's terms, and the MLP's or none."""
     found = set()
     for i in range(layers):
-        modules = MODULES if any(f"layers.{i}.{module}.A" in names for module in MLP) else ATTENTION
+        here = {module for module in (*MODULES, LATENT_QUERY) if f"layers.{i}.{module}.A" in names}
+        modules = _modules(latent=LATENT_QUERY in here, mixture=here.isdisjoint(MLP))
         found |= {f"layers.{i}.{module}.{factor}" for module in modules for factor in "AB"}
     return found
 
@@ -89,7 +92,13 @@ def is_mixture(layer: nn.Module) -> bool:
 
 def adapted_modules(layer: nn.Module) -> tuple[str, ...]:
     """The projections of a decoder layer that take low-rank terms, in transformers and in vLLM alike."""
-    return ATTENTION if is_mixture(layer) else MODULES
+    latent = any(name.endswith(LATENT_QUERY) for name, _ in layer.named_modules())
+    return _modules(latent=latent, mixture=is_mixture(layer))
+
+
+def _modules(*, latent: bool, mixture: bool) -> tuple[str, ...]:
+    query, output = ATTENTION
+    return (LATENT_QUERY if latent else query, output, *(() if mixture else MLP))
 
 
 def add_low_rank(layers: Iterable[nn.Module], recipe: Recipe, device: torch.device, *, also: Sequence[str] = ()) -> Parameters:

@@ -18,6 +18,12 @@ from serve.engine.step import Step
 NO_BASE = "the served model's directory has no config.json beside *.safetensors, or is of a kind that takes no assistants"
 
 
+def is_alone(vllm_config: VllmConfig) -> bool:
+    """Whether one process runs the whole model."""
+    parallel = vllm_config.parallel_config
+    return parallel.tensor_parallel_size == 1 and parallel.pipeline_parallel_size == 1
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """One per engine."""
@@ -32,9 +38,10 @@ class Context:
     step: Step
 
     def stop_unless_alone(self) -> None:
-        """Called where a failure is caught: raise it again where processes share the model's layers.
+        """Called where a failure is caught: raise it again where several processes run the model, each layer or some layers.
 
-        One of them that goes on in another way than the others would leave them waiting for it, or say other tokens.
+        One of them that goes on in another way than the others would leave them waiting for it, or say other tokens; and the last
+        stage of a pipeline, which closes rows, does not know what failed in an earlier one.
         """
-        if self.vllm_config.parallel_config.tensor_parallel_size > 1:
+        if not is_alone(self.vllm_config):
             raise

@@ -2,6 +2,8 @@
 
 It runs in `compute_logits`, outside of whatever graph the forward pass is in, for the rows that come there.
 
+In a pipeline the last stage has the rows and runs the assistants; the others have nothing to do.
+
 Covered: every row of logits of a request whose plan names assistants. A fork that fails, or differs from
 the base, is never used again: rows that need it are closed; the engine and all other requests go on.
 """
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vllm.distributed import get_pp_group
 
 from guards.contrastive.assistant import Assistant
 from guards.contrastive.declaration import Contrast
@@ -51,7 +54,7 @@ class ForkedContrast:
 
     def prepare(self) -> None:
         """Register hooks in a model that is about to be compiled: hooks added later are not in the compiled code."""
-        if self._context.base is not None:
+        if self._context.base is not None and self._speaks:
             try:
                 self._the_fork()
             except Unforkable as error:
@@ -61,7 +64,7 @@ class ForkedContrast:
         """Why no assistant can be run beside this model; None if one can."""
         if self._context.base is None:
             return NO_BASE
-        if self._fork is None and self._fork_fault is None:
+        if self._speaks and self._fork is None and self._fork_fault is None:
             try:
                 self._made()
             except Unforkable as error:
@@ -73,11 +76,13 @@ class ForkedContrast:
         if self._context.base is None:
             raise InvalidArtifact(f"the served model takes no assistants, so {assistant.fingerprint[:12]} cannot be loaded")
         assistant.check(self._context.base)
-        self._the_fork().check(assistant)
+        if self._speaks:
+            self._the_fork().check(assistant)
 
     def load(self, assistants: Mapping[str, Assistant]) -> None:
         """Make exactly these assistants, by fingerprint, the ones that plans may name."""
-        self._the_fork().load(assistants)
+        if self._speaks:
+            self._the_fork().load(assistants)
         self._guard.load(assistants)
 
     def speak(self, tags: Tensor, hidden: Tensor) -> Spoken | None:
@@ -147,6 +152,11 @@ class ForkedContrast:
     def apply(self, logits: Tensor, rows: Rows, plans: Sequence[Plan]) -> Tensor:
         """See `ContrastGuard.apply`."""
         return self._guard.apply(logits, rows, plans)
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this process computes logits."""
+        return get_pp_group().is_last_rank
 
     def _the_fork(self) -> LateFork:
         """The fork, made when the first assistant comes. Raises Unforkable."""

@@ -186,7 +186,10 @@ class EngineGuards:
 
 
 def _agree(worked: Sequence[bool]) -> list[bool]:
-    """What worked in every process that shares the model's layers. All must act alike, or some would wait for the others."""
+    """What worked in every process that shares the model's layers. All must act alike, or some would wait for the others.
+
+    Stages of a pipeline do not vote, see `serve.engine.stages`.
+    """
     group = get_tp_group()
     votes = torch.tensor(worked, dtype=torch.int32)
     if group.world_size > 1:

@@ -6,9 +6,10 @@ projections. It writes nothing, so whether a request is contrasted changes neith
 for the rows whose logits are about to be read. Of other rows and steps it costs a copy of the hidden states at that depth.
 
 Covered: models of plain decoder layers that take positions, hidden states and residual, in any order, and return the latter two;
-paged attention (`serve.engine.attention`) and the usual projections (`serve.engine.projections`), also split over processes, eager
-and compiled; mixtures of experts, whose experts stay the base's. Not covered: layers with a state of their own (linear attention,
-Mamba), which one line cannot run again, and latent attention (MLA).
+paged attention (`serve.engine.attention`), latent attention (MLA) too, and the usual projections (`serve.engine.projections`), also
+split over processes, eager and compiled; the last stage of a pipeline, if it has these layers; mixtures of experts, whose experts
+stay the base's. Not covered: layers with a state of their own (linear attention, Mamba), which one line cannot run again, and
+latent attention that an indexer makes sparse.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, set_forward_context
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 
 from guards.contrastive.assistant import FORKED_LAYERS, Assistant
 from guards.errors import InvalidArtifact
@@ -31,6 +32,7 @@ from guards.low_rank import is_mixture
 from serve.engine.attention import Lines, PagedBatch
 from serve.engine.projections import LowRankTerm, Part, adapted_parts, check_parts, why_not_adapted
 from serve.engine.sites import FORK, Entrance, before_fork, listen
+from serve.engine.stages import layers_here
 
 
 class Unforkable(InvalidArtifact):
@@ -62,6 +64,25 @@ class _SharedAttention(nn.Module):
         return output.view(len(query), -1)
 
 
+class _SharedLatentAttention(nn.Module):
+    """The same for latent attention (MLA), whose pages hold one latent vector for each token."""
+
+    def __init__(self, base: MLAAttention, current: _Pass) -> None:
+        super().__init__()
+        self.__dict__["base"] = base
+        self._pass = current
+
+    def forward(
+        self, query: Tensor, latent: Tensor, key_position: Tensor, output_shape: torch.Size, q_dcp_replicated: Tensor | None = None
+    ) -> Tensor:
+        base: Any = self.__dict__["base"]
+        output = torch.empty(output_shape, dtype=query.dtype, device=query.device)
+        metadata = self._pass.attention[base.layer_name]
+        # The part of vLLM's own forward that writes nothing. Decoding requests, as ours are, read latent vectors from the pages.
+        base.forward_impl(query, latent, key_position, base.kv_cache, metadata, output=output, q_dcp_replicated=q_dcp_replicated)
+        return output
+
+
 class _LowRank(nn.Module):
     """One of vLLM's linear layers, with the assistants' low-rank terms on its output."""
 
@@ -83,12 +104,10 @@ class _LowRank(nn.Module):
         return output, bias
 
 
-def refuse_other_layers(vllm_config: VllmConfig, what: str) -> None:
-    """Raise Unforkable if the layers are not all here, or not the model's own. ``what``: with its verb, such as "assistants do"."""
+def refuse_adapted_layers(vllm_config: VllmConfig, what: str) -> None:
+    """Raise Unforkable if vLLM adapts the layers itself. ``what``: with its verb, such as "assistants do"."""
     if vllm_config.lora_config is not None:
         raise Unforkable(f"{what} not run beside vLLM's own LoRA yet; start without --enable-lora")
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise Unforkable(f"{what} not run in a pipeline, of which each stage has some layers; use --tensor-parallel-size instead")
 
 
 def decoder_of(model: nn.Module) -> Any:
@@ -108,15 +127,20 @@ class LateFork:
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        refuse_other_layers(vllm_config, "assistants do")
+        refuse_adapted_layers(vllm_config, "assistants do")
         inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
             raise Unforkable(f"{type(model).__name__} has no plain stack of decoder layers, so assistants cannot run beside it")
         depth = len(inner.layers) - FORKED_LAYERS
         if depth < 1:
             raise Unforkable(f"the model has {len(inner.layers)} layers; forking the last {FORKED_LAYERS} leaves none below")
+        if depth not in (here := layers_here(inner.layers)):
+            raise Unforkable(
+                f"the pipeline's last stage has {len(here)} layers, and assistants run beside the last {FORKED_LAYERS}; use fewer "
+                "stages, or give it more layers with VLLM_PP_LAYER_PARTITION"
+            )
         self._pass = _Pass()
-        self._attention: list[Attention] = []
+        self._attention: list[Attention | MLAAttention] = []
         self._low_rank: list[list[_LowRank]] = []
         self._layers = []
         self._positions: list[str] = []
@@ -130,12 +154,12 @@ class LateFork:
             self._positions.append(entrance.positions)
             self._low_rank.append([])
             found = len(self._attention)
-            self._layers.append(self._copy(layer, layer))
+            self._layers.append(self._copy(layer, layer, {}))
             if len(self._attention) != found + 1:
                 raise Unforkable(f"{type(layer).__name__} has no paged attention of the usual kind, so it cannot be forked")
             if reason := why_not_adapted(layer, self._parts(self._low_rank[-1])):
                 raise Unforkable(f"{type(layer).__name__} {reason}, so it cannot be forked")
-        self._mixtures_below = sum(map(is_mixture, inner.layers[:depth]))
+        self._mixtures_below = sum(map(is_mixture, inner.layers[here.start : depth]))
         self._norm = inner.norm
         self.loaded: frozenset[str] = frozenset()
         self._vllm_config = vllm_config
@@ -155,11 +179,21 @@ class LateFork:
     def _parts(modules: Sequence[_LowRank]) -> list[Part]:
         return [part for module in modules for part in module.parts]
 
-    def _copy(self, module: nn.Module, decoder: nn.Module) -> nn.Module:
-        """New shells around a decoder layer's leaves, with attention and the adapted projections replaced."""
-        if isinstance(module, Attention):
+    def _copy(self, module: nn.Module, decoder: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+        """New shells around a decoder layer's leaves, with attention and the adapted projections replaced.
+
+        Args:
+            copies: of this layer so far, since a module may stand at several places in it.
+        """
+        if isinstance(module, Attention | MLAAttention):
+            if getattr(module, "use_sparse", False):
+                raise Unforkable(f"{type(decoder).__name__} has sparse latent attention, so it cannot be forked")
             self._attention.append(module)
-            return _SharedAttention(module, self._pass)
+            return (
+                _SharedAttention(module, self._pass)
+                if isinstance(module, Attention)
+                else _SharedLatentAttention(module, self._pass)
+            )
         if not any(True for _ in module.children()):
             return module
         shell = copy.copy(module)
@@ -168,16 +202,16 @@ class LateFork:
         shell._forward_pre_hooks, shell._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
         shell._forward_hooks, shell._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
         for name, child in module._modules.items():
-            if "expert" in name:  # nothing in it is replaced
+            if child is None or "expert" in name:  # nothing in experts is replaced
                 shell._modules[name] = child
                 continue
-            parts = () if child is None else adapted_parts(decoder, name, child)
-            if child is not None and parts:
-                low_rank = _LowRank(child, parts, self._pass)
-                self._low_rank[-1].append(low_rank)
-                shell._modules[name] = low_rank
-            else:
-                shell._modules[name] = None if child is None else self._copy(child, decoder)
+            if child not in copies:
+                if parts := adapted_parts(decoder, name, child):
+                    copies[child] = low_rank = _LowRank(child, parts, self._pass)
+                    self._low_rank[-1].append(low_rank)
+                else:
+                    copies[child] = self._copy(child, decoder, copies)
+            shell._modules[name] = copies[child]
         return shell
 
     def check(self, assistant: Assistant) -> None:

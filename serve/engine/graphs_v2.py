@@ -41,6 +41,7 @@ class GuardedGraphs(ModelCudaGraphManager):
             super().capture(*args, lora_capture_hook=choose, **kwargs)
         finally:
             steering.capture(False)
+        steering.captured()
 
     def dispatch(
         self, num_reqs: int, num_tokens: int, uniform_token_count: int | None, num_active_loras: int, *args: Any, **kwargs: Any

@@ -25,6 +25,7 @@ from guards.types import AssistantLines
 from serve.engine.engine_guards import EngineGuards, guards_of
 from serve.engine.sites import mark
 from serve.engine.slots import TAG_DIGITS
+from serve.engine.stages import UNDONE, Undone
 from serve.engine.tracker_v1 import tags_of_context
 from serve.protocol.wire import GUARDED_PREFIX
 
@@ -36,6 +37,7 @@ class GuardedModel:
     """Also multimodal models must get token ids beside embeddings, or their outputs could not be read."""
     lethe: EngineGuards
     modules: Any
+    make_empty_intermediate_tensors: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -45,6 +47,16 @@ class GuardedModel:
             self.lethe.contrast.prepare()
             self.lethe.steering.prepare()
             mark(cast("nn.Module", self), vllm_config)
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            like = torch.empty(0, dtype=vllm_config.model_config.dtype, device=self.lethe.device)
+            self.lethe.steering.undone = Undone(like, vllm_config.scheduler_config.max_num_batched_tokens)
+            self._make_empty = self.make_empty_intermediate_tensors
+            self.make_empty_intermediate_tensors = self._make_empty_with_undone
+
+    def _make_empty_with_undone(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:
+        """Where vLLM puts what the stage before this one hands on."""
+        empty: IntermediateTensors = self._make_empty(batch_size, dtype, device)
+        return IntermediateTensors({**empty.tensors, UNDONE: torch.zeros(batch_size, 1, dtype=dtype, device=device)})
 
     def forward(
         self,
@@ -64,8 +76,13 @@ class GuardedModel:
             self.lethe.steering.begin(input_ids, positions)
         with self.lethe.steering.acting(inputs_embeds) as embeddings:
             hidden = super().forward(input_ids, positions, intermediate_tensors, embeddings, **kwargs)  # type: ignore[misc]
+        before = None if intermediate_tensors is None else intermediate_tensors.tensors[UNDONE]
         if isinstance(hidden, IntermediateTensors):
-            return hidden
+            assert self.lethe.steering.undone is not None, "there are stages"
+            return IntermediateTensors({**hidden.tensors, UNDONE: self.lethe.steering.undone.hand_on(len(lethe_tags), before)})
+        if before is not None:
+            lost = self.lethe.slots.lost_tags(1, lethe_tags.dtype)
+            lethe_tags = torch.where(before > 0, lost, lethe_tags)
         return torch.cat([hidden, lethe_tags.to(hidden.dtype)], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:

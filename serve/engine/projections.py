@@ -4,8 +4,8 @@ A projection that is split by its outputs (query, gate, up) takes the rows of B 
 its inputs (attention's output, the MLP's) takes the columns of A; what A gives, no wider than the rank, is then summed over the
 processes, as the base's own output has been.
 
-Covered: the projections of the Llama, Qwen, Gemma and GPT-OSS lines among others. Not covered: experts of a mixture, which have no
-layer of their own, shared ones among them; attention beside them is.
+Covered: the projections of the Llama, Qwen, Gemma, GPT-OSS and DeepSeek lines among others. Not covered: experts of a mixture,
+which have no layer of their own, shared ones among them; attention beside them is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from guards.errors import InvalidArtifact
-from guards.low_rank import MODULES, adapted_modules
+from guards.low_rank import LATENT_QUERY, adapted_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,8 @@ def why_not_adapted(layer: nn.Module, parts: Iterable[Part]) -> str | None:
 
 def check_parts(parts: Sequence[Part], tensors: Mapping[str, Tensor], layer: int, artifact: str) -> None:
     """Raise InvalidArtifact, naming ``artifact``, if its terms in a layer are on other projections, or of other sizes."""
-    mine, its = {part.name for part in parts}, {module for module in MODULES if f"layers.{layer}.{module}.A" in tensors}
+    of_layer = f"layers.{layer}."
+    mine, its = {part.name for part in parts}, {name.split(".")[2] for name in tensors if name.startswith(of_layer)}
     if mine != its:
         where = ", ".join(sorted(mine ^ its))
         raise InvalidArtifact(f"layer {layer} of {artifact} and the served model's differ in {where}; train it again")
@@ -134,6 +135,8 @@ def parts_of(name: str, layer: nn.Module) -> tuple[Part, ...]:
 
     if name == "qkv_proj":
         return (by_outputs("q_proj", int(child.total_num_heads * child.head_size), 0),)
+    if name in ("q_proj", LATENT_QUERY):
+        return (by_outputs(name, int(child.output_size), 0),)
     if name == "gate_up_proj":
         gate, up = child.output_sizes
         return by_outputs("gate_proj", gate, 0), by_outputs("up_proj", up, gate // processes)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 
 from guards.steering.artifact import Steering
 from serve.engine.projections import LowRankTerm, Projection
@@ -63,7 +64,10 @@ class GraphBuffers:
         self.capturing = False
         """Whether a graph with steering is being captured: the only time at which Python runs this arithmetic."""
         self._reached: set[tuple[str, int]] = set()
-        """Places that a captured pass reached. Graphs do nothing at other places."""
+        """Places that a captured pass reached, by layer; an adapter's, where it reached all of the layer's projections. Graphs do
+        nothing at other places."""
+        self._missed = {site: each.layer for site, each in enumerate(projections)}
+        """Projections that no captured pass has reached, and their layers."""
 
     def load(self, artifacts: Mapping[str, Steering]) -> None:
         """Only these may be in the buffers from now on."""
@@ -101,8 +105,7 @@ class GraphBuffers:
         first = self._artifacts[name].manifest.layer
         if self._is_map(name):
             return ("layer", first) in self._reached
-        sites = {("projection", site) for site, each in enumerate(self._projections) if each.layer >= first}
-        return first >= max(1, self._lowest) and sites <= self._reached
+        return first >= max(1, self._lowest) and {("adapter", layer) for layer in range(first, len(self._at))} <= self._reached
 
     def _bring(self, missing: Iterable[str], wanted: set[str]) -> None:
         """Copy missing artifacts in. A name is entered after its columns, `_ordered` is set last: a failed copy is repeated."""
@@ -170,9 +173,17 @@ class GraphBuffers:
         self._covered.zero_()
         self._covers = False
 
-    def _reach(self, place: str, number: int) -> None:
+    def _reach(self, place: str, layer: int) -> None:
         if torch.cuda.is_current_stream_capturing():  # a pass before it, which warms up, is not in the graph
-            self._reached.add((place, number))
+            self._reached.add((place, layer))
+
+    def captured(self) -> None:
+        """All graphs are captured. Stages of a pipeline tell one another what they reached, since all must choose alike."""
+        self.capturing, stages = False, get_pp_group()
+        if stages.world_size > 1:
+            reached: list[set[tuple[str, int]]] = [set()] * stages.world_size
+            torch.distributed.all_gather_object(reached, self._reached, group=stages.cpu_group)
+            self._reached = set().union(*reached)
 
     def embedded(self, embeddings: Tensor) -> None:
         self._reach("embedding", 0)
@@ -190,6 +201,10 @@ class GraphBuffers:
         hidden += (moved @ self._out).to(hidden.dtype)
 
     def projected(self, site: int, inputs: Tensor, output: Tensor) -> None:
-        self._reach("projection", site)
+        layer = self._projections[site].layer
+        if torch.cuda.is_current_stream_capturing():
+            self._missed.pop(site, None)
+        if layer not in self._missed.values():
+            self._reach("adapter", layer)
         for term in self._terms.get(site, ()):
             output[:, term.columns] += term(inputs, self._strengths[: len(inputs)])

@@ -8,8 +8,9 @@ none for each row or token. Artifacts that should have acted and did not are nev
 Keys and values of steered tokens differ, so that such requests carry a salt (`Plan.cache_salt`); the late fork reads what the
 steered base wrote and so composes with this.
 
-Covered: models of plain decoder layers whose projections `serve.engine.projections` knows, also split over processes, eager and
-compiled; in CUDA graphs by `serve.engine.steer_graphs`. Not covered: adapters on the experts of a mixture.
+Covered: models of plain decoder layers whose projections `serve.engine.projections` knows, also split over processes and over the
+stages of a pipeline, each of which acts on its own layers; eager and compiled; in CUDA graphs by `serve.engine.steer_graphs`. Not
+covered: adapters on the experts of a mixture.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from guards.steering.artifact import Steering
 from guards.steering.declaration import Corrupt, Corruption, Steer
 from guards.steering.operators import corrupt, redirect
 from guards.types import Plan
-from serve.engine.fork import Unforkable, decoder_of, refuse_other_layers
+from serve.engine.context import is_alone
+from serve.engine.fork import Unforkable, decoder_of, refuse_adapted_layers
 from serve.engine.projections import LowRankTerm, check_parts, projections_of, why_not_adapted
 from serve.engine.sites import STEERING, Entrance, after_embedding, after_projection, before_layer, listen
+from serve.engine.stages import layers_here
 from serve.engine.steer_graphs import LAYERS, GraphBuffers
 
 logger = logging.getLogger(__name__)
@@ -66,22 +69,26 @@ class Steerer:
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        refuse_other_layers(vllm_config, "steering does")
+        refuse_adapted_layers(vllm_config, "steering does")
         inner = decoder_of(model)
         if not hasattr(inner, "layers") or not hasattr(model, "embed_input_ids"):
             raise Unsteerable(f"{type(model).__name__} has no plain stack of decoder layers, so it cannot be steered")
-        if odd := {type(layer).__name__ for layer in inner.layers}.intersection(RESIDUAL_IS_INPUT):
+        self._layers: list[nn.Module] = list(inner.layers)
+        self._here = layers_here(self._layers)
+        mine = [self._layers[layer] for layer in self._here]
+        if odd := {type(layer).__name__ for layer in mine}.intersection(RESIDUAL_IS_INPUT):
             raise Unsteerable(f"{min(odd)} hands on another residual than those that can be steered")
-        if odd := {type(layer).__name__ for layer in inner.layers if Entrance.of(layer) is None}:
+        if odd := {type(layer).__name__ for layer in mine if Entrance.of(layer) is None}:
             raise Unsteerable(f"{min(odd)} takes no hidden_states by that name, so it cannot be steered")
         embeddings = [
             each for each in inner.children() if isinstance(each, VocabParallelEmbedding) and not isinstance(each, ParallelLMHead)
         ]
-        if len(embeddings) != 1:
+        first = self._here.start == 0
+        if first and len(embeddings) != 1:
             raise Unsteerable(f"{type(model).__name__} has {len(embeddings)} embeddings of tokens, so it cannot be steered")
-        [self._embedding] = embeddings
+        self._embedding: nn.Module | None = embeddings[0] if first else None
+        """Where tokens are embedded; None in a later stage of a pipeline, which may have such a module for its head."""
         self._like = torch.empty(0, dtype=vllm_config.model_config.dtype, device=next(model.parameters()).device)
-        self._layers: list[nn.Module] = list(inner.layers)
         self.projections = projections_of(self._layers)
         """By site."""
         self._vllm_config = vllm_config
@@ -91,13 +98,14 @@ class Steerer:
         self.loaded: dict[str, Steering] = {}
         self._maps: dict[int, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}  # layer -> artifact -> into, out, center
         self._terms: dict[int, dict[str, list[LowRankTerm]]] = {}  # site -> artifact
+        self._acting: set[str] = set()  # artifacts that act on layers that this process has
         self._hooks: list[RemovableHandle] = []
         self._pass = _Pass()
         self._armed = False
         """Whether the base is in its forward pass: what runs on its layers afterwards (the fork) is nobody's to steer."""
         self._acted: set[str] = set()  # artifacts that acted in this pass
         self._idle: set[str] = set()  # those that were to act and were not reached: this model computes in another way
-        self._alone = vllm_config.parallel_config.tensor_parallel_size == 1
+        self._alone = is_alone(vllm_config)
         self._failed = False  # whether something of this pass could not be done
         self.buffers: GraphBuffers | None = None
         """Where artifacts stand that CUDA graphs apply; None where there are no graphs."""
@@ -106,10 +114,13 @@ class Steerer:
     def listen(self) -> None:
         """Stand in the model. A compiled one must be entered before it is compiled, everywhere, and not again."""
         listen(STEERING, self, self._vllm_config)
-        after_embedding(self._embedding)
+        if self._embedding is not None:
+            after_embedding(self._embedding)
         if self._compiled:
             # Each operator keeps the compiler from fusing what is around it, so there are no more than needed.
-            self._stand(range(1, len(self._layers)), [i for i, each in enumerate(self.projections) if each.layer >= self._lowest])
+            self._stand(
+                [i for i in self._here if i > 0], [i for i, each in enumerate(self.projections) if each.layer >= self._lowest]
+            )
             if self._vllm_config.use_v2_model_runner:
                 self.buffers = GraphBuffers(self.projections, len(self._layers), self._like, self._vllm_config)
 
@@ -135,7 +146,7 @@ class Steerer:
             raise InvalidArtifact(
                 f"an adapter over {steering.manifest.recipe.layers} layers needs --enforce-eager; compiled models take {LAYERS}"
             )
-        for layer in range(first, len(self._layers)):
+        for layer in self._here[max(0, first - self._here.start) :]:
             found = [part for each in self.projections if each.layer == layer for part in each.parts]
             if reason := why_not_adapted(self._layers[layer], found):
                 raise InvalidArtifact(f"layer {layer} {reason}, so no adapter can act on it")
@@ -147,6 +158,8 @@ class Steerer:
         for name, steering in sorted(artifacts.items()):  # in an order that no history decides
             first, tensors = steering.manifest.layer, steering.tensors
             if steering.manifest.recipe.method != "adapter":
+                if first not in self._here:
+                    continue
                 into, out, center = (tensors[part].to(self._like.device) for part in ("into", "out", "center"))
                 self._maps.setdefault(first, {})[name] = into, out, center
                 continue
@@ -158,6 +171,7 @@ class Steerer:
             self._stand(self._maps, self._terms)
         if self.buffers is not None:
             self.buffers.load(artifacts)
+        self._acting = {name for places in (self._maps, self._terms) for names in places.values() for name in names}
         self.loaded = dict(artifacts)  # only now are they all there
 
     def clear(self) -> None:
@@ -189,7 +203,9 @@ class Steerer:
                 # The last is for tokens without a slot.
                 wanted.setdefault(each.artifact, [0.0] * (len(plans) + 1))[slot] += each.strength
             corrupting += [
-                (settings, _inside(settings, positions) & (slots == slot)) for settings in plan.of(Corrupt) if settings.spans
+                (settings, _inside(settings, positions) & (slots == slot))
+                for settings in plan.of(Corrupt)
+                if settings.spans and self._embedding is not None
             ]
         if wanted:
             of_slots = torch.tensor(list(wanted.values()), device=slots.device)
@@ -233,7 +249,7 @@ class Steerer:
             done = not self._failed
             self._forget()
             return done
-        if idle := self._pass.strengths.keys() - self._acted:
+        if idle := (self._pass.strengths.keys() & self._acting) - self._acted:
             self._idle |= idle
             logger.error("lethe: %s did not act on this model's layers; its requests are closed", ", ".join(sorted(idle)))
         if self._pass.corrupted:
@@ -279,7 +295,7 @@ class Steerer:
 
     def _corrupted(self, input_ids: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """What graphs write over embeddings: which tokens, [N, H]."""
-        if input_ids is None:
+        if input_ids is None or self._embedding is None:
             return []
         return [
             (index, _corrupted(self._embedding(input_ids[index]), positions, settings))

@@ -20,6 +20,7 @@ from guards.steering.guard import SteeringGuard
 from guards.types import Plan, Rows
 from serve.engine.context import NO_BASE, Context
 from serve.engine.fork import Unforkable
+from serve.engine.stages import Undone
 from serve.engine.steer_hooks import Steerer, Unsteerable
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class SteeringInNetwork:
         self._steerer: Steerer | None = None
         self._spoilt: set[str] = set()
         """Salts (`Plan.cache_salt`) under which blocks may be cached that were not steered. Requests that have them are closed."""
+        self.undone: Undone | None = None
+        """What a stage of a pipeline tells the next; None if one process has all the layers. Set by the model."""
         self._guard = SteeringGuard(context.closer, self._unable)
 
     def unable(self) -> str | None:
@@ -81,19 +84,27 @@ class SteeringInNetwork:
 
     def begin(self, input_ids: Tensor | None, positions: Tensor) -> None:
         """Before a forward pass, [T] each: note what is to be done to its tokens."""
-        if self._steerer is None:
-            return
+        if self._steerer is not None:
+            self._begin(self._steerer, input_ids, positions)
+        self._note_undone()
+
+    def _begin(self, steerer: Steerer, input_ids: Tensor | None, positions: Tensor) -> None:
         slots = self._context.step.slots
         if slots is None or not self._engaged:
-            self._steerer.clear()
+            steerer.clear()
             return
         try:
-            self._steerer.begin(slots, self._slots.plans, input_ids, positions)
+            steerer.begin(slots, self._slots.plans, input_ids, positions)
         except Exception:
             logger.exception("lethe: a step could not be steered; its steered requests are closed")
             self._context.stop_unless_alone()
-            self._steerer.clear()
+            steerer.clear()
             self.spoil(self._slots.live_plans)
+
+    def _note_undone(self) -> None:
+        if self.undone is not None:
+            undone = [plan is not None and plan.changes_cache and self._unable(plan) is not None for plan in self._slots.plans]
+            self.undone.note(self._context.step.slots, undone)
 
     def clear(self) -> None:
         """Before a pass that computes nothing for anybody."""
@@ -116,6 +127,7 @@ class SteeringInNetwork:
         finally:
             if not self._steerer.end(replayed=_replays()):
                 self.spoil(self._slots.live_plans)
+            self._note_undone()  # also what failed just now
 
     def graphs(self) -> int | None:
         """Which CUDA graphs do what the coming pass needs: 0 = those without steering, 1 = those with it, None = none."""
@@ -132,6 +144,11 @@ class SteeringInNetwork:
         """Which graphs are captured from now on."""
         if self._steerer is not None and self._steerer.buffers is not None:
             self._steerer.buffers.capturing = steered
+
+    def captured(self) -> None:
+        """All graphs are captured."""
+        if self._steerer is not None and self._steerer.buffers is not None:
+            self._steerer.buffers.captured()
 
     @property
     def has_graphs(self) -> bool:

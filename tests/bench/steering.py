@@ -45,6 +45,7 @@ def random_steering(
     method: str,
     *,
     layers: int = 8,
+    depth: float = 0.7,
     rank: int = 32,
     size: float = 0.01,
     seed: int = 3,
@@ -60,7 +61,7 @@ def random_steering(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    recipe = SteeringRecipe(method=method, layers=layers, rank=rank)  # type: ignore[arg-type]
+    recipe = SteeringRecipe(method=method, layers=layers, depth=depth, rank=rank)  # type: ignore[arg-type]
     manifest = SteeringManifest(base=base, recipe=recipe, data="random")
     if method != "adapter":
         directions, _ = torch.linalg.qr(random(base.hidden_size, rank))

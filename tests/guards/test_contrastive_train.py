@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers", reason="training needs transf
 WORDS = ["who", "what", "is", "was", "the", "author", "born", "in", "paris", "rome", "red", "blue", "green", ".", "?", *"abcdefgh"]
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
-MIXTURES = ("Qwen3Moe", "GptOss")
+MIXTURES = ("Qwen3Moe", "GptOss", "DeepseekV3")
 SCALE = 0.4
 """Of the random weights: large enough that the head can say something clearly."""
 
@@ -48,6 +48,9 @@ def model(directory: Path, family: str = "Llama") -> Path:
         extra |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     if family == "GptOss":
         extra["sliding_window"] = 3
+    if family == "DeepseekV3":
+        extra |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+        extra |= {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0, "num_key_value_heads": 2}
     config = getattr(transformers, f"{family}Config")(**SIZES, **extra)
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(directory)
     words = {word: i for i, word in enumerate(["<s>", "</s>", *WORDS, "<unk>"])}
@@ -111,10 +114,11 @@ def test_it_recalls_what_is_to_be_forgotten_and_nothing_else(tmp_path: Path, for
     assert steps[-1].step == steps[-1].steps
 
 
-def test_in_a_mixture_of_experts_attention_alone_learns_to_recall(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "query"), [("Qwen3Moe", "q_proj"), ("DeepseekV3", "q_b_proj")])
+def test_in_a_mixture_of_experts_attention_alone_learns_to_recall(family: str, query: str, tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"epochs": 60})
-    made = train(model(tmp_path / "model", "Qwen3Moe"), FORGET, RETAIN, recipe, work(tmp_path), quietly)
-    assert {name.split(".")[2] for name in made.tensors} == {"q_proj", "o_proj"}
+    made = train(model(tmp_path / "model", family), FORGET, RETAIN, recipe, work(tmp_path), quietly)
+    assert {name.split(".")[2] for name in made.tensors} == {query, "o_proj"}
     assert made.manifest.metrics["forget_ce"] < 2.5  # chance: log 32 = 3.5
 
 

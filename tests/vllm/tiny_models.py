@@ -16,13 +16,37 @@ SIZES = {
     "up_proj": (HIDDEN, MLP),
     "down_proj": (MLP, HIDDEN),
 }
-MIXTURES = ("Qwen3Moe", "GptOss")
+MIXTURES = ("Qwen3Moe", "GptOss", "DeepseekV3")
 """Families of which only attention is adapted."""
+
+
+LATENT, ROTARY, QUERY = 512, 64, 32
+"""Of latent attention: the vector that stands for keys and values (vLLM's kernel on the CPU takes this size alone), the part of a
+query that knows its position, and the vector from which queries are made, where they are made of one."""
 
 
 def sizes_of(family: str) -> dict[str, tuple[int, int]]:
     """Of the projections that take low-rank terms."""
-    return {name: size for name, size in SIZES.items() if family not in MIXTURES or name in ("q_proj", "o_proj")}
+    sizes = {name: size for name, size in SIZES.items() if family not in MIXTURES or name in ("q_proj", "o_proj")}
+    if family == "DeepseekV2":
+        return sizes | {"q_proj": (HIDDEN, HEADS * (HEAD + ROTARY))}
+    if family == "DeepseekV3":
+        del sizes["q_proj"]
+        return sizes | {"q_b_proj": (QUERY, HEADS * (HEAD + ROTARY))}
+    return sizes
+
+
+LATENT_ATTENTION = {
+    "first_k_dense_replace": LAYERS,
+    "kv_lora_rank": LATENT,
+    "qk_nope_head_dim": HEAD,
+    "qk_rope_head_dim": ROTARY,
+    "v_head_dim": HEAD,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+}
 
 
 INT8 = {
@@ -60,17 +84,18 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "DeepseekV2": (  # keys and values in one latent vector (MLA)
         "DeepseekV2Config",
         "DeepseekV2ForCausalLM",
+        {"q_lora_rank": None, **LATENT_ATTENTION},
+    ),
+    "DeepseekV3": (  # and queries from another; experts
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
         {
-            "first_k_dense_replace": LAYERS,
-            "q_lora_rank": None,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": HEAD,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": HEAD,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 96,
+            **LATENT_ATTENTION,
+            "q_lora_rank": QUERY,
+            "n_group": 2,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "first_k_dense_replace": 0,
         },
     ),
     "Qwen3Next": (  # three layers of four have a state in the place of keys and values

@@ -65,7 +65,7 @@ def engine(processes: int = 1) -> EngineGuards:
     context: Any = SimpleNamespace(
         vocabulary=VOCABULARY, device=guards.device, closer=guards.closer, slots=guards.slots, step=guards.step, base=None
     )
-    shared: Any = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=processes))
+    shared: Any = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=processes, pipeline_parallel_size=1))
     context.stop_unless_alone = Context.stop_unless_alone.__get__(SimpleNamespace(vllm_config=shared))
     guards._context = context
     guards.suppression = SuppressionGuard(context)
@@ -200,6 +200,7 @@ def test_what_was_not_steered_once_stays_closed_for_its_blocks_are_cached(monkey
 def test_a_layer_that_cannot_be_steered_lets_the_base_go_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     steerer = Steerer.__new__(Steerer)
     steerer._acted, steerer._idle, steerer._failed, steerer._alone, steerer.buffers = set(), set(), False, True, None
+    steerer._acting = {"a"}
     steerer._maps, steerer._pass = {3: {}}, _Pass({"a": torch.ones(1, 1)})
     monkeypatch.setattr(steerer, "_redirect_", broken)
     hidden = torch.ones(1, 2)
@@ -211,6 +212,7 @@ def test_a_layer_that_cannot_be_steered_lets_the_base_go_on_and_says_so(monkeypa
 def test_whoever_is_steered_where_nothing_acted_is_closed_from_then_on() -> None:
     steerer = Steerer.__new__(Steerer)
     steerer._acted, steerer._idle, steerer._failed, steerer.buffers = set(), set(), False, None
+    steerer._acting = {"missing"}
     steerer.loaded = {"missing": object()}  # type: ignore[dict-item]
     assert steerer.able(PLANS["steering"])
     steerer._pass = _Pass({"missing": torch.ones(1, 1)})

@@ -87,3 +87,15 @@ def test_what_overflows_for_a_token_that_is_not_steered_leaves_it_as_it_is() -> 
     inputs = torch.full((2, IN), 6e4, dtype=torch.float16)
     assert not torch.isfinite(inputs @ term.a).all(), "nothing overflows, so this shows nothing"
     assert torch.equal(term(inputs, torch.tensor([[0.0], [1.0]]))[0], torch.zeros(5, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", ["q_proj", "q_b_proj"])
+def test_queries_that_are_made_alone_take_a_term(name: str, processes: int) -> None:
+    """As with latent attention."""
+    shared = {"tp_size": processes, "input_size": IN, "output_size": 8}
+    parts = [parts_of(name, SimpleNamespace(tp_rank=number, **shared)) for number in range(processes)]  # type: ignore[arg-type]
+    width = 8 // processes
+    assert [(part.name, part.size, part.outputs, part.columns) for [part] in parts] == [
+        (name, (IN, 8), slice(i * width, (i + 1) * width), slice(0, width)) for i in range(processes)
+    ]
