@@ -42,7 +42,14 @@ class Graph:
 
     def replay(self) -> None:
         for function, args, kwargs, made in self.operations:
-            again = tensors(function(*args, **kwargs))
+            result = function(*args, **kwargs)
+            again = tensors(result)
+            # On processors for which vLLM has no sum over processes of its own it takes PyTorch's, which only begins here.
+            if function.namespace == "_c10d_functional":
+                again = [torch.ops._c10d_functional.wait_tensor(each) for each in again]
+            for work in tree_leaves(result):
+                if isinstance(work, torch.ScriptObject):
+                    work.wait()
             for place, old in made.items():
                 old.copy_(again[place])
 
@@ -82,7 +89,8 @@ class Capture(TorchDispatchMode):
             return result  # a break between two pieces
         given = {each.untyped_storage().data_ptr() for each in tensors((args, kwargs))}
         made = {i: each for i, each in enumerate(tensors(result)) if each.untyped_storage().data_ptr() not in given}
-        if made or function._schema.is_mutable:  # else it is a view, which stays one
+        # PyTorch's sum in place (c10d) does not say that it changes anything. Others that change nothing are views, and stay so.
+        if made or function._schema.is_mutable or function.namespace == "c10d":
             graph.operations.append((function, args, kwargs, made))
         return result
 
