@@ -32,6 +32,8 @@ class GuardedGraphs(ModelCudaGraphManager):
         steering = self._steering
         if steering is None or not steering.has_graphs:
             super().capture(*args, lora_capture_hook=lora_capture_hook, **kwargs)
+            if steering is not None:
+                steering.captured()  # another stage may have graphs, and waits for this one
             return
 
         def choose(case: int, _requests: int, _tokens: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_pp_group
 from vllm.model_executor.models.utils import PPMissingLayer
 
 UNDONE = "lethe_undone"
@@ -22,6 +23,16 @@ def layers_here(layers: Sequence[nn.Module]) -> range:
     """The numbers of a model's layers that this process has: all of them, or those of its stage."""
     here = [i for i, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer)]
     return range(here[0], here[-1] + 1) if here else range(0)
+
+
+def of_all_stages(places: set[tuple[str, int]]) -> set[tuple[str, int]]:
+    """What any stage has found. All stages must call it, and outside of a step."""
+    stages = get_pp_group()
+    if stages.world_size == 1:
+        return places
+    found: list[set[tuple[str, int]]] = [set()] * stages.world_size
+    torch.distributed.all_gather_object(found, places, group=stages.cpu_group)
+    return set().union(*found)
 
 
 class Undone:
@@ -51,4 +62,5 @@ class Undone:
 
     def hand_on(self, tokens: int, before: Tensor | None) -> Tensor:
         """[T, 1], 0 = all was done. ``before``: what the stage before this one handed on; None in the first."""
+        # A copy: the next pass may be noted while this one is still sent.
         return self._noted[:tokens].clone() if before is None else torch.maximum(self._noted[:tokens], before)

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
 
 from guards.steering.artifact import Steering
 from serve.engine.projections import LowRankTerm, Projection
@@ -63,7 +62,7 @@ class GraphBuffers:
         self._ordered = True
         self.capturing = False
         """Whether a graph with steering is being captured: the only time at which Python runs this arithmetic."""
-        self._reached: set[tuple[str, int]] = set()
+        self.reached: set[tuple[str, int]] = set()
         """Places that a captured pass reached, by layer; an adapter's, where it reached all of the layer's projections. Graphs do
         nothing at other places."""
         self._missed = {site: each.layer for site, each in enumerate(projections)}
@@ -84,7 +83,7 @@ class GraphBuffers:
         wanted: set[str] = set()
         for names, corrupted in plans:
             maps = Counter(self._artifacts[name].manifest.layer for name in names if name in self._artifacts and self._is_map(name))
-            if corrupted and (self._takes_embeddings or ("embedding", 0) not in self._reached):
+            if corrupted and (self._takes_embeddings or ("embedding", 0) not in self.reached):
                 return False
             if max(maps.values(), default=0) > 1 + CHAIN:
                 return False
@@ -104,8 +103,8 @@ class GraphBuffers:
     def _fits(self, name: str) -> bool:
         first = self._artifacts[name].manifest.layer
         if self._is_map(name):
-            return ("layer", first) in self._reached
-        return first >= max(1, self._lowest) and {("adapter", layer) for layer in range(first, len(self._at))} <= self._reached
+            return ("layer", first) in self.reached
+        return first >= max(1, self._lowest) and {("adapter", layer) for layer in range(first, len(self._at))} <= self.reached
 
     def _bring(self, missing: Iterable[str], wanted: set[str]) -> None:
         """Copy missing artifacts in. A name is entered after its columns, `_ordered` is set last: a failed copy is repeated."""
@@ -175,15 +174,7 @@ class GraphBuffers:
 
     def _reach(self, place: str, layer: int) -> None:
         if torch.cuda.is_current_stream_capturing():  # a pass before it, which warms up, is not in the graph
-            self._reached.add((place, layer))
-
-    def captured(self) -> None:
-        """All graphs are captured. Stages of a pipeline tell one another what they reached, since all must choose alike."""
-        self.capturing, stages = False, get_pp_group()
-        if stages.world_size > 1:
-            reached: list[set[tuple[str, int]]] = [set()] * stages.world_size
-            torch.distributed.all_gather_object(reached, self._reached, group=stages.cpu_group)
-            self._reached = set().union(*reached)
+            self.reached.add((place, layer))
 
     def embedded(self, embeddings: Tensor) -> None:
         self._reach("embedding", 0)

@@ -20,7 +20,7 @@ from guards.steering.guard import SteeringGuard
 from guards.types import Plan, Rows
 from serve.engine.context import NO_BASE, Context
 from serve.engine.fork import Unforkable
-from serve.engine.stages import Undone
+from serve.engine.stages import Undone, of_all_stages
 from serve.engine.steer_hooks import Steerer, Unsteerable
 
 logger = logging.getLogger(__name__)
@@ -146,9 +146,11 @@ class SteeringInNetwork:
             self._steerer.buffers.capturing = steered
 
     def captured(self) -> None:
-        """All graphs are captured."""
-        if self._steerer is not None and self._steerer.buffers is not None:
-            self._steerer.buffers.captured()
+        """All graphs are captured. Stages of a pipeline must choose alike, so each learns what the others reached."""
+        buffers = None if self._steerer is None else self._steerer.buffers
+        reached = of_all_stages(set() if buffers is None else buffers.reached)
+        if buffers is not None:
+            buffers.reached = reached
 
     @property
     def has_graphs(self) -> bool:

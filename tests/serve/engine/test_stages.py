@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,9 +15,12 @@ from guards.contrastive.assistant import FORKED_LAYERS
 
 pytest.importorskip("vllm", reason="vLLM is not installed: its models are what this is about")
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.sequence import IntermediateTensors
 
 from serve.engine.fork import LateFork, Unforkable
-from serve.engine.stages import Undone, layers_here
+from serve.engine.guarded_model import GuardedModel
+from serve.engine.slots import SlotTable
+from serve.engine.stages import UNDONE, Undone, layers_here
 
 LAYER = nn.Linear(2, 2)
 
@@ -49,3 +54,32 @@ def test_what_any_stage_left_undone_is_handed_on_for_its_own_tokens_and_passes_a
     assert handed_on() == [0, 0, 0, 0, 1]
     second.note(None, [False, True, False])
     assert handed_on() == [0, 0, 0, 0, 0]
+
+
+class Stage:
+    """A base model's forward pass in one stage: what is given instead of computed."""
+
+    said: Any
+
+    def forward(self, *_: Any) -> Any:
+        return self.said
+
+
+class Guarded(GuardedModel, Stage):
+    def __init__(self, said: Any, slots: SlotTable, undone: Undone | None) -> None:
+        steering = SimpleNamespace(undone=undone, acting=nullcontext)
+        self.said, self.lethe = said, SimpleNamespace(steering=steering, slots=slots)  # type: ignore[assignment]
+
+
+def test_the_last_stage_closes_the_rows_of_tokens_for_which_an_earlier_stage_left_something_undone() -> None:
+    slots, hidden = SlotTable(3, 8, np.zeros(4, dtype=bool), torch.device("cpu")), torch.ones(4, 2)
+    of_tokens = torch.tensor([0, 1, -1, 2])
+    tags, ids = slots.tags(of_tokens, torch.zeros(4, dtype=torch.int64), hidden.dtype), torch.zeros(4)
+    undone = Undone(torch.zeros(0), 8)
+    undone.note(of_tokens, [False, True, False])
+    first = Guarded(IntermediateTensors({"hidden_states": hidden}), slots, undone)
+    handed_on: Any = first.forward(ids, ids, lethe_tags=tags)
+    assert set(handed_on.tensors) == {"hidden_states", UNDONE}
+    out: Any = Guarded(hidden, slots, None).forward(ids, ids, handed_on, lethe_tags=tags)
+    assert slots.lost(out[:, 2:]).tolist() == [1]
+    assert torch.equal(out[[0, 2, 3], 2:], tags[[0, 2, 3]]), "whose the other rows are was changed"
