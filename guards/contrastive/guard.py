@@ -15,7 +15,7 @@ from torch import Tensor
 from guards.closing import RowCloser
 from guards.contrastive.assistant import Assistant
 from guards.contrastive.declaration import Contrast, RuleName
-from guards.contrastive.rules import subtract_assistants
+from guards.contrastive.rules import subtract_assistants_
 from guards.errors import VocabularyMismatch
 from guards.types import Plan, Rows
 
@@ -55,19 +55,18 @@ class ContrastGuard:
             entries = cast("tuple[Contrast, ...]", lines.entries)
             # A NaN would spread over the whole row and undo every other guard on it: a line that is not finite gets strength 0.
             sound = torch.isfinite(lines.logits).all(dim=1)
-            said = torch.where(sound[:, None], lines.logits, 0.0)
             known = torch.tensor([entry.assistant in self._difference for entry in entries], device=self.device)
             spoken.index_add_(0, lines.row, (known & sound).to(spoken.dtype))
             for rule in sorted({entry.rule for entry in entries}):
                 mine = [i for i, entry in enumerate(entries) if entry.rule == rule and entry.assistant in self._difference]
                 if mine:
-                    logits = self._subtract(logits, said, sound, lines.row, entries, mine)
+                    self._subtract(logits, lines.logits, sound, lines.row, entries, mine)
         self._closer.close_(logits, (spoken < wanted).nonzero().squeeze(1), "contrast")
         return logits
 
     def _subtract(
         self, logits: Tensor, said: Tensor, sound: Tensor, row: Tensor, entries: Sequence[Contrast], mine: list[int]
-    ) -> Tensor:
+    ) -> None:
         """Contrast rows with the lines of ``said`` ([P, V]) at the indexes ``mine``, which all have the same rule."""
         chosen = [entries[i] for i in mine]
         index = torch.tensor(mine, device=self.device)
@@ -75,7 +74,7 @@ class ContrastGuard:
         def values(*numbers: float) -> Tensor:
             return torch.tensor(numbers, dtype=torch.float32, device=self.device)
 
-        return subtract_assistants(
+        subtract_assistants_(
             logits,
             said if len(mine) == len(entries) else said[index],
             row=row[index],

@@ -9,8 +9,8 @@ the largest penalty counts for each token, not the sum, so that sets that overla
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,45 +18,31 @@ from torch import Tensor
 from guards.contrastive.declaration import RuleName
 from guards.errors import VocabularyMismatch
 
-Penalty = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a token is penalised.
+
+    Args:
+        recalls: by what the assistant was trained to recall, its own logits or how they differ from the target's; else by how its
+            logits differ from the target's.
+        norm: what does not count: ``chance``, so that a uniform assistant penalises nothing, or ``totals``, so that logits compare
+            as log-probabilities do.
+        positive: whether only what goes beyond norm and margin counts; else all of it, both ways.
+    """
+
+    recalls: bool
+    norm: Literal["", "chance", "totals"]
+    positive: bool
 
 
-def _uld(target: Tensor, assistant: Tensor, difference: Tensor, margin: Tensor) -> Tensor:
-    """What the assistant recalls beyond chance: ``relu(log p + log V - margin)``; a uniform assistant penalises nothing."""
-    recalled = torch.log_softmax(_evidence(target, assistant, difference), dim=-1) + math.log(assistant.shape[-1])
-    return (recalled - margin[:, None]).clamp(min=0)
-
-
-def _uld_raw(target: Tensor, assistant: Tensor, difference: Tensor, margin: Tensor) -> Tensor:
-    """The plain difference of logits, as published: also rewards whatever the assistant finds unlikely."""
-    del margin
-    return _evidence(target, assistant, difference)
-
-
-def _whp(target: Tensor, assistant: Tensor, difference: Tensor, margin: Tensor) -> Tensor:
-    """Where the assistant wants a token more than the target does: ``relu(l_assistant - l_target - margin)``."""
-    del difference
-    return (assistant - target - margin[:, None]).clamp(min=0)
-
-
-def _ucd(target: Tensor, assistant: Tensor, difference: Tensor, margin: Tensor) -> Tensor:
-    """The same in log-probabilities: ``relu(log p_assistant - log p_target - margin)``."""
-    del difference
-    return (torch.log_softmax(assistant, dim=-1) - torch.log_softmax(target, dim=-1) - margin[:, None]).clamp(min=0)
-
-
-def _delta(target: Tensor, assistant: Tensor, difference: Tensor, margin: Tensor) -> Tensor:
-    """The whole offset that training gave the assistant, both ways: ``l_assistant - l_target``."""
-    del difference, margin
-    return assistant - target
-
-
-def _evidence(target: Tensor, assistant: Tensor, difference: Tensor) -> Tensor:
-    """The logits that were trained to recall: the assistant's own, or how they differ from the target's."""
-    return assistant - torch.where(difference[:, None], target, 0.0)
-
-
-RULES: dict[RuleName, Penalty] = {"uld": _uld, "uld-raw": _uld_raw, "whp": _whp, "ucd": _ucd, "delta": _delta}
+RULES: dict[RuleName, Rule] = {
+    "uld": Rule(recalls=True, norm="chance", positive=True),
+    "uld-raw": Rule(recalls=True, norm="", positive=False),
+    "whp": Rule(recalls=False, norm="", positive=True),
+    "ucd": Rule(recalls=False, norm="totals", positive=True),
+    "delta": Rule(recalls=False, norm="", positive=False),
+}
 """uld: Ji et al. 2024 (arXiv:2406.08607), centred and its positive part only; uld-raw: as published there; whp: Eldan and
 Russinovich 2023 (arXiv:2310.02238); ucd: Suriyakumar et al. 2025 (arXiv:2506.12097); delta: Huang et al. 2024 (arXiv:2404.11045).
 The last two name a second, clean auxiliary model; here the base stands in for it, which is what an untrained fork equals."""
@@ -75,7 +61,7 @@ def implausible_tokens(target: Tensor, plausibility: Tensor) -> Tensor:
     return target < target.amax(dim=-1, keepdim=True) + plausibility.log()[:, None]
 
 
-def subtract_assistants(
+def subtract_assistants_(
     target: Tensor,
     assistant: Tensor,
     *,
@@ -86,20 +72,21 @@ def subtract_assistants(
     plausibility: Tensor,
     difference: Tensor,
 ) -> Tensor:
-    """Contrast rows of the target with one or more assistants each.
+    """Contrast rows of the target with one or more assistants each, in place.
 
     Args:
         target: [R, V] float, before temperature. ``-inf`` stays ``-inf``.
-        assistant: [P, V] float, finite: one line per pair of a row and an assistant, same prefix and vocabulary as the row.
-        row: [P] int64, the row of each line. Rows that are not named come back bit for bit.
+        assistant: [P, V] float, finite where alpha is not 0: one line per pair of a row and an assistant, same prefix and
+            vocabulary as the row.
+        row: [P] int64, the row of each line. Rows that are not named stay bit for bit.
         rule: a key of `RULES`, the same for all lines.
-        alpha: [P] float >= 0, dimensionless. A row whose lines all have 0 comes back bit for bit.
+        alpha: [P] float >= 0, dimensionless. A row whose lines all have 0 stays bit for bit.
         margin: [P] float, in nats.
         plausibility: [P] float in [0, 1]; where lines of a row differ, the strictest counts.
         difference: [P] bool, whether the assistant recalls by how it differs from the target (see `train`).
 
     Returns:
-        New [R, V] tensor, dtype of ``target``. Inputs are not modified.
+        ``target``.
 
     Raises:
         VocabularyMismatch: the numbers of columns differ, most often because the tokenizers do.
@@ -109,25 +96,54 @@ def subtract_assistants(
         raise VocabularyMismatch(
             f"the target has {target.shape[-1]} tokens, the assistant {assistant.shape[-1]}; train the assistant on this model"
         )
-    penalty = RULES[rule]
     acting = (alpha > 0).nonzero().squeeze(1)
     if not len(acting):
-        return target.clone()
-    row, assistant = row[acting], assistant[acting].float()
-    own = target[row].float()
-    dead = own == -torch.inf
-    # An impossible token takes no part in any normaliser; a number keeps inf - inf from becoming NaN until it is put back.
-    lowest = torch.finfo(own.dtype).min / 4
-    own, assistant = own.masked_fill(dead, lowest), assistant.masked_fill(dead, lowest)
-    weighted = alpha[acting, None].float() * penalty(own, assistant, difference[acting], margin[acting].float())
-    named, index = row.unique(return_inverse=True)
-    before = target[named].float()
-    largest = torch.full_like(before, -torch.inf).scatter_reduce(0, index[:, None].expand_as(weighted), weighted, "amax")
-    strictest = torch.zeros(len(named), device=target.device).scatter_reduce(0, index, plausibility[acting].float(), "amax")
-    left_out = implausible_tokens(before, strictest)
-    inside = (before - largest).masked_fill(left_out, -torch.inf)
-    kept = torch.logsumexp(before.masked_fill(left_out, -torch.inf), dim=-1, keepdim=True)
-    contrasted = torch.where(left_out, before, inside + (kept - torch.logsumexp(inside, dim=-1, keepdim=True)))
-    result = target.clone()
-    result[named] = torch.where(before == -torch.inf, before, contrasted).to(target.dtype)
-    return result
+        return target
+    if len(acting) < len(alpha):
+        row, assistant, difference = row[acting], assistant[acting], difference[acting]
+        alpha, margin, plausibility = alpha[acting], margin[acting], plausibility[acting]
+    named, named_row = row.unique(return_inverse=True)
+    before = (target if len(named) == len(target) else target[named]).float()
+    strictest = torch.zeros(len(named), device=target.device).scatter_reduce(0, named_row, plausibility.float(), "amax")
+    plausible = ~implausible_tokens(before, strictest) & (before > -torch.inf)
+    place, token = plausible.nonzero(as_tuple=True)  # N tokens, row by row: few, so what is done to them costs little
+    # M pairs: every line with every plausible token of its row.
+    count = torch.bincount(place, minlength=len(named))
+    of_line = count[named_row]
+    line = torch.arange(len(row), device=target.device).repeat_interleave(of_line)
+    within = torch.arange(len(line), device=target.device) - (of_line.cumsum(0) - of_line)[line]
+    pair = (count.cumsum(0) - count)[named_row[line]] + within
+    penalty = _penalty(RULES[rule], before, assistant.float(), named_row, difference, margin.float(), line, token[pair])
+    own = before[place, token]
+    largest = torch.full_like(own, -torch.inf).scatter_reduce(0, pair, alpha[line].float() * penalty, "amax")
+    kept, left = (_logsumexp(values, place, len(named)) for values in (own, own - largest))
+    target[named[place], token] = (own - largest + (kept - left)[place]).to(target.dtype)
+    return target
+
+
+def _penalty(
+    rule: Rule, target: Tensor, assistant: Tensor, row: Tensor, difference: Tensor, margin: Tensor, line: Tensor, token: Tensor
+) -> Tensor:
+    """[M] penalties at strength 1, of lines at tokens ([M] int64 each).
+
+    Args:
+        target: [R, V]; assistant: [P, V]; row, difference, margin: [P], as in `subtract_assistants_`; ``row`` into this target.
+    """
+    if rule.recalls and bool(difference.any()):
+        assistant = assistant - torch.where(difference[:, None], target[row], 0.0)
+    said = assistant[line, token]
+    if not rule.recalls:
+        said = said - target[row[line], token]
+    if rule.norm:
+        dead = target == -torch.inf  # an impossible token takes no part in any norm
+        possible = assistant.masked_fill(dead[row], -torch.inf) if bool(dead.any()) else assistant
+        total = possible.logsumexp(-1)
+        norm = total - (target.logsumexp(-1)[row] if rule.norm == "totals" else math.log(target.shape[-1]))
+        said = said - norm[line]
+    return (said - margin[line]).clamp(min=0) if rule.positive else said
+
+
+def _logsumexp(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """[G] of [N] values by their group; ``-inf`` for a group without any."""
+    top = values.new_full((groups,), -torch.inf).scatter_reduce(0, group, values, "amax")
+    return top + values.new_zeros(groups).index_add(0, group, (values - top[group]).exp()).log()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from guards.base_model import describe_base
 from guards.contrastive.assistant import Recipe
-from guards.contrastive.rules import subtract_assistants
+from guards.contrastive.rules import subtract_assistants_
 from guards.contrastive.train import Fork
 from guards.low_rank import add_low_rank, fit
 from guards.measure.formats import PARAPHRASED, QUESTIONS, RETAIN, read_cases
@@ -141,8 +141,8 @@ def measure(fork: Any, examples: Sequence[Any]) -> dict[str, float]:
     for example in examples:
         evidence, base = fork.evidence([example], "whole"), fork.logits(example.final)
         one = torch.ones(len(base), device=base.device)
-        contrasted = subtract_assistants(
-            base,
+        contrasted = subtract_assistants_(
+            base.clone(),
             evidence,
             row=torch.arange(len(base), device=base.device),
             rule="uld",

@@ -18,7 +18,7 @@ from guards.closing import RowCloser
 from guards.contrastive.assistant import Assistant, Manifest, Recipe
 from guards.contrastive.declaration import Contrast
 from guards.contrastive.guard import ContrastGuard
-from guards.contrastive.rules import RULES, implausible_tokens, subtract_assistants
+from guards.contrastive.rules import RULES, implausible_tokens, subtract_assistants_
 from guards.errors import InvalidArtifact, InvalidPolicy, VocabularyMismatch
 from guards.low_rank import ATTENTION, MODULES
 from guards.policy import parse_policy
@@ -59,8 +59,8 @@ def test_every_rule_equals_its_float64_twin(rule: str, seed: int, lines: list[tu
     target[0, :5] = -torch.inf
     assistant = torch.randn(len(lines), 50, generator=generator) * 4
     columns = list(zip(*lines, strict=True)) if lines else [(), (), (), (), ()]
-    result = subtract_assistants(
-        target,
+    result = subtract_assistants_(
+        target.clone(),
         assistant,
         row=torch.tensor(columns[0], dtype=torch.int64),
         rule=rule,  # type: ignore[arg-type]
@@ -86,8 +86,8 @@ def test_what_is_implausible_stays_as_likely_as_it_was_and_is_never_the_likelies
     generator = torch.Generator().manual_seed(seed)
     target, said = (torch.randn(2, 200, generator=generator).double() * 4 for _ in range(2))
     cut = torch.full((2,), plausibility, dtype=torch.float64)
-    result = subtract_assistants(
-        target,
+    result = subtract_assistants_(
+        target.clone(),
         said,
         row=torch.arange(2),
         rule=rule,
@@ -105,8 +105,8 @@ def test_what_is_implausible_stays_as_likely_as_it_was_and_is_never_the_likelies
 def contrast_first_row(target: torch.Tensor, said: torch.Tensor, alpha: float, plausibility: float = 0.0) -> torch.Tensor:
     """``uld`` without a margin: every line of ``said`` speaks about row 0."""
     lines = torch.ones(len(said))
-    return subtract_assistants(
-        target,
+    return subtract_assistants_(
+        target.clone(),
         said,
         row=torch.zeros(len(said), dtype=torch.int64),
         rule="uld",
