@@ -15,6 +15,8 @@ RuleName = Literal["uld", "uld-raw", "whp", "ucd", "delta"]
 """How contrast sets an assistant against the base: see `guards.contrastive.rules`."""
 DEFAULT_ALPHA = 1.0
 """Strength of contrast for sets that were not calibrated: where the order of the base's tokens begins to turn."""
+DEFAULT_PLAUSIBILITY = 0.006
+"""Likewise; see the tables in DECISIONS.md."""
 
 
 class ContrastConfig(Config):
@@ -23,7 +25,12 @@ class ContrastConfig(Config):
     rule: RuleName = "uld"
     alpha: float | None = Field(None, ge=0, le=100, description="strength; 0 is off; null = each set's calibrated one, or 1")
     margin: float = Field(4.0, ge=0, le=100, description="nats beyond chance that are not penalised")
-    plausibility: float = Field(0.006, gt=0, le=1, description="acts on tokens with at least this part of the top probability")
+    plausibility: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="acts on tokens with at least this part of the top probability; null = each set's calibrated one, or 0.006",
+    )
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,10 +56,12 @@ class Contrast(Entry):
 def _entries(config: ContrastConfig, made: SetArtifacts) -> Sequence[Contrast]:
     if "assistant" not in made.artifacts:
         return []
-    alpha = made.measured.get("calibration", {}).get("strength", DEFAULT_ALPHA) if config.alpha is None else config.alpha
+    measured = made.measured.get("calibration", {})
+    alpha = measured.get("strength", DEFAULT_ALPHA) if config.alpha is None else config.alpha
+    plausibility = config.plausibility or measured.get("plausibility") or DEFAULT_PLAUSIBILITY
     if alpha <= 0:
         return []  # strength 0 is no guard, so it costs nothing either
-    return [Contrast(made.artifacts["assistant"], config.rule, alpha, config.margin, config.plausibility)]
+    return [Contrast(made.artifacts["assistant"], config.rule, alpha, config.margin, plausibility)]
 
 
 CONTRAST = GuardKind(

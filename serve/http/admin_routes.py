@@ -74,6 +74,7 @@ class CalibrationBody(Frozen):
     strength: float = Field(ge=0, description='0 = this is not to act on the set, where a policy says "calibrated"')
     corrupt: Corruption | None = Field(None, description="the kind of corruption whose strength it is")
     steering: Method | None = Field(None, description="the method of steering whose strength it is; without either: contrast")
+    plausibility: float | None = Field(None, gt=0, le=1, description="contrast's, where another than 0.006 suits the set")
     measured: str | None = Field(None, description="fingerprint of the artifact (for corruption, of the vectors) that was measured")
     evidence: dict[str, Any] = Field(default_factory=dict)
 
@@ -81,6 +82,8 @@ class CalibrationBody(Frozen):
     def _check_strength(self) -> CalibrationBody:
         if self.corrupt is not None and self.steering is not None:
             raise ValueError("corrupt and steering are two strengths; put one after the other")
+        if self.plausibility is not None and (self.corrupt or self.steering) is not None:
+            raise ValueError(f"plausibility is contrast's, not that of {self.corrupt or self.steering}; leave it out")
         most = 100 if self.corrupt is None else 1_000 if self.corrupt == "rand_noise_first_n" else 1
         if self.strength > most:
             raise ValueError(f"strength is {self.strength:g}, of {self.corrupt or self.steering or 'contrast'} at most {most}")
@@ -214,10 +217,8 @@ def attach(
             found = CalibrationBody.model_validate(await read_object(request))
         except ValidationError as error:
             raise InvalidPolicy("; ".join(describe_validation(error))) from None
-        options = {"corrupt": found.corrupt, "steering": found.steering, "measured": found.measured}
-        return await _shown(
-            name, await control.put_calibration(name, found.strength, found.evidence, actor=actor(request), **options)
-        )
+        of = found.model_dump(include={"corrupt", "steering", "plausibility", "measured"})
+        return await _shown(name, await control.put_calibration(name, found.strength, found.evidence, actor=actor(request), **of))
 
     @router.put("/forget_sets/{name}/gate", response_model=ForgetSetAnswer, openapi_extra=takes(GateOrder, required=False))
     async def fit_gate(name: str, request: Request) -> dict[str, Any]:

@@ -162,12 +162,14 @@ class Registry(RegistryReader):
         actor: str,
         corrupt: str | None = None,
         steering: Method | None = None,
+        plausibility: float | None = None,
         measured: str | None = None,
     ) -> int:
         """Store the strength that suits a set, with the evidence for it.
 
         Args:
             corrupt, steering: the kind of corruption, or the method of steering, whose strength it is; without either: contrast.
+            plausibility: contrast's, too, where it suits the set; None for the usual one.
             measured: fingerprint of what was measured: the assistant, the vectors (corruption) or the method's artifact; None for
                 that of now.
 
@@ -186,13 +188,14 @@ class Registry(RegistryReader):
             if measured not in (None, artifact.fingerprint):
                 raise NotReady(f"forget set {name!r} got another {what} while this one was measured; calibrate again")
             kind = "corruption" if corrupt else calibration_of(steering) if steering else "calibration"
-            detail = {**evidence, "strength": strength}
+            of = {"strength": strength} | ({"plausibility": plausibility} if what == "assistant" else {})
+            detail = {**evidence, **of}
             if corrupt is not None:  # one for each kind, as long as the vectors are the same
                 earlier = stored.artifact(kind)
                 others = json.loads(earlier.detail) if earlier and earlier.fingerprint == artifact.fingerprint else {}
                 detail = {**others, corrupt: detail}
             put_artifact(connection, name, Artifact(kind, artifact.fingerprint, "ready", json.dumps(detail), now()))
-            kept = {"strength": strength, what: artifact.fingerprint} | ({} if corrupt is None else {"kind": corrupt})
+            kept = {**of, what: artifact.fingerprint} | ({} if corrupt is None else {"kind": corrupt})
             return append(connection, actor, "forget_set.calibrate", name, kept)
 
     def put_gate(self, name: str, vectors: str, fitted: dict[str, Any], *, actor: str) -> int:

@@ -258,8 +258,12 @@ def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_conte
         registry.put_trained("a", content.fingerprint, Artifact("assistant", "made", "ready", "figures", now()), actor="t")
         with pytest.raises(NotReady, match="another assistant"):
             registry.put_calibration("a", 1.5, {}, actor="t", measured="the one before")
-        registry.put_calibration("a", 1.75, {"reference": 0.3, "strength": "nonsense"}, actor="t", measured="made")
+        evidence = {"reference": 0.3, "strength": "nonsense", "plausibility": "nonsense"}
+        registry.put_calibration("a", 1.5, evidence, actor="t", plausibility=0.02)
         await control.enable("a", actor="t")
+        (entry,) = control.snapshot.plan("default").of(Contrast)
+        assert (entry.alpha, entry.plausibility) == (1.5, 0.02), "the policy leaves both to the set"
+        registry.put_calibration("a", 1.75, evidence, actor="t", measured="made")
         vectors = Artifact("similarity", "vectors", "ready", "", now())
         registry.put_trained("a", content.fingerprint, vectors, actor="t")
         with pytest.raises(NotReady, match="another similarity"):
@@ -283,7 +287,7 @@ def test_a_replaced_set_keeps_its_assistant_and_says_that_it_is_of_earlier_conte
         registry.put_trained("a", replaced, Artifact("similarity", "other", "ready", "", now()), actor="t")
         assert corruption() == {}, "measured on other vectors"
         plan = control.snapshot.plan("default")
-        assert [(each.assistant, each.alpha) for each in plan.of(Contrast)] == [("made", 1.75)]
+        assert [(each.assistant, each.alpha, each.plausibility) for each in plan.of(Contrast)] == [("made", 1.75, 0.006)]
         assistant = registry.forget_set("a").artifact("assistant")
         assert assistant is not None
         assert assistant.detail == "figures; trained on earlier content"
