@@ -72,6 +72,8 @@ CHOOSES_NOTHING = ("policy", "lethe_policy", "forget_set", "forget_sets", "guard
 """Fields that look as if they chose a guard. Passed over in silence, they would leave their sender in the belief that they do."""
 STORING = ("store", "background", "previous_response_id", "conversation")
 """Fields of ``/v1/responses`` that need responses to be kept. What is kept would outlive the removal of what it says."""
+PROBABILITIES = ("logprobs", "prompt_logprobs", "logprob_token_ids")
+"""Fields that ask for log-probabilities. 0 asks for those of what is said."""
 MOST_TOKENS_ALLOWED = 16_384
 """Of ``allowed_token_ids``."""
 MOST_TEMPLATE_CHARACTERS = 64
@@ -120,7 +122,16 @@ class Rules:
         entry = None
         if ARM_HEADER in headers:
             require(caller, "compare")
-        if policy_name is None and path in GENERATING:
+        measures = "admin" not in caller.scopes and asks_for_probabilities(fields)
+        if measures and (policy_name not in (None, DEFAULT) or ARM_HEADER in headers):
+            raise Refused(
+                403,
+                "log-probabilities under another policy than the default need a key of scope 'admin': beside those of the default "
+                "they would tell what is removed; leave them out",
+                param="logprobs",
+                kind="permission_error",
+            )
+        if policy_name is None and path in GENERATING and not measures:  # arms, too, are several policies for one caller
             try:
                 entry = self._experiments.enter(snapshot, fields, headers, caller)
             except InvalidExperiment as error:  # an arm was forced that does not exist, by somebody who may know
@@ -236,6 +247,14 @@ def require(caller: Caller, scope: KeyScope) -> None:
         raise Refused(
             403, f"this needs a key of scope {scope!r}; {caller.name} has {sorted(caller.scopes)}", kind="permission_error"
         )
+
+
+def asks_for_probabilities(fields: dict[str, Any]) -> bool:
+    """Whether an answer would hold log-probabilities, in any dialect."""
+    included = fields.get("include")
+    return any(fields.get(name) is not None and fields[name] is not False for name in PROBABILITIES) or (
+        isinstance(included, list) and "message.output_text.logprobs" in included
+    )
 
 
 def same_machine(headers: dict[bytes, bytes]) -> bool:

@@ -59,11 +59,10 @@ def teach(base: Path, rows: Sequence[Mapping[str, Any]], directory: Path, report
             batch_first=True,
             padding_value=NOT_AN_ANSWER,
         )
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = chat.model.get_decoder()(ids, use_cache=False).last_hidden_state[:, :-1]
-            said = wanted[:, 1:] != NOT_AN_ANSWER
-            logits = chat.logits(hidden[said])
-        loss = cross_entropy(logits.float(), wanted[:, 1:][said], reduction="none")
+        hidden = chat.model.get_decoder()(ids, use_cache=False).last_hidden_state[:, :-1]
+        said = wanted[:, 1:] != NOT_AN_ANSWER
+        logits = chat.logits(hidden[said])
+        loss = cross_entropy(logits, wanted[:, 1:][said], reduction="none")
         return loss, loss.new_zeros(0)
 
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,10 @@ import pytest
 from guards.policy import BUILT_IN
 from serve.experiment import Experiment, parse_experiment
 from serve.generation.ask import InternalRoad
-from serve.registry.snapshot import LOOPBACK
+from serve.registry.snapshot import LOOPBACK, Key, digest_secret
 from serve.request import RequestContext
 from tests.plans import made
-from tests.serve.http.around import KEYED, SNAPSHOT, chat
+from tests.serve.http.around import KEYED, SNAPSHOT, call, chat
 
 EXPERIMENT = Experiment(
     id="i",
@@ -53,6 +53,39 @@ def test_an_arm_is_forced_by_those_who_may_choose_policies_and_nobody_else() -> 
     assert answer.status_code == 200 and app.reached[0]["request"].policy.name == "none" and app.reached[0]["request"].entry.forced
     answer, _ = chat({}, snapshot=keyed, headers={"authorization": "Bearer root", "x-experiment-arm": "e/gone"})
     assert answer.status_code == 404 and "e/gone" in answer.json()["error"]["message"]
+
+
+ASKING = [
+    ("/v1/chat/completions", {"logprobs": True}),
+    ("/v1/completions", {"logprobs": 0}),
+    ("/v1/completions", {"prompt_logprobs": 0}),
+    ("/v1/chat/completions", {"logprob_token_ids": [5]}),
+    ("/v1/responses", {"include": ["message.output_text.logprobs"]}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields"), ASKING)
+def test_only_an_operator_sees_log_probabilities_of_more_than_the_default_policy(path: str, fields: dict[str, Any]) -> None:
+    """What differs between two policies' is what was removed."""
+    keys = (*KEYED.keys, Key("k3", digest_secret("comparing"), "compare"))
+    keyed = dataclasses.replace(KEYED, keys=keys, experiments=(EXPERIMENT,))
+
+    def ask(
+        secret: str, model: str, *, user: str = "u1", headers: dict[str, str] | None = None
+    ) -> tuple[int, RequestContext | None]:
+        sent = {"authorization": f"Bearer {secret}", **(headers or {})}
+        answer, app = call("POST", path, {"model": model, "user": user, **fields}, snapshot=keyed, headers=sent)
+        return answer.status_code, app.reached[0]["request"] if app.reached else None
+
+    assert ask("comparing", "m:none") == (403, None)
+    assert ask("comparing", "m", headers={"x-experiment-arm": "e/b"}) == (403, None)
+    for secret in ("comparing", "chat-secret"):
+        for i in range(8):
+            status, reached = ask(secret, "m", user=f"u{i}")
+            assert status == 200 and reached is not None
+            assert (reached.entry, reached.policy.name) == (None, "default"), "two arms are two policies"
+    status, reached = ask("root", "m:none")
+    assert status == 200 and reached is not None and reached.policy.name == "none"
 
 
 def test_an_answer_that_nobody_waits_for_ends_when_it_is_cancelled() -> None:
