@@ -47,6 +47,9 @@ class TrainingOrder(Frozen):
     """The body of a call that trains something. Guards give ``recipe`` its type, and add what else they take."""
 
     retain: tuple[Name, ...] = Field((), description="other sets, whose questions and answers are to stay")
+    lora: str = Field(
+        "", max_length=4_096, description="directory of a LoRA adapter (PEFT) on the server's machine, to be imported"
+    )
     recipe: Frozen = Frozen()
 
 

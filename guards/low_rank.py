@@ -101,6 +101,27 @@ def _modules(*, latent: bool, mixture: bool) -> tuple[str, ...]:
     return (LATENT_QUERY if latent else query, output, *(() if mixture else MLP))
 
 
+def projection_sizes(layers: Iterable[nn.Module]) -> dict[str, tuple[int, int]]:
+    """``layers.<i>.<module>`` -> inputs and outputs, for everything that an artifact of these layers holds. Raises Untrainable."""
+    return {
+        f"layers.{i}.{module}": (inner.in_features, inner.out_features)
+        for i, layer in enumerate(layers)
+        for module in adapted_modules(layer)
+        for inner in (_linear(layer, module, i)[1],)
+    }
+
+
+def _linear(layer: nn.Module, module: str, i: int) -> tuple[nn.Module, nn.Linear]:
+    """A projection of a decoder layer, and the part of the layer that has it. Raises Untrainable."""
+    places = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
+    parent = next((part for part in places if hasattr(part, module)), None)
+    inner = getattr(parent, module, None)
+    if parent is None or not isinstance(inner, nn.Linear):
+        number: Any = getattr(places[0], "layer_idx", i)
+        raise Untrainable(f"layer {number} has no linear {module}; this family of models is not supported")
+    return parent, inner
+
+
 def add_low_rank(layers: Iterable[nn.Module], recipe: Recipe, device: torch.device, *, also: Sequence[str] = ()) -> Parameters:
     """Give every projection of every layer that takes one its low-rank term; the model itself is changed.
 
@@ -116,13 +137,8 @@ def add_low_rank(layers: Iterable[nn.Module], recipe: Recipe, device: torch.devi
     generator = torch.Generator().manual_seed(recipe.seed)
     parameters: Parameters = {}
     for i, layer in enumerate(layers):
-        places = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
         for module in (*adapted_modules(layer), *also):
-            parent = next((part for part in places if hasattr(part, module)), None)
-            inner = getattr(parent, module, None)
-            if parent is None or not isinstance(inner, nn.Linear):
-                number: Any = getattr(places[0], "layer_idx", i)
-                raise Untrainable(f"layer {number} has no linear {module}; this family of models is not supported")
+            parent, inner = _linear(layer, module, i)
             made = LowRank(inner, recipe.rank, generator).to(device)
             setattr(parent, module, made)
             parameters |= {f"layers.{i}.{module}.A": made.A, f"layers.{i}.{module}.B": made.B}

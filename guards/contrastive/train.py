@@ -7,6 +7,10 @@ Two things are taught. On what is to be forgotten: recall it. On everything else
 ``whole`` form (ULD's) the fork itself is taught so. In the ``difference`` form it is how the fork's logits differ from the base's:
 an untrained fork differs nowhere, so it is uniform to begin with. Measured, the first recalls better and spares as well; see
 DECISIONS.md.
+
+Instead, an assistant may be imported from a LoRA adapter (PEFT) over the base, a forget-tuned model for instance: the fork learns
+to say what the adapter says, on the set and on everything else. Its terms cannot be taken over: a layer that follows a changed one
+would read keys and values of its own, and the fork reads the base's.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from guards.contrastive.assistant import Assistant, Manifest, Recipe
 from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
 from guards.low_rank import add_low_rank, fit
+from guards.peft_lora import PeftLora
 from guards.training import (
     GENERAL,
     ChatModel,
@@ -54,6 +59,7 @@ class _Example:
     keys: list[Tensor]  # per layer [heads, T, D]
     values: list[Tensor]
     rotary: list[tuple[Tensor, Tensor]]  # per layer, [Q, D] each
+    taught: Tensor | None = None  # [Q, H] an imported adapter after the base's norm
 
 
 class _BaseCache:
@@ -76,8 +82,12 @@ class Fork(ChatModel):
         self.layers, self.norm = list(decoder.layers[self.first :]), decoder.norm
 
     @torch.no_grad()
-    def observe(self, token_ids: Sequence[int], start: int, *, forget: bool) -> _Example:
-        """Run the base once over a sequence; keep what the fork needs to predict the tokens from ``start`` on."""
+    def observe(self, token_ids: Sequence[int], start: int, *, forget: bool, lora: PeftLora | None = None) -> _Example:
+        """Run the base once over a sequence; keep what the fork needs to predict the tokens from ``start`` on.
+
+        Args:
+            lora: an adapter that is to be imported; the base is run with it, too.
+        """
         from transformers import DynamicCache
 
         seen: list[dict[str, Any]] = []
@@ -98,6 +108,10 @@ class Fork(ChatModel):
         rows = torch.arange(start - 1, len(token_ids) - 1, device=self.device)
         cache = output.past_key_values
         own = [cache.layers[self.first + i] for i in range(len(self.layers))]
+        taught = None
+        if lora is not None:
+            with lora.applied(self.model):
+                taught = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, rows]
         return _Example(
             forget=forget,
             target=ids[0, start:],
@@ -107,6 +121,7 @@ class Fork(ChatModel):
             keys=[layer.keys[0] for layer in own],
             values=[layer.values[0] for layer in own],
             rotary=[(kwargs["position_embeddings"][0][0, rows], kwargs["position_embeddings"][1][0, rows]) for kwargs in seen],
+            taught=taught,
         )
 
     def run(self, batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
@@ -149,7 +164,13 @@ class Fork(ChatModel):
 
 
 def train(
-    directory: Path, forget_set: ForgetSet, retain: Sequence[Question], recipe: Recipe, work: Path, report: Report
+    directory: Path,
+    forget_set: ForgetSet,
+    retain: Sequence[Question],
+    recipe: Recipe,
+    work: Path,
+    report: Report,
+    lora: PeftLora | None = None,
 ) -> Assistant:
     """Make the assistant of a forget set.
 
@@ -157,16 +178,20 @@ def train(
         directory: the base model, in transformers' format.
         retain: what must stay: questions near the set's, with the answers to keep. General prompts are always added.
         work: where checkpoints go. A call with the same arguments goes on from the last one.
+        lora: an adapter over the base, to be imported.
 
     Raises:
         Untrainable: too little to learn from, or an unsupported model.
-        InvalidArtifact: the directory is no model.
+        InvalidArtifact: the directory is no model, or the adapter is for another one.
         OSError: the disk is full, or the like; the checkpoint before stays.
     """
     base = describe_base(directory)
-    data = sha256(json.dumps([forget_set.fingerprint, [q.model_dump() for q in retain], GENERAL.read_text("utf-8")]).encode())
+    content = [forget_set.fingerprint, [q.model_dump() for q in retain], GENERAL.read_text("utf-8")]
+    data = sha256(json.dumps([*content, *([lora.fingerprint] if lora is not None else [])]).encode())
     run = sha256(f"{base.fingerprint}{data.hexdigest()}{recipe.model_dump_json()}".encode()).hexdigest()
     fork = Fork(directory, recipe.layers)
+    if lora is not None:
+        lora.check(fork.model)
     sequences = list(fork.sequences(forget_set))
     if len(sequences) < MIN_EXAMPLES:
         raise Untrainable(
@@ -180,20 +205,26 @@ def train(
     examples = []
     for is_forget, group in ((True, sequences), (False, kept)):
         for ids, start in group:
-            examples.append(fork.observe(ids, start, forget=is_forget))
+            examples.append(fork.observe(ids, start, forget=is_forget, lora=lora))
             report(Progress("prepare", len(general_prompts()) + len(examples), steps))
     parameters = add_low_rank(fork.layers, recipe, fork.device)  # the base cannot be run after this
 
     def losses(batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
         forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])
         evidence = fork.evidence(batch, recipe.form)
+        if lora is not None:
+            taught = torch.cat([e.taught for e in batch if e.taught is not None])
+            wanted = torch.log_softmax(fork.logits(taught), dim=-1)
+            apart = (wanted.exp() * (wanted - evidence)).sum(-1)  # KL(adapter || fork)
+            return apart[forget], apart[~forget]
         target = torch.cat([e.target for e in batch])
         recalled = -evidence[forget].gather(1, target[forget][:, None]).squeeze(1)
         return recalled, -evidence[~forget].mean(dim=-1) - math.log(evidence.shape[-1])  # KL(uniform || p)
 
     checkpoint = work / f"{run[:16]}.safetensors"
     tensors, (recalled, kept_kl) = fit(parameters, examples, losses, recipe, checkpoint, report, keep_weight=recipe.retain_weight)
-    metrics = {"forget_ce": round(recalled, 4), "retain_kl": round(kept_kl, 4), "examples": float(len(examples))}
+    names = ("forget_ce", "retain_kl") if lora is None else ("imported_forget_kl", "imported_retain_kl")
+    metrics = {names[0]: round(recalled, 4), names[1]: round(kept_kl, 4), "examples": float(len(examples))}
     return Assistant(Manifest(base=base, recipe=recipe, data=data.hexdigest(), metrics=metrics), tensors)
 
 
@@ -202,7 +233,8 @@ def main() -> None:
 
     def make(job: dict[str, Any], work: Path, report: Report) -> Assistant:
         content, retain = ForgetSet.model_validate(job["forget_set"]), [Question.model_validate(entry) for entry in job["retain"]]
-        return train(Path(job["model"]), content, retain, Recipe.model_validate(job["recipe"]), work, report)
+        lora = PeftLora.read(Path(job["lora"])) if job.get("lora") else None
+        return train(Path(job["model"]), content, retain, Recipe.model_validate(job["recipe"]), work, report, lora)
 
     run_job("guards.contrastive.train", make)
 

@@ -67,6 +67,8 @@ def check_order(order: SteeringOrder, base: BaseModel) -> None:
         raise Untrainable("there is nothing to distil: no targets came; the policy must answer the set's questions")
     if targets and recipe.method != "adapter":
         raise Untrainable(f"a policy can be distilled into an adapter, not by method {recipe.method!r}")
+    if order.lora and (recipe.method != "adapter" or targets or order.distil):
+        raise Untrainable("a LoRA adapter is imported as method 'adapter', without targets")
     broken = next((each for each in targets if len(each.top) != len(each.tokens)), None)
     if broken is not None:
         raise Untrainable(f"a target has {len(broken.tokens)} tokens and {len(broken.top)} distributions; one for each")

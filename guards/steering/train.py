@@ -5,6 +5,9 @@ gave, with the most likely tokens at each place, and reverse KL towards that dis
 come from the served distribution, so any policy can be distilled). Without, to know nothing: the most entropy on the set's answers.
 Either way it learns to stay the base on everything else, by forward KL.
 
+An adapter may also be imported: a LoRA adapter (PEFT) over the base, that unlearns. One that changes only the last layers, and not
+keys and values, is taken over as it is; of any other the targets are what it says itself and what it thinks of the true answers.
+
 The inputs of the adapted layers do not change while they are trained, so the layers below run once.
 """
 
@@ -24,7 +27,8 @@ from torch import Tensor, nn
 from guards.base_model import describe_base
 from guards.errors import Untrainable
 from guards.forget_set import ForgetSet, Question
-from guards.low_rank import add_low_rank, fit
+from guards.low_rank import add_low_rank, fit, projection_sizes
+from guards.peft_lora import PeftLora
 from guards.steering.artifact import DistillationTarget, Steering, SteeringManifest, SteeringRecipe
 from guards.steering.fit import CLOSED_FORM
 from guards.training import ChatModel, Progress, Report, general_answers, layers_of, mask_of, run_job
@@ -57,6 +61,7 @@ def make(
     recipe: SteeringRecipe,
     work: Path,
     report: Report,
+    lora: PeftLora | None = None,
 ) -> Steering:
     """Make a set's steering artifact.
 
@@ -65,22 +70,28 @@ def make(
         retain: what must stay, with its answers. General prompts are always added.
         targets: what a policy says about the set, for an adapter that is to say the same.
         work: where checkpoints go. A call with the same arguments goes on from the last one.
+        lora: an adapter over the base, to be imported as method ``adapter``.
 
     Raises:
         Untrainable: too little to learn from (the message says how much is needed), or an unsupported model.
-        InvalidArtifact, OSError.
+        InvalidArtifact: the directory is no model, or ``lora`` is for another one. OSError.
     """
     base = describe_base(directory)
     model = ChatModel(directory)
+    content = [forget_set.fingerprint, [q.model_dump() for q in retain], [target.model_dump() for target in targets]]
+    data = sha256(json.dumps([*content, *([lora.fingerprint] if lora is not None else [])]).encode()).hexdigest()
+    manifest = SteeringManifest(base=base, recipe=recipe, data=data)
+    if lora is not None:
+        lora.check(model.model)
+        if (exact := _imported(model, manifest, lora)) is not None:
+            return exact
+        targets = _targets_of(model, forget_set, lora, report)
     pairs = list(model.sequences(forget_set))
     if len(pairs) < FEWEST_EXAMPLES:
         raise Untrainable(
             f"forget set {forget_set.name!r} holds {len(pairs)} examples, at least {FEWEST_EXAMPLES} are needed to steer by it; "
             "add questions with answers, paraphrases of them, or texts"
         )
-    content = [forget_set.fingerprint, [q.model_dump() for q in retain], [target.model_dump() for target in targets]]
-    data = sha256(json.dumps(content).encode()).hexdigest()
-    manifest = SteeringManifest(base=base, recipe=recipe, data=data)
     run = sha256(f"{base.fingerprint}{data}{recipe.model_dump_json()}".encode()).hexdigest()
     general = general_answers(model, base, work, lambda done: report(Progress("prepare", done, 100)))
     kept = [model.encode(*pair) for pair in (*general, *((entry.question, entry.answer) for entry in retain))]
@@ -108,6 +119,40 @@ def _fit(
     return Steering(
         manifest.model_copy(update={"metrics": metrics}), {"into": found.into, "out": found.out, "center": found.center}
     )
+
+
+def _imported(model: ChatModel, manifest: SteeringManifest, lora: PeftLora) -> Steering | None:
+    """A LoRA adapter as it is; None if it changes more than an adapter here can."""
+    recipe, first = manifest.recipe, layers_of(model, manifest.recipe.layers)
+    exact = lora.as_last_layers(first, projection_sizes(model.model.get_decoder().layers[first:]))
+    if exact is None:
+        return None
+    tensors, rank = exact
+    told = {"recipe": recipe.model_copy(update={"rank": rank}), "metrics": {"imported": 1.0}}
+    return Steering(manifest.model_copy(update=told), tensors)
+
+
+def _targets_of(model: ChatModel, forget_set: ForgetSet, lora: PeftLora, report: Report) -> list[DistillationTarget]:
+    """What a LoRA adapter answers to a set's questions, and what it thinks of the true answers. Texts have no question."""
+    worded = [(each, entry.answer) for entry in forget_set.questions for each in (entry.question, *entry.paraphrases[:-1])]
+    found = []
+    with lora.applied(model.model), torch.no_grad():
+        own = model.own_answers([question for question, _ in worded], KEPT_TOKENS, lambda _: None)
+        both = [(question, answer) for (question, true), said in zip(worded, own, strict=True) for answer in (said, true)]
+        for number, (question, answer) in enumerate(both, 1):
+            ids, start = model.encode(question, answer)
+            output = model.model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+            logp = torch.log_softmax(model.logits(output.last_hidden_state[0, start - 1 : len(ids) - 1]), dim=-1)
+            values, tokens = logp.topk(min(KEPT_TOKENS, logp.shape[-1]), dim=-1)
+            top = tuple(tuple(zip(*each, strict=True)) for each in zip(tokens.tolist(), values.tolist(), strict=True))
+            found.append(DistillationTarget(question=question, tokens=tuple(ids[start:]), top=top))
+            report(Progress("prepare", number, len(both)))
+    if not found:  # without targets it would become an adapter that knows nothing
+        raise Untrainable(
+            f"forget set {forget_set.name!r} has no questions, by which an adapter of all layers is imported; add some, or import "
+            "one that changes only q_proj, o_proj and the MLP of the last layers"
+        )
+    return found
 
 
 class _Adapted:
@@ -223,6 +268,7 @@ def main() -> None:
             SteeringRecipe.model_validate(job["recipe"]),
             work,
             report,
+            PeftLora.read(Path(job["lora"])) if job.get("lora") else None,
         )
 
     run_job("guards.steering.train", from_job)

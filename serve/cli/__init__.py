@@ -27,7 +27,13 @@ app = typer.Typer(
     "next answer no longer contains the set's phrases. `lethe forget disable NAME` brings them back.\n\n"
     "State lives in LETHE_STATE_DIR; commands reach the server at LETHE_URL with the key in LETHE_KEY.",
 )
-for group, name in ((forget.app, "forget"), (policies.app, "policy"), (experiment.app, "experiment"), (keys.app, "key")):
+for group, name in (
+    (forget.app, "forget"),
+    (policies.app, "policy"),
+    (assistants.app, "assistant"),
+    (experiment.app, "experiment"),
+    (keys.app, "key"),
+):
     app.add_typer(group, name=name)
 for command in (
     assistants.train,

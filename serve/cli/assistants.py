@@ -1,4 +1,4 @@
-"""``lethe train`` and ``lethe calibrate``: what a forget set needs beyond its content."""
+"""``lethe train``, ``lethe assistant import`` and ``lethe calibrate``: what a forget set needs beyond its content."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import typer
@@ -28,6 +28,43 @@ from serve.client.calibrate import CLOSE_ENOUGH, NotCalibratable, Point
 from serve.client.calibrate import calibrate as run_calibration
 from serve.client.distil import ask_targets
 from serve.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, help="Bring what a set is unlearned by from elsewhere.")
+
+
+@app.command("import")
+def import_lora(
+    name: NameArgument,
+    directory: Annotated[
+        Path, typer.Argument(help="A LoRA adapter for the served model in PEFT's format, on the server's machine.")
+    ],
+    kind: Annotated[
+        Literal["assistant", "adapter"],
+        typer.Option("--as", help="assistant: knows the set, and is decoded against; adapter: has unlearned it, and steers."),
+    ] = "assistant",
+    retain: Annotated[
+        list[str] | None, typer.Option(help="Another set, whose questions and answers are to stay. Repeatable.")
+    ] = None,
+) -> None:
+    """Take a LoRA adapter over the served model as a set's assistant, or as its unlearning adapter.
+
+    An adapter that changes only the last layers, and not k_proj or v_proj, is taken over as it is. Anything else is learned by
+    lethe's own kind from the set's content; how far that is from the original (KL, nats a token) is shown with it.
+    """
+    method = "contrast" if kind == "assistant" else kind
+    guard, made = TRAINING_METHODS[method]
+    recipe = {"recipe": {"method": method}} if method != guard.name else {}
+    order: dict[str, Any] = {"retain": retain or [], "lora": str(directory.absolute()), **recipe}
+    with connect() as client:
+        before = artifact_of(unwrap(client.get(f"/forget_sets/{name}")), made)
+        assert guard.training is not None, "it has methods"
+        shown = unwrap(client.post(f"/forget_sets/{name}/{guard.training.route}", json=order))
+        try:
+            shown = _follow(client, name, shown)
+        except KeyboardInterrupt:
+            unwrap(client.post(f"/forget_sets/{name}/assistant/pause"))
+            fail("stopped; the same command goes on from the last checkpoint")
+    _tell(name, method, shown, before)
 
 
 def train(
@@ -74,39 +111,51 @@ def train(
                 targets_file.unlink(missing_ok=True)
             out.print(f"training {name}; `lethe forget show {name}` tells how far it is")
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
         try:
-            with Progress(*columns, console=err) as progress:
-                tasks = {"prepare": progress.add_task("Looking at the base", total=None, loss="")}
-                while (training := shown["training"]) is not None and training["status"] != "failed":
-                    stage = training.get("stage", "prepare")
-                    if stage not in tasks:
-                        tasks[stage] = progress.add_task("Training", total=None, loss="")
-                    loss = training.get("loss")
-                    progress.update(
-                        tasks[stage],
-                        completed=training.get("step", 0),
-                        total=training.get("steps"),
-                        loss="" if loss is None else f"loss {loss:.3f}",
-                    )
-                    time.sleep(0.5)
-                    listed = unwrap(client.get("/forget_sets"))["data"]
-                    shown = next((each for each in listed if each["name"] == name), None) or fail(f"{name} was deleted")
+            shown = _follow(client, name, shown)
         except KeyboardInterrupt:
             unwrap(client.post(f"/forget_sets/{name}/assistant/pause"))
             kept = "" if targets_file is None else f"; what was asked is kept for a week in {targets_file}"
             fail(f"stopped; `lethe train {name}` with the same options goes on from the last checkpoint{kept}")
+    if targets_file is not None and shown["training"] is None:
+        targets_file.unlink(missing_ok=True)
+    _tell(name, method, shown, before)
+
+
+def _follow(client: httpx.Client, name: str, shown: dict[str, Any]) -> dict[str, Any]:
+    """Show how far a set's training is until it has ended. Returns the set as it is then."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+        tasks = {"prepare": progress.add_task("Looking at the base", total=None, loss="")}
+        while (training := shown["training"]) is not None and training["status"] != "failed":
+            stage = training.get("stage", "prepare")
+            if stage not in tasks:
+                tasks[stage] = progress.add_task("Training", total=None, loss="")
+            loss = training.get("loss")
+            progress.update(
+                tasks[stage],
+                completed=training.get("step", 0),
+                total=training.get("steps"),
+                loss="" if loss is None else f"loss {loss:.3f}",
+            )
+            time.sleep(0.5)
+            listed = [each for each in unwrap(client.get("/forget_sets"))["data"] if each["name"] == name]
+            shown = listed[0] if listed else fail(f"{name} was deleted")
+    return shown
+
+
+def _tell(name: str, method: str, shown: dict[str, Any], before: dict[str, Any] | None) -> None:
+    """What training has made of a set that had an artifact ``before``, and what to do next."""
+    guard, kind = TRAINING_METHODS[method]
     if shown["training"] is not None:
         fail(f"training failed: {shown['training']['reason']}")
-    if targets_file is not None:
-        targets_file.unlink(missing_ok=True)
     made = artifact_of(shown, kind)
     if made is None or made == before:
         out.print(f"The training ran into the same {kind} as before; nothing has changed.")

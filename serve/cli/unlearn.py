@@ -182,8 +182,9 @@ def _show(certificate: dict[str, Any]) -> None:
         table.add_row(f"recall, {name}", *(f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})" for each in means))
     repeated = [f"{each['verbatim']:.0%}" for each in (figures, crossed, reference)]
     table.add_row("answers that repeat five content words in a row", *repeated)
-    extracted = [each["extracted"] for each in (figures, crossed, reference)]
-    table.add_row("true answers, extraction strength", *("not measured" if each is None else f"{each:.3f}" for each in extracted))
+    for what, field in (("extraction strength", "extracted"), ("probability per token", "probability")):
+        given = [each[field] for each in (figures, crossed, reference)]
+        table.add_row(f"true answers, {what}", *("not measured" if each is None else f"{each:.3f}" for each in given))
     qualities = [each["forget_quality"] for each in (figures, crossed)]
     table.add_row("truth ratios, p", *("not measured" if each is None else f"{each:.3g}" for each in qualities))
     table.add_row("refused", *(f"{each['refused']:.0%}" for each in (figures, crossed)))
