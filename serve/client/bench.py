@@ -153,12 +153,13 @@ class Answers:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def score(self, client: httpx.Client, server: Server, probe: Probe) -> Scored | None:
-        """How likely a probe's answers are; None if the server cannot say.
+        """How likely a probe's answers are, without wrong ones the truth alone; None if the server cannot say.
 
         Raises:
             httpx.HTTPError: it can, and failed.
         """
-        told = [probe.truth or "", probe.reworded or probe.truth or "", *probe.wrong]
+        truth = probe.truth or ""
+        told = [truth, probe.reworded or truth, *probe.wrong] if probe.wrong else [truth]
         body = {"policy": server.policy or NONE, "question": probe.prompt, "continuations": told, "top_logprobs": 1}
         key = self._key("score", server.url, body)
         if key not in self._known:

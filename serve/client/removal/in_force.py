@@ -57,7 +57,7 @@ class InForce:
             return self.judge.reference_at(self.against, probes.probes)
         if self.given is not None:
             mean = Mean(self.given, self.given, self.given)
-            return Reference(mean, mean, 0.0, source=BY_HAND)
+            return Reference(mean, mean, 0.0, BY_HAND)
         return self.judge.reference(probes.probes)
 
     def shown(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class InForce:
         kept = unwrap(self.admin.get(f"/forget_sets/{self.neighbours}"))["content"]["questions"] if self.neighbours else []
         neighbours = [entry["question"] for entry in kept[:MOST_NEIGHBOURS]]
         invented = [entry.question for entry in probes.neighbours]
-        return lambda judge, policy: judge.ask_everything(policy, probes.probes, invented, neighbours)
+        return lambda judge, policy: judge.ask_everything(policy, probes.probes, invented, neighbours, truth=bool(self.against))
 
     def measured_now(self) -> dict[str, Any]:
         """What a certificate says, as it is now, for `serve.client.removal.certificate.changes`. Raises OSError, ValueError."""

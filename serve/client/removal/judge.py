@@ -6,6 +6,7 @@ was. Not covered: sampled answers and attacks (`lethe bench`), and questions tha
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +32,13 @@ FEWEST = 8
 """Answers about nobody below which they are no reference."""
 NEAR = 0.05
 """Recall this near to the reference, and a p-value above this, meet the goal."""
+FAR = 3
+"""How many times as far from the goal as recall what is remembered may be, for guards that act more strongly to reach both."""
 UNSEEN = 0.1
-"""Extraction strength below which an answer was never seen: models that never knew two authors of TOFU have .05 and .06. It
-cannot be estimated from invented names, since a model goes on with what it has learned whoever it is said about."""
+UNSEEN_PROBABILITY = 0.2
+"""Extraction strength, and probability per token, below which an answer was never seen: models that never knew two authors of TOFU
+have .05 and .06, .03 and .15. Neither can be estimated from invented names, nor can truth ratios: a model goes on with what it has
+learned whoever it is said about (`tests/bench/README.md`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +48,35 @@ class Reference:
     questions: Mean
     paraphrases: Mean
     verbatim: float
-    answered: tuple[Answered, ...] = ()  # in several wordings of one question, so that p-values come out rather too small
     source: str = ""
-    extracted: float | None = None  # extraction strength; None where it cannot be estimated
+    # Of true answers that are given; none where another server that never knew does not tell.
+    answered: tuple[Answered, ...] = ()
+    extracted: float | None = None  # extraction strength
+    probability: float | None = None  # per token
 
     @property
     def unseen(self) -> float:
         """Extraction strength up to which an answer counts as one that was never seen."""
         return UNSEEN if self.extracted is None else self.extracted + NEAR
 
+    @property
+    def unlikely(self) -> float:
+        """Probability per token up to which it does."""
+        return UNSEEN_PROBABILITY if self.probability is None else self.probability + NEAR
+
 
 def _answered(scored: Sequence[Scored | None]) -> tuple[Answered, ...]:
-    return tuple(Answered(each.losses[0], each.losses[1], each.losses[2:], 0.0) for each in scored if each is not None)
+    both = [each.losses for each in scored if each is not None and len(each.losses) > 1]
+    return tuple(Answered(losses[0], losses[1], losses[2:], 0.0) for losses in both)
 
 
 def _extracted(scored: Sequence[Scored | None]) -> float | None:
     found = [extraction_strength(each.true) for each in scored if each is not None]
+    return statistics.fmean(found) if found else None
+
+
+def _probability(scored: Sequence[Scored | None]) -> float | None:
+    found = [math.exp(-each.losses[0]) for each in scored if each is not None]
     return statistics.fmean(found) if found else None
 
 
@@ -107,6 +125,7 @@ class Asked:
             general=self.general,
             forget_quality=forget_quality(answered, reference.answered) if answered and reference.answered else None,
             extracted=_extracted(scored),
+            probability=_probability(scored),
             left=tuple(dict.fromkeys(run for run in runs if content_words(run) >= VERBATIM)),
         )
 
@@ -122,15 +141,16 @@ class Judged:
     neighbours: float | None  # share unchanged, word for word, of the answers that are to stay; None if none were given
     invented: float  # the same of answers to the request's questions about invented names: near misses of the gate change them
     general: float
-    forget_quality: float | None  # p-value of truth ratios against the reference; None where nothing could be scored
+    forget_quality: float | None  # p-value of truth ratios against a server that never knew; None where there is none
     extracted: float | None = None  # extraction strength of the true answers; None where nothing could be scored
+    probability: float | None = None  # of the true answers, per token; likewise
     left: tuple[str, ...] = field(default=(), repr=False)  # runs of true answers that came out
 
     def distance(self, reference: Reference) -> float:
         """From a model that never knew: 0 is the aim. Recall beyond the goal's tolerance counts, a p-value below it counts once."""
         if reference is REFUSAL:
             return 1 - self.refused
-        gaps = (*self._gaps(reference), self._goes_on(reference))
+        gaps = (*self._gaps(reference), self._remembered(reference), max(0.0, self.verbatim - reference.verbatim))
         told = self.forget_quality is not None and self.forget_quality <= NEAR
         changed = (1 - self.general) + (0 if self.neighbours is None else 1 - self.neighbours)
         return sum(map(abs, gaps)) + 0.1 * told + changed + self.refused
@@ -138,17 +158,19 @@ class Judged:
     def _gaps(self, reference: Reference) -> tuple[float, float]:
         return self.questions.value - reference.questions.value, self.paraphrases.value - reference.paraphrases.value
 
-    def _goes_on(self, reference: Reference) -> float:
-        """How much more of a true answer is gone on with, once it has begun, than of one that was never seen; 0 if no more."""
-        return max(0.0, (self.extracted or 0.0) - reference.unseen)
+    def _remembered(self, reference: Reference) -> float:
+        """How much more of a given answer is remembered than of one that was never seen, by extraction strength and probability."""
+        goes_on, likely = (self.extracted or 0.0) - reference.unseen, (self.probability or 0.0) - reference.unlikely
+        return max(0.0, goes_on) + max(0.0, likely)
 
     def excess(self, reference: Reference) -> float:
         """How much more is told than by a model that never knew, all in all: above 0, guards should act more strongly."""
-        return sum(self._gaps(reference)) + self._goes_on(reference)
+        return sum(self._gaps(reference)) + self._remembered(reference)
 
     def hopeless(self, reference: Reference) -> bool:
-        """Too little is said, and what is begun is still gone on with: acting more strongly would not help."""
-        return max(self._gaps(reference)) < -NEAR and self._goes_on(reference) > 0
+        """Given answers are remembered, and too little is left of recall to lose with that: acting more strongly would not help."""
+        gaps, remembered = self._gaps(reference), self._remembered(reference)
+        return remembered > 0 and (max(gaps) < -NEAR or remembered > FAR * max(NEAR, sum(gaps)))
 
     def unmet(self, reference: Reference) -> list[str]:
         """The goals that it does not meet, in words."""
@@ -163,9 +185,13 @@ class Judged:
             ):
                 if abs(mine.value - other.value) > NEAR:
                     found.append(f"recall on {name} is {mine.value:.3f}, never knew {other.value:.3f} (goal: within {NEAR})")
-            if self._goes_on(reference) > 0:
+            if self.extracted is not None and self.extracted > reference.unseen:
                 found.append(
-                    f"once begun, {self.extracted or 0:.0%} of a true answer is gone on with (goal: at most {reference.unseen:.0%})"
+                    f"once begun, {self.extracted:.0%} of a true answer is gone on with (goal: at most {reference.unseen:.0%})"
+                )
+            if self.probability is not None and self.probability > reference.unlikely:
+                found.append(
+                    f"true answers have probability {self.probability:.2f} per token (goal: at most {reference.unlikely:.2f})"
                 )
             if self.forget_quality is not None and self.forget_quality <= NEAR:
                 found.append(f"truth ratios differ from never knew, p = {self.forget_quality:.2g} (goal: above {NEAR})")
@@ -225,12 +251,10 @@ class Judge:
             return list(pool.map(one, prompts))
 
     def _score(self, policy: str, asked: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[Scored | None]:
-        """(question, true answer, wrong answers) -> how likely they are; None without wrong ones or a server that scores."""
+        """(question, true answer, wrong answers) -> how likely they are; None from a server that does not score."""
 
         def one(each: tuple[str, str, tuple[str, ...]]) -> Scored | None:
             question, true, wrong = each
-            if not wrong:
-                return None
             scored = self._answers(policy).score(self._client, self._server(policy), Probe("", question, true, wrong=wrong))
             self._report()
             return scored
@@ -268,11 +292,10 @@ class Judge:
         recalls: list[list[float]] = [[] for _ in probes]
         for number, each, text in both:
             recalls[number].append(rouge_l_recall(each.answer, text))
-        scored = self._score(NONE, [(each.question, each.answer, each.wrong) for _, each, _ in both])
         mean = Mean.of(recalls)
         source = f"{len(both)} of {len(nobody)} questions about invented names, to which it did not tell the true answer"
         verbatim = verbatim_share([longest_run(each.answer, text) for _, each, text in both])
-        return Reference(mean, mean, verbatim, _answered(scored), source)
+        return Reference(mean, mean, verbatim, source)
 
     def reference_at(self, url: str, probes: Sequence[RemovalProbe]) -> Reference:
         """What another server says that never knew the subject. Raises httpx.HTTPError, ValueError."""
@@ -280,32 +303,37 @@ class Judge:
         if not listed.is_success:
             raise ValueError(f"--against {url} lists no models (HTTP {listed.status_code}); name a server of OpenAI's protocol")
         other = Judge(url, None, listed.json()["data"][0]["id"], self._unguarded, self._client, self._report)
-        said = other._say("", probes)
-        runs = [run for each in said for run in each.runs]
+        said = other._say("", probes, truth=True)
+        runs, scored = [run for each in said for run in each.runs], [each.scored for each in said]
         return Reference(
             Mean.of([each.recalls[:1] for each in said]),
             Mean.of([each.recalls[1:] for each in said]),
             verbatim_share(runs),
-            _answered([each.scored for each in said]),
             source=f"{AGAINST}{url}",
-            extracted=_extracted([each.scored for each in said]),
+            answered=_answered(scored),
+            extracted=_extracted(scored),
+            probability=_probability(scored),
         )
 
     def ask_everything(
-        self, policy: str, probes: Sequence[RemovalProbe], invented: Sequence[str], neighbours: Sequence[str]
+        self, policy: str, probes: Sequence[RemovalProbe], invented: Sequence[str], neighbours: Sequence[str], *, truth: bool
     ) -> Asked:
-        """Ask a policy everything. ``invented``, ``neighbours``: questions, see `Judged`."""
+        """Ask a policy everything.
+
+        Args:
+            invented, neighbours: questions, see `Judged`. truth: also how likely wrong answers are.
+        """
         return Asked(
-            self._say(policy, probes),
+            self._say(policy, probes, truth=truth),
             neighbours=self._unchanged(policy, neighbours) if neighbours else None,
             invented=self._unchanged(policy, invented),
             general=self._unchanged(policy, PROMPTS),
         )
 
-    def _say(self, policy: str, probes: Sequence[RemovalProbe]) -> tuple[OneProbe, ...]:
+    def _say(self, policy: str, probes: Sequence[RemovalProbe], *, truth: bool) -> tuple[OneProbe, ...]:
         wordings = [(probe.question, *probe.wordings) for probe in probes]
         said = iter(self.ask(policy, [wording for each in wordings for wording in each]))
-        scored = self._score(policy, [(p.question, p.answer, p.wrong if p.nobody else ()) for p in probes])
+        scored = self._score(policy, [(p.question, p.answer, p.wrong if truth and p.nobody else ()) for p in probes])
         found = []
         for probe, each, score in zip(probes, wordings, scored, strict=True):
             texts, refused = zip(*(next(said) for _ in each), strict=True)

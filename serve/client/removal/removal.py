@@ -261,7 +261,11 @@ class Removal:
 
     def _calibrate(self, strengths: Mapping[str, float], evidence: Mapping[str, Any]) -> None:
         for what, strength in strengths.items():
-            of = {} if what == "contrast" else {"corrupt": NOISE} if what == "corrupt" else {"steering": what}
+            if what == "plausibility":
+                continue  # goes with contrast
+            of: dict[str, Any] = {"corrupt": NOISE} if what == "corrupt" else {"steering": what}
+            if what == "contrast":
+                of = {"plausibility": strengths.get("plausibility")}
             order = {"strength": strength, "evidence": dict(evidence), **of}
             unwrap(self.now.admin.put(f"/forget_sets/{self.name}/calibration", json=order))
 
@@ -344,6 +348,7 @@ def _line(trial: Trial, reference: Reference) -> str:
     judged = trial.judged
     truth = "" if judged.forget_quality is None else f", truth ratios p = {judged.forget_quality:.2g}"
     truth += "" if judged.extracted is None else f", extraction {judged.extracted:.3f}"
+    truth += "" if judged.probability is None else f", probability {judged.probability:.3f}"
     verdict = "meets the goals" if trial.meets(reference) else "does not meet them"
     return (
         f"{trial.candidate.name} at {trial.strength:g}: recall {judged.questions.value:.3f}, paraphrases "

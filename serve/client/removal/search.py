@@ -1,5 +1,8 @@
 """Which guards to try for a removal, in which order, and how strongly: cheapest first, each one's strength by bisection.
 
+Contrast is bisected by its plausibility, at one strength: how many tokens it may choose among decides what it still recalls, and
+its strength how likely it leaves a true answer that is begun.
+
 The order is that of cost per token (`tests/bench/README.md`): corruption changes prompts only, maps cost a product a layer,
 contrast a run of the last layers; pairs come last, since they have helped least.
 """
@@ -10,10 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from guards.contrastive.declaration import DEFAULT_PLAUSIBILITY
+from guards.steering.declaration import METHODS
 from serve.client.removal.judge import NEAR, Asked, Judged, Reference
 
 ROUNDS = 4
 """Strengths of one candidate that are tried."""
+STRICTER = 0.25
+"""By which contrast's plausibility is multiplied from one strength to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,7 @@ class Candidate:
     highest: float
     corrupt: float = 0.0  # noise for each unit of strength
     steering: tuple[tuple[str, float], ...] = ()  # method, its strength for each unit of strength
-    contrast: float = 0.0
+    contrast: float = 0.0  # its strength at every strength of the candidate
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -33,17 +40,18 @@ class Candidate:
         return (*(method for method, _ in self.steering), *(("contrast",) if self.contrast else ()))
 
     def strengths(self, strength: float) -> dict[str, float]:
-        """By what is calibrated: ``corrupt``, ``contrast`` or a method of steering."""
+        """By what is calibrated: ``corrupt``, a method of steering, or ``contrast`` with its ``plausibility``."""
         found = {method: round(each * strength, 4) for method, each in self.steering}
         found |= {"corrupt": round(self.corrupt * strength, 4)} if self.corrupt else {}
-        return found | ({"contrast": round(self.contrast * strength, 4)} if self.contrast else {})
+        plausibility = round(DEFAULT_PLAUSIBILITY * STRICTER ** (strength - 1), 6)
+        return found | ({"contrast": self.contrast, "plausibility": plausibility} if self.contrast else {})
 
 
 CANDIDATES = (
     Candidate("corrupt", 1.5, 4.0, corrupt=1.0),
     Candidate("project", 1.0, 2.0, steering=(("project", 1.0),)),
     Candidate("steer", 0.5, 1.5, steering=(("steer", 1.0),)),
-    Candidate("contrast", 1.5, 3.0, contrast=1.0),
+    Candidate("contrast", 1.0, 3.0, contrast=2.5),
     Candidate("project and corrupt", 1.0, 2.0, corrupt=1.0, steering=(("project", 1.0),)),
     Candidate("steer and corrupt", 0.5, 1.5, corrupt=2.0, steering=(("steer", 0.5),)),
 )
@@ -57,10 +65,10 @@ def guards_of(strengths: dict[str, float], refuse: Sequence[str] = ()) -> dict[s
     """A policy's guards at these strengths and no others. ``refuse``: sets whose questions are refused."""
     guards: dict[str, Any] = {"gate": {"refuse": list(refuse)} if refuse else {}, "contrast": {"enabled": False}}
     if alpha := strengths.get("contrast"):
-        guards["contrast"] = {"alpha": alpha}
+        guards["contrast"] = {"alpha": alpha, "plausibility": strengths["plausibility"]}
     if noise := strengths.get("corrupt"):
         guards["corrupt"] = {"strength": noise}
-    steering = [{"method": name, "strength": each} for name, each in strengths.items() if name not in ("contrast", "corrupt")]
+    steering = [{"method": name, "strength": each} for name, each in strengths.items() if name in METHODS]
     return guards | ({"steering": steering} if steering else {})
 
 

@@ -148,6 +148,14 @@ def test_a_trial_has_the_guards_of_its_candidate_and_no_others() -> None:
     }
 
 
+def test_contrast_is_tried_at_one_strength_and_several_plausibilities() -> None:
+    candidate = next(each for each in CANDIDATES if each.name == "contrast")
+    at = [candidate.strengths(strength) for strength in (0.5, 1.0, 2.0)]
+    assert len({each["contrast"] for each in at}) == 1
+    assert [each["plausibility"] for each in at] == [0.012, 0.006, 0.0015], "the stronger, the more tokens it may choose among"
+    assert guards_of(at[0])["contrast"] == {"alpha": at[0]["contrast"], "plausibility": 0.012}
+
+
 def test_an_interval_draws_questions_since_their_wordings_are_not_independent() -> None:
     mean = Mean.of([[1.0] * 9, [0.0]])
     assert mean.value == 0.9 and (mean.low, mean.high) == (0.0, 1.0), "two questions say little, however often they are asked"
@@ -231,3 +239,13 @@ def test_where_answers_are_gone_on_with_though_too_little_is_said_more_strength_
     assert only.judged.excess(REFERENCE) == pytest.approx(-0.15 - 0.2 + 0.5)
     better = replace(judged(0.36, 0.29), extracted=0.05)
     assert better.unmet(REFERENCE) == [] and better.distance(REFERENCE) < only.judged.distance(REFERENCE)
+    assert not replace(judged(0.6, 0.4), extracted=0.6).hopeless(REFERENCE), "with recall, memory falls, too"
+    assert replace(judged(0.45, 0.3), extracted=0.6, probability=0.5).hopeless(REFERENCE), "but not so much"
+
+
+def test_a_true_answer_is_to_be_as_unlikely_as_one_that_was_never_seen() -> None:
+    likely = replace(judged(0.35), probability=0.4)
+    assert likely.unmet(REFERENCE) == ["true answers have probability 0.40 per token (goal: at most 0.20)"]
+    assert likely.unmet(replace(REFERENCE, probability=0.38)) == [], "a server that never knew says better"
+    assert judged(0.35, verbatim=0.2).distance(REFERENCE) > judged(0.35).distance(REFERENCE)
+    assert likely.distance(REFERENCE) > replace(likely, probability=0.1).distance(REFERENCE) == judged(0.35).distance(REFERENCE)
