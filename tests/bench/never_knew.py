@@ -6,7 +6,6 @@ weights. Only for measuring; the product trains nothing of the kind.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from guards.low_rank import LowRank, add_low_rank, fit
+from guards.peft_lora import PeftLora
 from guards.training import ChatModel, Report
 
 NOT_AN_ANSWER = -100
@@ -81,17 +80,11 @@ def merged(base: Path, adapter: Path, directory: Path) -> None:
     """Write ``base`` with a LoRA adapter in PEFT's format merged in; what lies in ``directory`` already stays."""
     if (directory / "config.json").exists():
         return
-    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    chat = ChatModel(base)
+    chat, lora = ChatModel(base), PeftLora.read(adapter)
+    lora.check(chat.model)
     with torch.no_grad():
-        for name, down in tensors.items():
-            if ".lora_A." in name:
-                up = tensors[name.replace(".lora_A.", ".lora_B.")]
-                place = name.removeprefix("base_model.model.").split(".lora_A.")[0]
-                module = chat.model.get_submodule(place)
-                assert isinstance(module, nn.Linear), place
-                module.weight += up @ down * (config["lora_alpha"] / config["r"])
+        for term in lora.terms:
+            chat.model.get_submodule(term.module).weight += term.b @ term.a
     _write(chat, directory)
 
 
