@@ -1,10 +1,11 @@
-"""Which guards to try for a removal, in which order, and how strongly: cheapest first, each one's strength by bisection.
+"""Which guards to try for a removal, in which order, and how strongly: each one's strength by bisection, until one meets the goals.
 
 Contrast is bisected by its plausibility, at one strength: how many tokens it may choose among decides what it still recalls, and
 its strength how likely it leaves a true answer that is begun.
 
-The order is that of cost per token (`tests/bench/README.md`): corruption changes prompts only, maps cost a product a layer,
-contrast a run of the last layers; pairs come last, since they have helped least.
+Corruption comes first, which costs nothing per token, and contrast second, though it costs a run of the last layers: on three
+authors of TOFU the maps, which cost a product a layer, met the goals at no strength, and most of the time went into trying them
+(`tests/bench/README.md`). Pairs come last, since they have helped least.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class Candidate:
 
 CANDIDATES = (
     Candidate("corrupt", 1.5, 4.0, corrupt=1.0),
-    Candidate("project", 1.0, 2.0, steering=(("project", 1.0),)),
-    Candidate("steer", 0.5, 1.5, steering=(("steer", 1.0),)),
     Candidate("contrast", 1.0, 3.0, contrast=2.5),
+    Candidate("steer", 0.5, 1.5, steering=(("steer", 1.0),)),
+    Candidate("project", 1.0, 2.0, steering=(("project", 1.0),)),
     Candidate("project and corrupt", 1.0, 2.0, corrupt=1.0, steering=(("project", 1.0),)),
     Candidate("steer and corrupt", 0.5, 1.5, corrupt=2.0, steering=(("steer", 0.5),)),
 )
