@@ -170,7 +170,7 @@ class Judged:
     def hopeless(self, reference: Reference) -> bool:
         """Given answers are remembered, and too little is left of recall to lose with that: acting more strongly would not help."""
         gaps, remembered = self._gaps(reference), self._remembered(reference)
-        return remembered > 0 and (max(gaps) < -NEAR or remembered > FAR * max(NEAR, sum(gaps)))
+        return remembered > NEAR and (max(gaps) < -NEAR or remembered > FAR * max(NEAR, sum(gaps)))
 
     def unmet(self, reference: Reference) -> list[str]:
         """The goals that it does not meet, in words."""

@@ -241,6 +241,7 @@ def test_where_answers_are_gone_on_with_though_too_little_is_said_more_strength_
     assert better.unmet(REFERENCE) == [] and better.distance(REFERENCE) < only.judged.distance(REFERENCE)
     assert not replace(judged(0.6, 0.4), extracted=0.6).hopeless(REFERENCE), "with recall, memory falls, too"
     assert replace(judged(0.45, 0.3), extracted=0.6, probability=0.5).hopeless(REFERENCE), "but not so much"
+    assert not replace(judged(0.2, 0.1), extracted=0.12).hopeless(REFERENCE), "a little of each: weaker may be nearer"
 
 
 def test_a_true_answer_is_to_be_as_unlikely_as_one_that_was_never_seen() -> None:
