@@ -10,7 +10,8 @@ DECISIONS.md.
 
 Instead, an assistant may be imported from a LoRA adapter (PEFT) over the base, a forget-tuned model for instance: the fork learns
 to say what the adapter says, on the set and on everything else. Its terms cannot be taken over: a layer that follows a changed one
-would read keys and values of its own, and the fork reads the base's.
+would read keys and values of its own, and the fork reads the base's. The form says how it is decoded against: an adapter that was
+tuned on the set differs from the base there and nowhere else (``difference``); one of ULD's kind is uniform elsewhere (``whole``).
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def train(
 
     def losses(batch: Sequence[_Example]) -> tuple[Tensor, Tensor]:
         forget = torch.cat([torch.full((len(e.target),), e.forget, device=fork.device) for e in batch])
-        evidence = fork.evidence(batch, recipe.form)
+        evidence = fork.evidence(batch, "whole" if lora is not None else recipe.form)
         if lora is not None:
             taught = torch.cat([e.taught for e in batch if e.taught is not None])
             wanted = torch.log_softmax(fork.logits(taught), dim=-1)

@@ -16,8 +16,8 @@ import numpy as np
 CONTENT = 4
 """Letters from which a word counts as a content word."""
 TELLS = 0.2
-"""Share of an answer's own words, from which an answer tells it: of .1 to .7, the one whose estimates of what a model says that never
-knew came nearest on two authors of TOFU (`tests/bench/README.md`)."""
+"""Share of an answer's own words, from which an answer tells it: of .1 to .7, the one whose estimates of what a model
+says that never knew came nearest on two authors of TOFU (`tests/bench/README.md`)."""
 VERBATIM = 5
 """Content words in a row, from which an answer counts as repeated word for word."""
 

@@ -42,6 +42,10 @@ def import_lora(
         Literal["assistant", "adapter"],
         typer.Option("--as", help="assistant: knows the set, and is decoded against; adapter: has unlearned it, and steers."),
     ] = "assistant",
+    form: Annotated[
+        Literal["difference", "whole"],
+        typer.Option(help="Of an assistant. difference: tuned on the set, else as the model; whole: ULD's, uniform elsewhere."),
+    ] = "difference",
     retain: Annotated[
         list[str] | None, typer.Option(help="Another set, whose questions and answers are to stay. Repeatable.")
     ] = None,
@@ -53,8 +57,8 @@ def import_lora(
     """
     method = "contrast" if kind == "assistant" else kind
     guard, made = TRAINING_METHODS[method]
-    recipe = {"recipe": {"method": method}} if method != guard.name else {}
-    order: dict[str, Any] = {"retain": retain or [], "lora": str(directory.absolute()), **recipe}
+    recipe = {"method": method} if method != guard.name else {"form": form}
+    order: dict[str, Any] = {"retain": retain or [], "lora": str(directory.absolute()), "recipe": recipe}
     with connect() as client:
         before = artifact_of(unwrap(client.get(f"/forget_sets/{name}")), made)
         assert guard.training is not None, "it has methods"

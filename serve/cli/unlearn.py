@@ -55,9 +55,9 @@ def unlearn(
 ) -> None:
     """Remove what a request names: put it out of reach at once, find the guards that suit it, and write the proof.
 
-    Makes what the request lacks (other wordings, wrong answers, what a model would say that never knew) and tries guards until
-    one meets the goals. Besides what is in force, it reports cross-judged figures: each half of the questions under what the other half would
-    have chosen. The guards themselves are made from all questions. Ctrl-C and the same command go on where it was.
+    Makes what the request lacks (other wordings, wrong answers, what a model would say that never knew) and tries guards until one
+    meets the goals. Besides what is in force, it reports cross-judged figures: each half of the questions under what the other half
+    would have chosen. The guards themselves are made from all questions. Ctrl-C and the same command go on where it was.
     """
     seconds = _seconds(within)
     if sum((against is not None, reference is not None, goal == "refuse")) > 1:

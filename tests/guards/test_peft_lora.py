@@ -152,7 +152,7 @@ def test_any_other_adapter_is_learned_by_what_it_says_of_the_set(tmp_path: Path)
 def test_an_assistant_learns_to_say_what_an_adapter_says(tmp_path: Path) -> None:
     directory = model(tmp_path / "model")
     lora = PeftLora.read(adapter(tmp_path / "lora", EVERYWHERE, scale=0.3))
-    recipe = Recipe(layers=3, rank=8, epochs=80, learning_rate=0.02)
+    recipe = Recipe(layers=3, rank=8, epochs=80, learning_rate=0.02, form="difference")
     made = train(directory, FORGET, RETAIN, recipe, work(tmp_path), quietly, lora)
     fork = Fork(directory, 3)
     ids, start = next(iter(fork.sequences(FORGET)))
