@@ -81,11 +81,17 @@ class PeftLora:
 
     def check(self, model: nn.Module) -> None:
         """Raise InvalidArtifact, naming the projection, if a term does not fit into a model of transformers."""
+        layers = list(model.get_decoder().layers)  # type: ignore[operator]
         for term in self.terms:
             try:
                 module = model.get_submodule(term.module)
             except AttributeError:
                 raise InvalidArtifact(f"the adapter changes {term.module}, which the served model does not have") from None
+            if term.layer >= len(layers) or all(module is not each for each in layers[term.layer].modules()):
+                raise InvalidArtifact(
+                    f"the adapter changes {term.module}, which is not in the language model's layers (but in a vision tower, for "
+                    "instance); only those can be imported"
+                )
             shape = getattr(getattr(module, "weight", None), "shape", None)
             if not isinstance(module, nn.Linear) or shape != (len(term.b), term.a.shape[1]):
                 raise InvalidArtifact(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,12 @@ def test_files_that_are_no_adapter_or_one_of_another_model_are_refused(tmp_path:
     place = "base_model.model.model.layers.1.mlp.up_proj.lora"
     save_file({f"{place}_A.weight": torch.zeros(2, 17), f"{place}_B.weight": torch.zeros(24, 2)}, wide / WEIGHTS)
     with pytest.raises(InvalidArtifact, match=r"maps 17 to 24.*made for another model"):
+        PeftLora.read(wide).check(chat.model)
+    chat.model.tower = torch.nn.Module()
+    chat.model.tower.layers = torch.nn.ModuleList([copy.deepcopy(chat.model.get_decoder().layers[0])])
+    tensors = {"A": torch.zeros(2, 16), "B": torch.zeros(24, 2)}
+    save_file({f"base_model.model.tower.layers.0.mlp.up_proj.lora_{f}.weight": each for f, each in tensors.items()}, wide / WEIGHTS)
+    with pytest.raises(InvalidArtifact, match=r"tower.*not in the language model's layers"):
         PeftLora.read(wide).check(chat.model)
 
 

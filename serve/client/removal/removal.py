@@ -263,8 +263,10 @@ class Removal:
         for what, strength in strengths.items():
             if what == "plausibility":
                 continue  # goes with contrast
-            of: dict[str, Any] = {"corrupt": NOISE} if what == "corrupt" else {"steering": what}
-            if what == "contrast":
+            of: dict[str, Any] = {"steering": what}
+            if what == "corrupt":
+                of = {"corrupt": NOISE}
+            elif what == "contrast":
                 of = {"plausibility": strengths.get("plausibility")}
             order = {"strength": strength, "evidence": dict(evidence), **of}
             unwrap(self.now.admin.put(f"/forget_sets/{self.name}/calibration", json=order))

@@ -3,9 +3,9 @@
 Contrast is bisected by its plausibility, at one strength: how many tokens it may choose among decides what it still recalls, and
 its strength how likely it leaves a true answer that is begun.
 
-Corruption comes first, which costs nothing per token, and contrast second, though it costs a run of the last layers: on three
-authors of TOFU the maps, which cost a product a layer, met the goals at no strength, and most of the time went into trying them
-(`tests/bench/README.md`). Pairs come last, since they have helped least.
+Corruption comes first, which costs nothing per token, and contrast second, though it costs a run of the last layers: on the two
+authors of TOFU on which maps were tried, which cost a product a layer, they met the goals at no strength, and most of the time went
+into trying them (`tests/bench/README.md`). Pairs come last, since they have helped least.
 """
 
 from __future__ import annotations
